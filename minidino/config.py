@@ -1,0 +1,396 @@
+"""Every setting of a run, in one place, with its unit or its source.
+
+One frozen keyword-only dataclass per stage, composed in RunConfig. Derived values are properties; nothing is rewritten
+later. `preset(name)` gives a config, `override(config, ["vit.depth=4"])` changes it by text, `difference(a, b)` is the
+honest table between two of them. Numbers marked [released] are those of the official configs and code (b8931f7).
+"""
+
+import ast
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Fidelity = Literal["released", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = "scenes"  # "scenes" (drawn), a path, or a torchvision name such as "cifar10"
+    n_scenes: int = 8000  # drawn scenes in the training set; ignored for photographs
+    scene_seed: int = 1  # the world from which they are drawn
+    short_side: int = 64  # px; images are stored at this shorter side (drawn scenes: at this size)
+
+    def __post_init__(self):
+        _require(self.n_scenes >= 1, "data.n_scenes", ">= 1", self.n_scenes)
+        _require(self.short_side >= 8, "data.short_side", ">= 8 px", self.short_side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    n_local: int = 8  # small crops of each image [released]
+    global_size: int = 224  # px [released]
+    local_size: int = 96  # px; 98 with patches of 14 px [released]
+    global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area [released]
+    local_scale: tuple[float, float] = (0.05, 0.32)  # [released]
+    jitter_probability: float = 0.8  # [released]
+    brightness: float = 0.4  # [released]
+    contrast: float = 0.4  # [released]
+    saturation: float = 0.2  # [released]
+    hue: float = 0.1  # turns; 0.5 is the full circle [released]
+    grayscale_probability: float = 0.2  # [released]
+    solarize_probability: float = 0.2  # second global crop only [released]
+    # which crops are blurred: `released` 0 / 0.9 / 0.5 (a swapped probability in the official code), `paper` 1 / 0.1 / 0.5
+    blur: Literal["released", "paper", "none"] = "released"
+
+    def __post_init__(self):
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            _require(0 < low <= high <= 1, f"crops.{name}", "0 < low <= high <= 1", (low, high))
+        _require(self.n_local >= 0, "crops.n_local", ">= 0", self.n_local)
+        _require(0 <= self.hue <= 0.5, "crops.hue", "between 0 and 0.5 turns", self.hue)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    probability: float = 0.5  # share of the global crops that get holes [released]
+    ratio: tuple[float, float] = (0.1, 0.5)  # share of a crop's patches that are hidden [released]
+    # largest block: `released` is 0.5 * side // patch * side // patch from left to right (666 at 518 px),
+    # `fixed` is half the grid (684)
+    max_patches: Literal["released", "fixed"] = "fixed"
+
+    def __post_init__(self):
+        low, high = self.ratio
+        _require(0 <= low <= high < 1, "masks.ratio", "0 <= low <= high < 1", self.ratio)
+        _require(0 <= self.probability <= 1, "masks.probability", "between 0 and 1", self.probability)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    name: str = "vit_small"  # vit_tiny, vit_small, vit_base, vit_large, vit_giant2
+    width: int | None = None  # D; None: the published one of that name
+    depth: int | None = None  # blocks
+    heads: int | None = None
+    patch_size: int = 16  # px
+    num_register_tokens: int = 0
+    ffn: Literal["mlp", "swiglu"] | None = None  # None: the published choice
+    layerscale: float = 1e-5  # start value of gamma [released]; 0: none
+    drop_path_rate: float = 0.3  # the same in every block [released]
+    drop_path: Literal["subset", "scale"] = "subset"  # compute only the kept rows, or scale residuals
+    interpolate_offset: float = 0.1  # [released]; 0.0 with registers
+    interpolate_antialias: bool = False  # [released]; True with registers
+    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    tied: bool = True  # one head for class and patch tokens; vitl14 and vitg14 untie them [released]
+    n_prototypes: int = 65536  # K [released]
+    ibot_n_prototypes: int | None = None  # None: as n_prototypes; untied heads only
+    hidden_dim: int = 2048  # [released]
+    bottleneck_dim: int = 256  # [released]
+    ibot_bottleneck_dim: int | None = None  # None: as bottleneck_dim; untied heads only
+    n_layers: int = 3  # [released]
+    weight_norm: bool = True  # [released]
+    weight_g: Fidelity = "released"  # `released`: the prototypes' lengths train and decay; `paper`: fixed at 1 (DINO)
+    mlp_gain: float | None = None  # None: truncated normal 0.02 [released]; else Xavier normal with this gain
+    prototype_std: float | None = None  # None: torch's default [released]; large: prototypes hardly turn
+
+    def __post_init__(self):
+        _require(self.n_prototypes >= 2, "heads.n_prototypes", ">= 2", self.n_prototypes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    dino: float = 1.0  # weight [released]
+    ibot: float = 1.0  # weight [released]
+    koleo: float = 0.1  # weight, each global view [released]
+    ibot_start_frac: float = 0.0  # iBOT enters at this fraction of the run ...
+    ibot_full_frac: float = 0.0  # ... and rises linearly to its weight until this one
+    targets: Literal["sinkhorn", "centering"] = "sinkhorn"  # what turns teacher logits into targets
+    student_temp: float = 0.1  # [released]
+    koleo_views: Fidelity = "released"  # `released`: both global crops; `paper`: the first only
+    ibot_divisor: Fidelity = "released"  # `released`: all global crops; `paper`: masked crops only (twice the weight)
+    dino_divisor: Literal["released", "fixed"] = "fixed"  # without local crops the official code divides by 3, not 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    momentum: float = 0.992  # EMA at the start, cosine to final_momentum [released]
+    final_momentum: float = 1.0  # [released]
+    temp: float = 0.07  # after warm-up [released]
+    warmup_temp: float = 0.04  # [released]
+    warmup_frac: float = 0.3  # of the run [released]
+    patch_temp: float | None = None  # None: as temp; a fixed temperature for patch targets otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    batch_size: int = 2048  # images per update [released]
+    accumulate: int = 1  # the batch is computed in this many parts
+    base_lr: float = 4e-3  # at batch 1024; AdamW [released]
+    final_lr: float = 1e-6  # [released]
+    warmup_frac: float = 0.1  # of the run [released]
+    warmup_start: Literal["released", "fixed"] = "released"  # `released`: lr 0 at step 0; `fixed`: lr / warm-up steps
+    beta2: float = 0.999  # beta1 is 0.9 [released]
+    weight_decay: float = 0.04  # cosine to final_weight_decay [released]
+    final_weight_decay: float = 0.4  # [released]
+    decay_tokens: bool = True  # weight decay on class, mask, register tokens and positions [released]
+    layerwise_decay: float = 0.9  # [released]
+    patch_embed_lr_mult: float = 0.2  # [released]
+    clip: float = 3.0  # largest gradient norm [released]
+    clip_scope: Literal["module", "global"] = "module"  # `module`: backbone and heads each for itself [released]
+    freeze_last_layer_frac: float = 0.01  # of the run: the prototypes stand still [released]
+
+    @property
+    def lr(self) -> float:
+        """base_lr * sqrt(batch_size / 1024), the released scaling rule."""
+        return self.base_lr * (self.batch_size / 1024) ** 0.5
+
+    def __post_init__(self):
+        _require(self.batch_size >= 2, "optim.batch_size", ">= 2 (KoLeo needs a neighbour)", self.batch_size)
+        good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
+        _require(good, "optim.accumulate", f"a divisor of batch_size {self.batch_size}", self.accumulate)
+        _require(self.base_lr > 0, "optim.base_lr", "> 0", self.base_lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    steps: int = 125_000  # optimizer updates
+    seed: int = 0
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the matrix products; losses are always fp32
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    knn_every: int = 1000  # steps between online k-NN readings
+    workers: int = 0  # processes that decode and crop; 0: in line
+
+    def __post_init__(self):
+        for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "knn_every"):
+            _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    preset: str = "vits16-in1k"
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    vit: VitConfig = field(default_factory=VitConfig)
+    heads: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self):
+        for name in ("global_size", "local_size"):
+            side, patch = getattr(self.crops, name), self.vit.patch_size
+            _require(side % patch == 0, f"crops.{name}", f"a multiple of vit.patch_size {patch} px", f"{side} px")
+
+
+def _require(good: bool, name: str, expected: str, got: Any) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _scenes_cpu() -> RunConfig:
+    """Drawn scenes in a few minutes on two cores. Chosen by benchmarks/recipe.py; the README says why."""
+    return RunConfig(
+        preset="scenes-cpu",
+        data=DataConfig(),
+        crops=CropConfig(n_local=2, global_size=48, local_size=24, global_scale=(0.4, 1.0), local_scale=(0.08, 0.4),
+                         saturation=0.4, hue=0.5, blur="none"),
+        vit=VitConfig(name="vit_tiny", width=64, depth=4, heads=2, patch_size=8, layerscale=1.0, drop_path_rate=0.0),
+        heads=HeadConfig(tied=False, n_prototypes=256, hidden_dim=256, bottleneck_dim=32, mlp_gain=1.4,
+                         prototype_std=1.0, weight_g="paper"),
+        loss=LossConfig(ibot=0.3, ibot_start_frac=0.4, ibot_full_frac=0.7, ibot_divisor="paper"),
+        teacher=TeacherConfig(momentum=0.6, temp=0.015, warmup_temp=0.015, warmup_frac=0.0, patch_temp=0.04),
+        optim=OptimConfig(batch_size=64, base_lr=8e-3, final_lr=2e-5, warmup_frac=0.03, warmup_start="fixed",
+                          final_weight_decay=0.04, layerwise_decay=1.0, patch_embed_lr_mult=1.0,
+                          freeze_last_layer_frac=0.0),
+        run=RunSettings(steps=1800, precision="bf16", checkpoint_every=200, knn_every=200),
+    )  # fmt: skip
+
+
+def _imagenette_cpu() -> RunConfig:
+    """Photographs in an hour on two cores: a wider and deeper net, a slower teacher, natural hues."""
+    small = _scenes_cpu()
+    return dataclasses.replace(
+        small,
+        preset="imagenette-cpu",
+        data=DataConfig(source="imagenette"),
+        crops=dataclasses.replace(small.crops, global_scale=(0.32, 1.0), hue=0.1),
+        vit=dataclasses.replace(small.vit, width=96, depth=6, heads=3),
+        teacher=dataclasses.replace(small.teacher, momentum=0.9),
+        run=dataclasses.replace(small.run, steps=18_000, checkpoint_every=1000, knn_every=1000),
+    )
+
+
+def _imagenette_gpu() -> RunConfig:
+    """Photographs on one GPU, not yet measured: ViT-S/16 with the published crops and a head that fits 9,469 images."""
+    return RunConfig(
+        preset="imagenette-gpu",
+        data=DataConfig(source="imagenette", short_side=256),
+        heads=HeadConfig(tied=False, n_prototypes=4096),
+        vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1),
+        optim=OptimConfig(batch_size=256, layerwise_decay=1.0, final_weight_decay=0.2),
+        run=RunSettings(steps=15_000, workers=8),
+    )
+
+
+def _imagenet100_gpu() -> RunConfig:
+    """ImageNet-100 (127k images in folders) on one GPU, not yet measured."""
+    small = _imagenette_gpu()
+    return dataclasses.replace(
+        small,
+        preset="imagenet100-gpu",
+        data=DataConfig(source="imagenet100", short_side=256),
+        heads=HeadConfig(tied=False, n_prototypes=16384),
+        optim=dataclasses.replace(small.optim, batch_size=512),
+        run=dataclasses.replace(small.run, steps=50_000),
+    )
+
+
+def _vits16_in1k() -> RunConfig:
+    """The short published recipe with a ViT-S/16 in place of the ViT-L/16."""
+    return RunConfig(preset="vits16-in1k", data=DataConfig(source="imagenet1k", short_side=256))
+
+
+def _vitl16_short() -> RunConfig:
+    """configs/train/vitl16_short.yaml: ImageNet-1k, 125k steps of 2,048 images, centring, tied heads [released]."""
+    return RunConfig(
+        preset="vitl16-short",
+        data=DataConfig(source="imagenet1k", short_side=256),
+        vit=VitConfig(name="vit_large"),
+        masks=MaskConfig(max_patches="released"),
+        loss=LossConfig(targets="centering", dino_divisor="released"),
+        run=RunSettings(precision="fp16"),
+    )
+
+
+def _vitl14_lvd() -> RunConfig:
+    """configs/train/vitl14.yaml: 625k steps of 3,072 images, Sinkhorn, untied heads of 131,072 [released]."""
+    short = _vitl16_short()
+    return dataclasses.replace(
+        short,
+        preset="vitl14-lvd",
+        data=DataConfig(source="lvd142m", short_side=256),
+        crops=CropConfig(local_size=98),
+        vit=VitConfig(name="vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
+        heads=HeadConfig(tied=False, n_prototypes=131_072, bottleneck_dim=384, ibot_bottleneck_dim=256),
+        loss=LossConfig(targets="sinkhorn", dino_divisor="released"),
+        teacher=TeacherConfig(momentum=0.994, warmup_frac=0.06),
+        optim=OptimConfig(batch_size=3072, base_lr=2e-4, warmup_frac=0.16, final_weight_decay=0.2,
+                          layerwise_decay=1.0, freeze_last_layer_frac=0.002),
+        run=RunSettings(steps=625_000, precision="fp16"),
+    )  # fmt: skip
+
+
+PRESETS = {
+    "scenes-cpu": _scenes_cpu,
+    "imagenette-cpu": _imagenette_cpu,
+    "imagenette-gpu": _imagenette_gpu,
+    "imagenet100-gpu": _imagenet100_gpu,
+    "vits16-in1k": _vits16_in1k,
+    "vitl16-short": _vitl16_short,
+    "vitl14-lvd": _vitl14_lvd,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The named config. Raises ValueError with the list of names."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """{"vit.depth": 4, ...}: one entry a field."""
+    flat = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def difference(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """{field: (value in a, value in b)} for every field that differs, in the order of the config."""
+    left, right = flatten(a), flatten(b)
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+
+
+def override(config: RunConfig, changes: list[str]) -> RunConfig:
+    """A config changed by texts such as "vit.depth=4", "crops.global_scale=(0.3, 1)", "vit.ffn=swiglu".
+
+    Raises:
+        ValueError: not key=value, an unknown key (the fields that exist are listed), a wrong type or impossible value.
+    """
+    stages: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        stage, _, name = key.strip().partition(".")
+        known = flatten(config)
+        if not equals or key.strip() not in known or not name:
+            listing = "\n  ".join(f"{k}={v}" for k, v in known.items() if "." in k)
+            raise ValueError(f"expected one of the fields below as key=value, got {change!r}\n  {listing}")
+        wanted = get_type_hints(type(getattr(config, stage)))[name]
+        stages.setdefault(stage, {})[name] = _parse(key.strip(), text.strip(), wanted)
+    # stages are replaced together: two changes may be possible only with each other
+    new = {stage: dataclasses.replace(getattr(config, stage), **fields) for stage, fields in stages.items()}
+    return dataclasses.replace(config, **new)
+
+
+def _parse(key: str, text: str, wanted: Any) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    converted, good = _convert(value, wanted)
+    if not good:
+        raise ValueError(f"{key}: expected {_words(wanted)}, got {text!r}")
+    return converted
+
+
+def _convert(value: Any, wanted: Any) -> tuple[Any, bool]:
+    origin, options = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return value, value in options and not isinstance(value, bool)
+    if origin is Union or origin is type(int | None):
+        tries = [_convert(value, option) for option in options]
+        return next((t for t in tries if t[1]), (value, False))
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(options):
+            return value, False
+        parts = [_convert(v, option) for v, option in zip(value, options, strict=True)]
+        return tuple(p[0] for p in parts), all(p[1] for p in parts)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    return value, type(value) is wanted
+
+
+def _words(wanted: Any) -> str:
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(repr(option) for option in get_args(wanted))
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> RunConfig:
+    """The config of a run folder. Raises ValueError when it has fields that this version does not know."""
+    raw, default = json.loads(text), RunConfig()
+    stages = {}
+    for name, value in raw.items():
+        if not isinstance(value, dict):
+            stages[name] = value
+            continue
+        known = get_type_hints(type(getattr(default, name, None)))
+        unknown = set(value) - set(known)
+        if unknown:
+            raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        stages[name] = type(getattr(default, name))(**fields)
+    return RunConfig(**stages)

@@ -1,0 +1,124 @@
+"""Batches: which images, how they are cut and what is hidden, for ever, as a function of (seed, step) alone.
+
+    step -> indices (B,) -> pixels (B, 3, H, W) -> crops (G, B, 3, s, s), (L, B, 3, t, t) -> masks (G, B, N)
+
+Nothing is remembered between steps, so a run that goes on at step s sees exactly what it would have seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from minidino.config import CropConfig, MaskConfig, RunConfig
+from minidino.images.crops import CropLaw, crop_seed, multi_crop, released_laws
+from minidino.images.datasets import Pixels
+from minidino.images.masks import batch_masks
+
+ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for the whole batch
+
+
+class Batch(NamedTuple):
+    crops_global: Float[Tensor, "G B 3 H W"]  # normalised
+    crops_local: Float[Tensor, "L B 3 h w"]
+    masks: Bool[Tensor, "G B N"]  # True = hidden from the student
+    mask_weights: Float[Tensor, "M"]  # 1 / number masked in that crop, in the row-major order of masks
+    index: Int[Tensor, "B"]  # which image each row is
+
+    def rows(self, part: slice) -> "Batch":
+        """The batch of some of its images."""
+        return collate(self.crops_global[:, part], self.crops_local[:, part], self.masks[:, part], self.index[part])
+
+
+def collate(crops_global: Tensor, crops_local: Tensor, masks: Tensor, index: Tensor) -> Batch:
+    """Put a batch together; the weight of a masked patch is 1 / number masked in its crop."""
+    counts = masks.sum(-1, keepdim=True).clamp(min=1)
+    weights = (1.0 / counts).expand(masks.shape)[masks]
+    return Batch(crops_global, crops_local, masks, weights, index)
+
+
+def batch_indices(n_images: int, batch_size: int, step: int, seed: int) -> Int[Tensor, "B"]:
+    """The images of one step: each pass over the data is a fresh permutation, and passes follow without a gap.
+
+    Raises:
+        ValueError: no images.
+    """
+    if n_images < 1:
+        raise ValueError("expected at least one image, got none; is the whole data set in quarantine?")
+    first, rows = step * batch_size, []
+    while len(rows) < batch_size:
+        epoch, position = divmod(first + len(rows), n_images)
+        generator = torch.Generator().manual_seed(crop_seed(seed, epoch, ORDER))
+        rows += torch.randperm(n_images, generator=generator)[position : position + batch_size - len(rows)].tolist()
+    return torch.tensor(rows)
+
+
+def crop_laws(crops: CropConfig) -> tuple[CropLaw, CropLaw, CropLaw]:
+    """First global, second global and local law of a config."""
+    blur = "released" if crops.blur == "none" else crops.blur
+    first, second, local = released_laws(crops.global_size, crops.local_size, blur)
+    shared = {
+        "jitter_p": crops.jitter_probability, "brightness": crops.brightness, "contrast": crops.contrast,
+        "saturation": crops.saturation, "hue": crops.hue, "gray_p": crops.grayscale_probability,
+    } | ({"blur_p": 0.0} if crops.blur == "none" else {})  # fmt: skip
+    return (
+        replace(first, scale=crops.global_scale, **shared),
+        replace(second, scale=crops.global_scale, solarize_p=crops.solarize_probability, **shared),
+        replace(local, scale=crops.local_scale, **shared),
+    )
+
+
+def largest_block(masks: MaskConfig, side: int, patch_size: int) -> float:
+    """Largest number of patches in one block: half the grid, or the released expression, evaluated left to right."""
+    if masks.max_patches == "released":
+        return 0.5 * side // patch_size * side // patch_size
+    return 0.5 * (side // patch_size) ** 2
+
+
+class _Steps(Dataset):
+    """Step -> padded pixels, sizes, indices: what a worker process prepares."""
+
+    def __init__(self, pixels: Pixels, batch_size: int, seed: int, start_step: int, n_steps: int):
+        self.pixels, self.batch_size, self.seed = pixels, batch_size, seed
+        self.start_step, self.n_steps = start_step, n_steps
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        step = self.start_step + i
+        index = batch_indices(len(self.pixels), self.batch_size, step, self.seed)
+        return step, *self.pixels.batch(index), index
+
+
+def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step: int = 0) -> Iterator[Batch]:
+    """Yield the batches of steps start_step, start_step + 1, ... up to the run's last.
+
+    Args:
+        config: sizes, laws, seed and number of steps.
+        pixels: decoded images.
+        device: crops are cut there.
+        start_step: a run resumed at this step.
+    """
+    n_steps, settings = config.run.steps - start_step, config.run
+    steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps)
+    for step, images, sizes, index in DataLoader(steps, batch_size=None, num_workers=settings.workers):
+        yield make_batch(config, step, images.to(device, non_blocking=True), sizes, index)
+
+
+def make_batch(config: RunConfig, step: int, images: Tensor, sizes: Tensor, index: Tensor) -> Batch:
+    """Cut and mask the images of one step, on the device where they are."""
+    *laws_global, law_local = crop_laws(config.crops)
+    seeds = [crop_seed(config.run.seed, step, int(i)) for i in index]
+    crops_global, crops_local = multi_crop(images, sizes, laws_global, law_local, config.crops.n_local, seeds)
+    side, patch_size = config.crops.global_size, config.vit.patch_size
+    grid = (side // patch_size, side // patch_size)
+    generator = torch.Generator().manual_seed(crop_seed(config.run.seed, step, MASKS))
+    masks = batch_masks(len(laws_global) * len(index), grid, generator, config.masks.probability, config.masks.ratio,
+                        largest_block(config.masks, side, patch_size))  # fmt: skip
+    masks = masks.view(len(laws_global), len(index), -1).to(images.device)
+    return collate(crops_global, crops_local, masks, index)

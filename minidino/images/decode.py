@@ -1,0 +1,209 @@
+"""Bytes of unknown origin in, one upright 8-bit RGB picture out, or a reason in plain words.
+
+What is decided here, for every image file there is:
+  - the format is told from the bytes, never from the name; only formats that Pillow decodes by itself (no Ghostscript);
+  - the size is read from the header and refused before a pixel is decoded;
+  - cut or damaged files are refused whole, even if only the last byte is missing; damage that a decoder cannot notice
+    (flipped bits inside a JPEG) passes;
+  - animations and multi-page files give their first frame; transparency is laid over white;
+  - deep pixels are scaled to 0..255, not clipped; embedded colour profiles are not applied.
+"""
+
+import io
+import re
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "QOI", "SGI")
+MAX_ASPECT = 4
+ORIENTATION = 0x0112
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+UPRIGHT = {  # EXIF orientation -> what brings the picture upright; 1 and whatever is not listed: nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIGNATURES = (  # what a file that Pillow cannot open most likely is; the first match names it
+    (rb"\x1f\x8b", "not an image: gzip data"),
+    (rb"PK[\x03\x05]", "not an image: a zip archive"),
+    (rb".{257}ustar", "not an image: a tar archive"),
+    (rb"%PDF", "not an image: a PDF document"),
+    (rb"....ftyp(heic|heix|mif1|msf1)", "a HEIF picture, which Pillow cannot decode; convert it to JPEG or PNG"),
+    (rb"\s*(<\?xml.*)?<svg", "not an image: an SVG drawing has no pixels"),
+    (rb"\s*<(!doctype )?html", "not an image: an HTML page"),
+    (rb"\xff\xd8", "damaged JPEG: no readable header"),
+    (rb"\x89PNG", "damaged PNG: no readable header"),
+    (rb"GIF8", "damaged GIF: no readable header"),
+    (rb"BM", "damaged BMP: no readable header"),
+    (rb"II\*|MM\x00\*", "damaged TIFF: no readable header"),
+    (rb"[\t\n\r\x20-\x7e]*\Z", "not an image: text"),
+)
+
+
+class BadImage(ValueError):
+    """A file that cannot become pixels; the message is the reason, in plain words."""
+
+
+def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
+    """Turn the bytes of any image file into an upright RGB picture, or say why not.
+
+    Args:
+        data: the whole file.
+        max_pixels: width times height, in pixels, above which a picture is refused before it is decoded;
+            the default keeps the peak below 1 GiB.
+    Returns:
+        A loaded Pillow image of mode RGB that holds no reference to `data`.
+    Raises:
+        BadImage: not an image, damaged, cut short, or larger than max_pixels; the message says which.
+    Differs: Pillow alone accepts a PNG whose data ends early and leaves the rest black; here it is refused.
+        EXIF orientation is applied, and ignored where the EXIF block is damaged or the value lies outside 1..8.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = int(re.search(r"\d+", str(error))[0])
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise BadImage(f"claims {pixels:,} pixels, more than the limit of {limit:,}") from None
+    except UnidentifiedImageError:
+        raise BadImage(_what_is(data)) from None
+    except Exception as error:  # hostile bytes make plugins raise anything: ValueError, KeyError, OverflowError, ...
+        raise BadImage(f"damaged header: {_words(error)}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}")
+    if width * height == 0:
+        raise BadImage(f"{width} x {height} px has no pixels")
+    try:
+        if image.format == "PNG":
+            _refuse_missing_rows(data)
+        image.load()
+        return _to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Exception as error:  # as above
+        raise BadImage(f"damaged {image.format}: {_words(error)}") from None
+
+
+def shrink(image: Image.Image, short_side: int) -> Image.Image:
+    """Bring the shorter side down to `short_side` pixels (bicubic, antialiased); smaller pictures are never enlarged.
+
+    Panoramas are first cropped in the centre to 4:1, so that one of them cannot fill a batch.
+    """
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) > longest:
+        image = image.crop(_centre_box(width, height, min(width, longest), min(height, longest)))
+        width, height = image.size
+    scale = short_side / min(width, height)
+    if scale >= 1:
+        return image
+    return image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Cut the largest centred square out and resize it to `size` x `size` pixels (bicubic, antialiased)."""
+    side = min(image.size)
+    box = _centre_box(*image.size, side, side)
+    return image.crop(box) if side == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _centre_box(width: int, height: int, new_width: int, new_height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a centred window, in whole pixels."""
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return left, top, left + new_width, top + new_height
+
+
+def _what_is(data: bytes) -> str:
+    """Name the content of a file that no decoder recognises."""
+    if not data:
+        return "empty file"
+    for pattern, words in SIGNATURES:
+        if re.match(pattern, data[:1024], re.DOTALL | re.IGNORECASE):
+            return words
+    return "not an image: unknown content"
+
+
+def _words(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF (or XMP) orientation."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except Exception:  # a damaged EXIF block raises anything, and says nothing against the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow to RGB: deep pixels scaled, colour spaces converted, transparency over white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey to 8-bit grey (with alpha where a transparent grey level is declared).
+
+    The full scale is the declared one: 65535 for 16 bits, 4095 for a 12-bit TIFF. 32-bit integers and floats declare
+    none: [0, 1] floats, [0, 255] floats and [0, 65535] integers are taken as such, anything else runs from its own
+    minimum to its own maximum.
+    """
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise BadImage("pixels are not finite numbers")
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        bits = tags.get(TIFF_BITS, (16,))[0]
+        low, high = 0.0, 2.0**bits - 1
+        if tags.get(TIFF_PHOTOMETRIC) == 0:  # white is zero, which Pillow turns round for 8 bits only
+            low, high = high, low
+    else:
+        for top in (1, 255) if image.mode == "F" else (65535,):
+            if low >= 0 and high <= top:
+                low, high = 0.0, float(top)
+                break
+    scale = 255 / (high - low) if high != low else 0.0
+    grey = Image.fromarray(((values - np.float32(low)) * np.float32(scale) + np.float32(0.5)).astype(np.uint8))
+    if isinstance(key := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _refuse_missing_rows(data: bytes) -> None:
+    """Raise BadImage where the compressed data of a PNG is shorter than its header promises."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    adam7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    expected = 0
+    for left, top, step_x, step_y in adam7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // step_x), -((top - height) // step_y)
+        expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    found, inflate, position = 0, zlib.decompressobj(), 8
+    while position + 8 <= len(data) and found < expected:
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if kind == b"IDAT":
+            packed = data[position + 8 : position + 8 + length]
+            while packed and found < expected:
+                found += len(inflate.decompress(packed, 1 << 20))
+                packed = inflate.unconsumed_tail
+        position += 12 + length
+    if found < expected:
+        raise BadImage(f"damaged PNG: pixel data ends after {found:,} of {expected:,} bytes")

@@ -1,0 +1,155 @@
+"""One batch in, the weighted losses out: the one place where all pieces meet.
+
+    teacher(whole global crops)                       -> targets
+    student(global crops with holes, local crops)     -> DINO on class tokens + iBOT on hidden patches + KoLeo
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidino.images.batches import Batch
+from minidino.learning.losses import (
+    AllReduce,
+    alone,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+    softmax_center,
+    update_center,
+)
+from minidino.learning.teacher import Network
+
+Temperatures = float | tuple[float, float]  # of class tokens and of patches
+
+
+class Center(NamedTuple):
+    """Running means of the teacher's logits, for targets="centering"."""
+
+    dino: Float[Tensor, "1 K"]
+    ibot: Float[Tensor, "1 K"]
+
+
+class Targets(NamedTuple):
+    dino: Float[Tensor, "G B K"]
+    ibot: Float[Tensor, "M K"] | None  # None: iBOT is off
+
+
+class TeacherLogits(NamedTuple):
+    dino: Float[Tensor, "G B K"]
+    ibot: Float[Tensor, "M K"] | None
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Network, batch: Batch, ibot: bool = True) -> TeacherLogits:
+    """What the teacher says of the whole global crops: of each image, and of the patches that the student won't see."""
+    n_global, n_images = batch.crops_global.shape[:2]
+    tokens = teacher.backbone.forward_features(batch.crops_global.flatten(0, 1))
+    dino = teacher.dino_head(tokens.x_norm_clstoken).unflatten(0, (n_global, n_images))
+    if not ibot:
+        return TeacherLogits(dino, None)
+    return TeacherLogits(dino, teacher.ibot_head(tokens.x_norm_patchtokens[batch.masks.flatten(0, 1)]))
+
+
+def make_targets(
+    logits: TeacherLogits,
+    teacher_temp: Temperatures,
+    all_reduce: AllReduce = alone,
+    targets: str = "sinkhorn",
+    center: Center | None = None,
+) -> tuple[Targets, Center | None]:
+    """Turn logits into targets; the views of a batch are balanced together. Also the next center, if centring.
+
+    Raises:
+        ValueError: targets neither "sinkhorn" nor "centering".
+    """
+    temps = teacher_temp if isinstance(teacher_temp, tuple) else (teacher_temp, teacher_temp)
+    if targets == "sinkhorn":
+        shape = logits.dino.shape
+        dino = sinkhorn_knopp(logits.dino.flatten(0, 1), temps[0], all_reduce=all_reduce).view(shape)
+        ibot = None if logits.ibot is None else sinkhorn_knopp(logits.ibot, temps[1], all_reduce=all_reduce)
+        return Targets(dino, ibot), None
+    if targets != "centering":
+        raise ValueError(f"expected targets 'sinkhorn' or 'centering', got {targets!r}")
+    patches = logits.dino.new_zeros(0, 1) if logits.ibot is None else logits.ibot
+    if center is None:
+        center = Center(logits.dino.new_zeros(1, logits.dino.shape[-1]), patches.new_zeros(1, patches.shape[-1]))
+    ibot = None if logits.ibot is None else softmax_center(logits.ibot, center.ibot, temps[1])
+    following = Center(
+        update_center(center.dino, logits.dino.flatten(0, 1), all_reduce=all_reduce),
+        center.ibot if logits.ibot is None else update_center(center.ibot, logits.ibot, all_reduce=all_reduce),
+    )
+    return Targets(softmax_center(logits.dino, center.dino, temps[0]), ibot), following
+
+
+def student_losses(
+    student: Network,
+    batch: Batch,
+    targets: Targets,
+    weights: Mapping[str, float],
+    student_temp: float = 0.1,
+    koleo_views: str = "released",
+    ibot_divisor: str = "released",
+    dino_divisor: str = "fixed",
+) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
+    """The student's weighted losses, and its class tokens of the global crops.
+
+    Args:
+        weights: of "dino", "ibot" and "koleo"; with targets.ibot None there are no holes either.
+        koleo_views: "released" spreads both global views, "paper" the first alone.
+        ibot_divisor: "released" divides by all global crops, "paper" by the masked ones: about twice as much.
+        dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
+    """
+    n_global, n_images = batch.crops_global.shape[:2]
+    n_local = len(batch.crops_local)
+    masks = None if targets.ibot is None else batch.masks.flatten(0, 1)
+    views, view_masks = [batch.crops_global.flatten(0, 1)], [masks]
+    if n_local:
+        views, view_masks = [*views, batch.crops_local.flatten(0, 1)], [*view_masks, None]
+    tokens = student.backbone.forward_packed(views, view_masks)
+    class_tokens = torch.cat([t.x_norm_clstoken for t in tokens])  # (V * B, D)
+    logits = student.dino_head(class_tokens).unflatten(0, (n_global + n_local, n_images))
+    dino = dino_loss(logits, targets.dino, student_temp)
+    if n_local == 0 and dino_divisor == "released":
+        dino = dino * 2 / 3
+    losses = {"dino": weights["dino"] * dino, "ibot": dino.new_zeros(()), "koleo": dino.new_zeros(())}
+    if masks is not None:
+        hidden = student.ibot_head(tokens[0].x_norm_patchtokens[masks])
+        n_crops = len(masks) if ibot_divisor == "released" else max(int(masks.any(-1).sum()), 1)
+        losses["ibot"] = weights["ibot"] * ibot_loss(hidden, targets.ibot, batch.mask_weights, n_crops, student_temp)
+    class_tokens = class_tokens[: n_global * n_images].unflatten(0, (n_global, n_images))
+    if weights["koleo"]:
+        spread = class_tokens if koleo_views == "released" else class_tokens[:1]
+        losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(view) for view in spread]).sum()
+    return losses, class_tokens
+
+
+def ssl_losses(
+    student: Network,
+    teacher: Network,
+    batch: Batch,
+    teacher_temp: Temperatures,
+    weights: Mapping[str, float],
+    all_reduce: AllReduce = alone,
+    targets: str = "sinkhorn",
+    center: Center | None = None,
+) -> dict[str, Tensor]:
+    """DINOv2's objective of one batch: {"dino", "ibot", "koleo"}, already weighted; their sum is what is minimised.
+
+    Args:
+        student, teacher: anything with `backbone`, `dino_head` and `ibot_head`.
+        teacher_temp: one temperature, or (of class tokens, of patches).
+        weights: of "dino", "ibot" and "koleo". A weight of 0 leaves the term out; without iBOT there are no holes.
+        center: from the step before, for targets="centering"; None starts from zeros. The train loop, which keeps
+            it, calls the three steps below itself.
+    Returns:
+        Scalars, nats, float32; "koleo" is weight * (sum over the two global views).
+    Source: DINOv2 paper, section 4; official dinov2/train/ssl_meta_arch.py forward_backward (b8931f7).
+    """
+    logits = teacher_logits(teacher, batch, ibot=weights["ibot"] > 0)
+    probs, _ = make_targets(logits, teacher_temp, all_reduce, targets, center)
+    return student_losses(student, batch, probs, weights)[0]

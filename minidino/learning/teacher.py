@@ -1,0 +1,69 @@
+"""Student and teacher: one network twice, the second a slow average of the first."""
+
+import copy
+
+import torch
+from torch import nn
+
+from minidino.config import HeadConfig, RunConfig
+from minidino.model.heads import DINOHead
+from minidino.model.vit import VisionTransformer, build_vit
+
+
+class Network(nn.Module):
+    """A backbone with its heads: class tokens go through dino_head, masked patches through ibot_head.
+
+    Tied heads are one module under two names.
+    """
+
+    def __init__(self, backbone: VisionTransformer, dino_head: DINOHead, ibot_head: DINOHead | None = None):
+        super().__init__()
+        self.backbone, self.dino_head = backbone, dino_head
+        self.ibot_head = dino_head if ibot_head is None else ibot_head
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules whose gradients are clipped each for itself; tied heads once."""
+        parts = {"backbone": self.backbone, "dino_head": self.dino_head}
+        return parts if self.ibot_head is self.dino_head else parts | {"ibot_head": self.ibot_head}
+
+
+def build_backbone(config: RunConfig) -> VisionTransformer:
+    """The backbone of a config, its positions stored for the grid of a global crop."""
+    v = config.vit
+    return build_vit(
+        v.name, patch_size=v.patch_size, img_size=config.crops.global_size, num_register_tokens=v.num_register_tokens,
+        ffn=v.ffn, layerscale=v.layerscale, drop_path_rate=v.drop_path_rate, drop_path=v.drop_path,
+        interpolate_offset=v.interpolate_offset, interpolate_antialias=v.interpolate_antialias,
+        attention=v.attention, width=v.width, depth=v.depth, heads=v.heads,
+    )  # fmt: skip
+
+
+def build_head(h: HeadConfig, in_dim: int, ibot: bool = False) -> DINOHead:
+    """The head of class tokens, or that of masked patches."""
+    n_prototypes = (h.ibot_n_prototypes if ibot else None) or h.n_prototypes
+    bottleneck_dim = (h.ibot_bottleneck_dim if ibot else None) or h.bottleneck_dim
+    return DINOHead(
+        in_dim, n_prototypes, h.hidden_dim, bottleneck_dim, h.n_layers, h.weight_norm, mlp_gain=h.mlp_gain,
+        prototype_std=h.prototype_std, freeze_g=h.weight_g == "paper",
+    )  # fmt: skip
+
+
+def build_student(config: RunConfig) -> Network:
+    """A fresh student; the seed of torch's global generator decides its weights."""
+    backbone = build_backbone(config)
+    dino_head = build_head(config.heads, backbone.width)
+    return Network(backbone, dino_head, None if config.heads.tied else build_head(config.heads, backbone.width, True))
+
+
+def make_teacher(student: Network) -> Network:
+    """A copy that never sees a gradient and never drops a path."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
+    """Move the teacher a little towards the student: t = momentum * t + (1 - momentum) * s.
+
+    Source: DINOv2 paper, section 4; official dinov2/train/ssl_meta_arch.py update_teacher (b8931f7).
+    """
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

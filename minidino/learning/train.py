@@ -1,0 +1,205 @@
+"""The loop: one batch, one update, one record.
+
+`train` is a generator. It learns and tells; probing, saving and drawing are done by whoever watches:
+
+    state = start(config, device)
+    for record in train(config, pixels, state):
+        ...  # state.teacher, state.step and the record are there to look at
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidino.config import RunConfig
+from minidino.images.batches import Batch, batches
+from minidino.images.crops import crop_seed
+from minidino.images.datasets import Pixels
+from minidino.learning import doctor
+from minidino.learning.objective import (
+    Center,
+    Targets,
+    TeacherLogits,
+    make_targets,
+    student_losses,
+    teacher_logits,
+)
+from minidino.learning.optim import Schedule, clip_gradients, cosine_schedule, last_layer_lr, linear_schedule
+from minidino.learning.optim import parameter_groups
+from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
+
+DROPS = -3  # stands in for an image index in the seed of a step's stochastic depth
+PATIENCE = 20  # steps in a row whose loss may be NaN before the run stops
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class State:
+    """All that changes while a run learns; `save` and `load` make it survive the process."""
+
+    student: Network
+    teacher: Network
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    center: Center | None = None
+    step: int = 0  # updates done
+    skipped: int = 0  # updates left out in a row, because the loss was not a number
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "center": None if self.center is None else tuple(self.center), "step": self.step, "skipped": self.skipped,
+        }  # fmt: skip
+
+    def load(self, saved: dict[str, Any]) -> None:
+        for name in ("student", "teacher", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.center = None if saved["center"] is None else Center(*saved["center"])
+        self.step, self.skipped = saved["step"], saved["skipped"]
+
+
+def start(config: RunConfig, device: torch.device) -> State:
+    """A fresh student, its teacher and optimizer; the run's seed decides the weights."""
+    torch.manual_seed(config.run.seed)
+    student = build_student(config).to(device).train()
+    o = config.optim
+    groups = parameter_groups(student, o.layerwise_decay, o.patch_embed_lr_mult, decay_tokens=o.decay_tokens)
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16")
+    return State(student, make_teacher(student), optimizer, scaler)
+
+
+def schedules(config: RunConfig) -> dict[str, Schedule]:
+    """Every number that moves during a run, as a function of the step."""
+    o, t, w, steps = config.optim, config.teacher, config.loss, config.run.steps
+    warmup = round(o.warmup_frac * steps)
+    lr = cosine_schedule(o.lr, o.final_lr, steps, warmup, 0.0 if o.warmup_start == "released" else o.lr / max(warmup, 1))
+
+    def ibot(step: int) -> float:
+        done, first, full = step / steps, w.ibot_start_frac, w.ibot_full_frac
+        return w.ibot * (min(1.0, (done - first) / (full - first)) if full > first else 1.0) if done >= first else 0.0
+
+    return {
+        "lr": lr,
+        "last_layer_lr": last_layer_lr(lr, round(o.freeze_last_layer_frac * steps)),
+        "weight_decay": cosine_schedule(o.weight_decay, o.final_weight_decay, steps),
+        "momentum": cosine_schedule(t.momentum, t.final_momentum, steps),
+        "teacher_temp": linear_schedule(t.warmup_temp, t.temp, round(t.warmup_frac * steps)),
+        "ibot_weight": ibot,
+    }
+
+
+def train(config: RunConfig, pixels: Pixels, state: State) -> Iterator[dict[str, Any]]:
+    """Learn from the state's step to the run's last; one record a step, with readings every run.log_every steps.
+
+    Args:
+        config: the whole run.
+        pixels: decoded training images.
+        state: changed in place; fresh from `start`, or loaded.
+    Yields:
+        {"step", "images", "seconds"} and, when read: the losses, the schedules, what the doctor watches.
+        `seconds` counts from the call, without the time the watcher takes.
+    Raises:
+        FloatingPointError: the loss was not a number for 20 steps in a row.
+    """
+    device = next(state.student.parameters()).device
+    plan, seconds, clock = schedules(config), 0.0, time.perf_counter()
+    for batch in batches(config, pixels, device, state.step):
+        now = {name: schedule(state.step) for name, schedule in plan.items()}
+        read = state.step % config.run.log_every == 0 or state.step == config.run.steps - 1
+        readings = _update(config, state, batch, now, read)
+        record = {"step": state.step, "images": (state.step + 1) * config.optim.batch_size, **readings}
+        state.step += 1
+        seconds += time.perf_counter() - clock
+        yield record | {"seconds": round(seconds, 3)}
+        clock = time.perf_counter()
+
+
+def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float], read: bool) -> dict[str, Any]:
+    """One update of the student, then of the teacher."""
+    torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS))
+    state.optimizer.zero_grad(set_to_none=True)
+    losses, targets, class_tokens, center = _backward(config, state, batch, now)
+    loss = sum(losses.values()).item()
+    good = math.isfinite(loss)
+    norms = _step_optimizer(config, state, now) if good else {}
+    state.skipped = 0 if good else state.skipped + 1
+    if state.skipped >= PATIENCE:
+        raise FloatingPointError(f"the loss was not a number for {PATIENCE} steps up to step {state.step}; see doctor")
+    if good:
+        update_teacher(state.teacher, state.student, now["momentum"])
+        state.center = center
+    if good and not read:
+        return {}
+    schedule = {name: value for name, value in now.items() if name != "last_layer_lr"}
+    parts = {name: value.item() for name, value in losses.items()}
+    return {"loss": loss, **parts, **schedule, **norms, **_vital_signs(targets.dino, class_tokens)}
+
+
+def _backward(
+    config: RunConfig, state: State, batch: Batch, now: dict[str, float]
+) -> tuple[dict[str, Tensor], Targets, Tensor, Center | None]:
+    """Gradients of a batch, computed in parts; the teacher's targets are balanced over the whole of it.
+
+    KoLeo looks for neighbours within a part.
+    """
+    w, n_parts = config.loss, config.optim.accumulate
+    weights = {"dino": w.dino, "ibot": now["ibot_weight"], "koleo": w.koleo}
+    device = batch.crops_global.device
+    autocast = torch.autocast(device.type, DTYPES[config.run.precision], enabled=config.run.precision != "fp32")
+    parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
+    with autocast:
+        logits = [teacher_logits(state.teacher, part, ibot=weights["ibot"] > 0) for part in parts]
+    n_hidden = [0 if part.ibot is None else len(part.ibot) for part in logits]
+    ibot = None if logits[0].ibot is None else torch.cat([part.ibot for part in logits])
+    patch_temp = now["teacher_temp"] if config.teacher.patch_temp is None else config.teacher.patch_temp
+    targets, center = make_targets(
+        TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
+        targets=w.targets, center=state.center,
+    )  # fmt: skip
+    losses, class_tokens = {}, None
+    dinos = targets.dino.chunk(n_parts, dim=1)
+    ibots = [None] * n_parts if ibot is None else targets.ibot.split(n_hidden)
+    for part, dino, ibot in zip(parts, dinos, ibots, strict=True):
+        with autocast:
+            shares, class_tokens = student_losses(
+                state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views, w.ibot_divisor,
+                w.dino_divisor,
+            )  # fmt: skip
+        state.scaler.scale(sum(shares.values()) / n_parts).backward()
+        losses = {name: losses.get(name, 0) + share.detach() / n_parts for name, share in shares.items()}
+    return losses, targets, class_tokens, center
+
+
+def _slices(n: int, n_parts: int) -> list[slice]:
+    size = n // n_parts
+    return [slice(i * size, (i + 1) * size) for i in range(n_parts)]
+
+
+def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> dict[str, float]:
+    """Clip and step; the gradient norms before clipping."""
+    state.scaler.unscale_(state.optimizer)
+    norms = clip_gradients(state.student.parts(), config.optim.clip, config.optim.clip_scope)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["lr_mult"] * now["last_layer_lr" if group["is_last_layer"] else "lr"]
+        group["weight_decay"] = group["wd_mult"] * now["weight_decay"]
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return {f"grad_norm_{name}": norm.item() for name, norm in norms.items()}
+
+
+def _vital_signs(targets: Tensor, class_tokens: Tensor) -> dict[str, float]:
+    """What tells learning from collapse: see `minidino.learning.doctor`."""
+    probs, features = targets.flatten(0, 1), class_tokens[0].detach().float()
+    spread = doctor.feature_spread(features)
+    return {
+        "teacher_entropy": doctor.entropy(probs), "prototypes_used": doctor.prototypes_used(probs).perplexity,
+        "rankme": doctor.rankme(features), "feature_std": spread.std, "mean_cosine": spread.mean_cosine,
+    }  # fmt: skip

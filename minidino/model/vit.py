@@ -1,0 +1,448 @@
+"""Vision Transformer with the official DINOv2 parameter names, run over packed crops.
+
+    images (B, 3, H, W) -> patches (B, N, D) -> [cls | registers | patches] (B, T, D) -> packed rows (sum of B*T, D)
+    -> blocks -> norm -> Tokens
+
+Crops of several sizes go through the blocks as rows of one matrix; only attention has to know where a crop ends.
+A *group* is a batch of crops of one size, written (crops, tokens per crop).
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from minidino.model.attention import attention, attention_weights, resolve
+
+Groups = list[tuple[int, int]]  # (crops, tokens per crop), in packed order
+Residual = Callable[[Tensor, Groups], Tensor]
+
+# name: width D, depth, heads h, published feed-forward
+SIZES = {
+    "vit_tiny": (192, 12, 3, "mlp"),  # not published by DINOv2; DeiT's
+    "vit_small": (384, 12, 6, "mlp"),
+    "vit_base": (768, 12, 12, "mlp"),
+    "vit_large": (1024, 24, 16, "mlp"),  # the distilled one; the from-scratch ablations use swiglu
+    "vit_giant2": (1536, 40, 24, "swiglu"),
+}
+
+
+class Tokens(NamedTuple):
+    """What the backbone says of B images, by the official names; the x_norm_ ones are after the final norm."""
+
+    x_norm_clstoken: Tensor  # (B, D)
+    x_norm_regtokens: Tensor  # (B, R, D)
+    x_norm_patchtokens: Tensor  # (B, N, D)
+    x_prenorm: Tensor  # (B, T, D), T = 1 + R + N
+    masks: Tensor | None  # (B, N) as given
+
+
+def build_vit(
+    name: str,
+    *,
+    patch_size: int = 14,
+    img_size: int = 518,
+    num_register_tokens: int = 0,
+    ffn: str | None = None,
+    layerscale: float | None = 1.0,
+    drop_path_rate: float = 0.0,
+    interpolate_offset: float = 0.1,
+    interpolate_antialias: bool = False,
+    in_chans: int = 3,
+    attention: str = "auto",
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    drop_path: str = "subset",
+) -> "VisionTransformer":
+    """Build a randomly initialised Vision Transformer of a published size.
+
+    Args:
+        name: "vit_tiny", "vit_small", "vit_base", "vit_large" or "vit_giant2".
+        patch_size: pixels of a patch side, P.
+        img_size: pixels of the square image whose patch grid the position embedding is stored for.
+        num_register_tokens: R; 4 in the published register models.
+        ffn: "mlp", "swiglu", or None for the published choice for that name.
+        layerscale: start value of the residual gains; 1e-5 for training, None or 0 removes them.
+        drop_path_rate: fraction of the residuals left out while training, the same in every block.
+        interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`; 0.1 and False for the published
+            models without registers, 0.0 and True for those with.
+        attention: "auto", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
+        width, depth, heads: replace those of the name, for models that fit a laptop.
+        drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
+    Raises:
+        ValueError: an unknown name or choice, or sizes that do not divide.
+    Source: DINOv2 paper, table 17; official dinov2/hub/backbones.py (b8931f7).
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown backbone {name!r}: expected one of {', '.join(SIZES)}")
+    named_width, named_depth, named_heads, named_ffn = SIZES[name]
+    return VisionTransformer(
+        width=width or named_width,
+        depth=depth or named_depth,
+        heads=heads or named_heads,
+        ffn=ffn or named_ffn,
+        patch_size=patch_size,
+        img_size=img_size,
+        num_register_tokens=num_register_tokens,
+        layerscale=layerscale,
+        drop_path_rate=drop_path_rate,
+        interpolate_offset=interpolate_offset,
+        interpolate_antialias=interpolate_antialias,
+        in_chans=in_chans,
+        attention=attention,
+        drop_path=drop_path,
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into P x P patches and map each to D numbers, row by row."""
+
+    def __init__(self, patch_size: int, in_chans: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        patch_size = self.proj.stride[0]
+        for side in images.shape[-2:]:
+            if side % patch_size:
+                raise ValueError(f"crop side {side} px is not a multiple of patch_size {patch_size} px")
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, D, Hp, Wp) -> (B, N, D)
+
+
+def interpolate_pos_embed(
+    pos_embed: Float[Tensor, "1 S D"], grid: tuple[int, int], offset: float = 0.1, antialias: bool = False
+) -> Float[Tensor, "1 S2 D"]:
+    """Stretch a square position embedding over another patch grid; the first position (cls) is kept.
+
+    Bicubic, in float32, from the stored M x M grid. An offset asks for the scale (Hp + offset) / M instead of the
+    size Hp; the scale moves the sampling points, so the two differ slightly.
+
+    Args:
+        pos_embed: 1 + M*M positions.
+        grid: (Hp, Wp) wanted. The stored grid itself is returned untouched.
+        offset: patches added to each side before dividing; 0 asks by size.
+    Source: official dinov2/models/vision_transformer.py (b8931f7), interpolate_pos_encoding.
+    """
+    side = int((pos_embed.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return pos_embed
+    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, M, M)
+    if offset:
+        target = {"scale_factor": ((grid[0] + offset) / side, (grid[1] + offset) / side)}
+    else:
+        target = {"size": grid}
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **target)  # (1, D, Hp, Wp)
+    if patches.shape[-2:] != grid:
+        got = tuple(patches.shape[-2:])
+        raise ValueError(f"interpolate_offset {offset} gives a grid of {got}, expected {grid}; use 0.0")
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+class Attention(nn.Module):
+    """Self-attention inside each crop of a packed sequence."""
+
+    def __init__(self, width: int, heads: int, impl: str):
+        super().__init__()
+        self.heads, self.impl = heads, impl
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def split_heads(self, x: Float[Tensor, "T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (T, h, d)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+
+    def forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
+        return self.proj(attention(*self.split_heads(x), seqlens_of(groups), self.impl).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Feed-forward of width 4 D: fc2(gelu(fc1(x)))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward with as many parameters as the MLP: w3(silu(gate) * up), [gate | up] = w12(x)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = swiglu_hidden(width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+def swiglu_hidden(width: int) -> int:
+    """Two thirds of 4 D, rounded up to a multiple of 8: 1024, 2048, 2736, 4096 for D = 384, 768, 1024, 1536."""
+    return (int(4 * width * 2 / 3) + 7) // 8 * 8
+
+
+class LayerScale(nn.Module):
+    """One learned gain per channel, so that a residual can start near nothing."""
+
+    def __init__(self, width: int, start: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        return x * self.gamma
+
+
+def drop_path_scale(x: Float[Tensor, "T D"], residual: Residual, groups: Groups, rate: float) -> Float[Tensor, "T D"]:
+    """Add a residual to the crops that win a coin toss, enlarged so that the mean is the plain sum; readable.
+
+        x + keep / (1 - rate) * residual(x)        keep ~ Bernoulli(1 - rate), one toss per crop
+
+    Args:
+        x: crops packed end to end, as `groups` says.
+        residual: (rows, their groups) -> rows; each crop must go its own way through it.
+        rate: fraction dropped, in [0, 1). 0 draws nothing.
+    Source: Huang et al. 2016; official dinov2/layers/drop_path.py (b8931f7).
+    """
+    if rate == 0:
+        return x + residual(x, groups)
+    keep = [torch.rand(crops, device=x.device).lt(1 - rate).repeat_interleave(n) for crops, n in groups]
+    return x + residual(x, groups) * (torch.cat(keep).to(x.dtype) / (1 - rate))[:, None]
+
+
+def drop_path_subset(x: Float[Tensor, "T D"], residual: Residual, groups: Groups, rate: float) -> Float[Tensor, "T D"]:
+    """Add a residual to an exact number of randomly chosen crops, and compute it for those alone; fast.
+
+        x[kept] += B / n_kept * residual(x[kept])        n_kept = max(int(B * (1 - rate)), 1), in each group alone
+
+    Unbiased like `drop_path_scale`, whose arguments it takes, with less spread; a group of one crop is never dropped.
+
+    Source: DINOv2 paper, section 5, efficient stochastic depth; official dinov2/layers/block.py (b8931f7).
+    """
+    if rate == 0:
+        return x + residual(x, groups)
+    kept_groups, rows, scales, start = [], [], [], 0
+    for crops, n in groups:
+        n_kept = max(int(crops * (1 - rate)), 1)
+        kept = torch.randperm(crops, device=x.device)[:n_kept]
+        rows.append((start + kept[:, None] * n + torch.arange(n, device=x.device)).flatten())  # (n_kept * n,)
+        scales.append(x.new_full((n_kept * n, 1), crops / n_kept))
+        kept_groups.append((n_kept, n))
+        start += crops * n
+    index = torch.cat(rows)
+    return x.index_add(0, index, (residual(x.index_select(0, index), kept_groups) * torch.cat(scales)).to(x.dtype))
+
+
+DROP_PATH = {"subset": drop_path_subset, "scale": drop_path_scale}
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each is normed before, scaled after and added to the stream."""
+
+    def __init__(self, width: int, heads: int, ffn: str, layerscale: float | None, rate: float, drop: str, impl: str):
+        super().__init__()
+        self.drop_path_rate, self.drop_path = rate, DROP_PATH[drop]
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, impl)
+        self.ls1 = LayerScale(width, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](width)
+        self.ls2 = LayerScale(width, layerscale) if layerscale else nn.Identity()
+
+    def attend(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
+        return self.ls1(self.attn(self.norm1(x), groups))
+
+    def feed_forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
+        rate = self.drop_path_rate if self.training else 0.0
+        x = self.drop_path(x, self.attend, groups, rate)  # the two residuals draw their crops independently
+        return self.drop_path(x, self.feed_forward, groups, rate)
+
+
+class VisionTransformer(nn.Module):
+    """The backbone; see `build_vit` for the arguments.
+
+    Source: official dinov2/models/vision_transformer.py (b8931f7), DinoVisionTransformer.
+    Differs: always packed, without xFormers; in every rate the two residuals of a block drop independently (the
+        released code shares one draw module up to rate 0.1, and takes the subset above it).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        ffn: str,
+        patch_size: int,
+        img_size: int,
+        num_register_tokens: int,
+        layerscale: float | None,
+        drop_path_rate: float,
+        interpolate_offset: float,
+        interpolate_antialias: bool,
+        in_chans: int,
+        attention: str,
+        drop_path: str,
+    ):
+        super().__init__()
+        _check_one_of("ffn", ffn, ("mlp", "swiglu"))
+        _check_one_of("drop_path", drop_path, DROP_PATH)
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} px is not a multiple of patch_size {patch_size} px")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
+        self.width, self.depth, self.heads, self.patch_size = width, depth, heads, patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
+        impl = resolve(attention, torch.get_default_device())
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, width))
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, width))
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, ffn, layerscale, drop_path_rate, drop_path, impl) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw linear weights and positions from a normal cut at 2 in absolute value (std 0.02); the patch
+        convolution keeps torch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, images: Float[Tensor, "B C H W"], masks: Bool[Tensor, "B N"] | None) -> Float[Tensor, "B T D"]:
+        """Tokens before the first block: [cls | registers | patches]; masked patches are the mask token."""
+        patches = self.patch_embed(images)  # (B, N, D)
+        if masks is not None:
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        pos = interpolate_pos_embed(self.pos_embed, grid, self.interpolate_offset, self.interpolate_antialias)
+        tokens = [(self.cls_token + pos[:, :1]).expand(len(images), -1, -1)]  # registers have no position
+        if self.num_register_tokens:
+            tokens.append(self.register_tokens.expand(len(images), -1, -1))
+        return torch.cat([*tokens, patches + pos[:, 1:]], dim=1)  # (B, 1 + R + N, D)
+
+    def forward_packed(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        """Look at batches of several crop sizes in one pass; each crop attends to itself alone.
+
+        Args:
+            images: one (B_i, 3, H_i, W_i) per group, normalised; sides are multiples of the patch size.
+            masks: for each group (B_i, N_i) bool, True = hidden behind the mask token, or None.
+        Returns:
+            One Tokens per group; equal to `forward_features` of each group alone when nothing is dropped.
+        Raises:
+            ValueError: a side that is not a multiple of the patch size, or not one mask (or None) per group.
+        Source: official dinov2/layers/block.py (b8931f7), NestedTensorBlock.forward_nested.
+        """
+        x, groups = self._pack(images, masks)
+        for block in self.blocks:
+            x = block(x, groups)
+        return [
+            Tokens(*self._split(normed), prenorm, mask)
+            for normed, prenorm, mask in zip(_unpack(self.norm(x), groups), _unpack(x, groups), masks)
+        ]
+
+    def forward_features(self, images: Float[Tensor, "B C H W"], masks: Bool[Tensor, "B N"] | None = None) -> Tokens:
+        """Look at one batch and return all its tokens; masked patches are seen as the mask token."""
+        return self.forward_packed([images], [masks])[0]
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Describe each image by its normed class token."""
+        return self.forward_features(images).x_norm_clstoken
+
+    def get_intermediate_layers(
+        self,
+        images: Float[Tensor, "B C H W"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patch tokens as they leave several blocks.
+
+        Args:
+            n: the last n blocks, or block indices from 0; the answer is in ascending order whatever theirs.
+            reshape: give (B, D, Hp, Wp) maps instead of (B, N, D).
+            return_class_token: give (patches, class token (B, D)) pairs.
+            norm: apply the one final norm to each of them.
+        Raises:
+            ValueError: a block that does not exist.
+        Source: official dinov2/models/vision_transformer.py (b8931f7).
+        """
+        wanted = set(range(self.depth - n, self.depth) if isinstance(n, int) else n)
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
+            raise ValueError(f"expected blocks from 0 to {self.depth - 1}, got {sorted(wanted)}")
+        x, groups = self._pack([images], [None])
+        layers = []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x, groups)
+            if i in wanted:
+                cls, _, patches = self._split(_unpack(self.norm(x) if norm else x, groups)[0])
+                if reshape:
+                    patches = patches.transpose(1, 2).unflatten(2, (images.shape[-2] // self.patch_size, -1))
+                layers.append((patches, cls) if return_class_token else patches)
+        return tuple(layers)
+
+    def attention_maps(self, images: Float[Tensor, "B C H W"], block: int = -1) -> Float[Tensor, "B h T T"]:
+        """Where each token looks in one block; rows are queries and sum to 1; order [cls | registers | patches]."""
+        x, groups = self._pack([images], [None])
+        last = self.blocks[block]
+        for layer in self.blocks[: block % self.depth]:
+            x = layer(x, groups)
+        q, k, _ = last.attn.split_heads(last.norm1(x))
+        return torch.stack(attention_weights(q, k, seqlens_of(groups)))
+
+    def _pack(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
+        """Embed each group and lay all crops end to end: (sum of B*T, D)."""
+        if len(images) != len(masks):
+            raise ValueError(f"expected a mask or None per group, got {len(images)} groups, {len(masks)} masks")
+        tokens = [self.embed(x, mask) for x, mask in zip(images, masks)]
+        groups = [(x.shape[0], x.shape[1]) for x in tokens]
+        rows = [x.flatten(0, 1) for x in tokens]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)), groups
+
+    def _split(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Class token (B, D), registers (B, R, D), patches (B, N, D)."""
+        n_registers = self.num_register_tokens
+        cls, registers, patches = x.split([1, n_registers, x.shape[1] - 1 - n_registers], dim=1)
+        return cls.squeeze(1), registers, patches
+
+
+def seqlens_of(groups: Groups) -> list[int]:
+    """Tokens of each crop, in packed order."""
+    return [n for crops, n in groups for _ in range(crops)]
+
+
+def _unpack(x: Float[Tensor, "T D"], groups: Groups) -> list[Tensor]:
+    """The groups of a packed sequence, each (crops, tokens, D)."""
+    return [part.unflatten(0, group) for part, group in zip(x.split([b * n for b, n in groups]), groups)]
+
+
+def _check_one_of(field: str, value: str, choices: Collection[str]) -> None:
+    """A text option is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {field} {value!r}: expected one of {', '.join(choices)}")

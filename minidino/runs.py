@@ -1,0 +1,203 @@
+"""The run folder: what a run is, what it measured, and how it goes on after it was killed.
+
+    config.json   environment.json   metrics.jsonl   checkpoints/step_00000200.pt   weights.safetensors   report.html
+
+A checkpoint is written beside its place, flushed to the disk and renamed: it is whole or it is not there. Metrics are
+cut back to the checkpoint on resume, so that no step is told twice.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minidino.config import RunConfig, from_json, to_json
+
+PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or the first of cuda, mps, cpu that is there.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if not there.get(name.split(":")[0], False):
+        raise ValueError(f"run.device: expected one of {[k for k, v in there.items() if v]} here, got {name!r}")
+    return torch.device(name)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory instead of giving it back to the kernel; True where that worked.
+
+    A training step frees and asks again for the same hundred megabytes, and each page that comes back from the
+    kernel is zeroed first: with the default settings that can cost more than the arithmetic.
+    """
+    if platform.system() != "Linux":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
+    return all(libc.mallopt(name, value) for name, value in settings)
+
+
+def environment(seed: int, device: torch.device) -> dict[str, Any]:
+    """What a number depends on besides the config: machine, versions, commit, date."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": _machine(device),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "seed": seed,
+        "commit": _commit(),
+        "versions": versions,
+        "command": sys.argv,
+    }
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        said = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return said.stdout.strip() or None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or not there, whenever the process dies."""
+    with atomic_path(path) as beside, open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes its real name when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Run:
+    """One run folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+
+    @classmethod
+    def create(cls, folder: str | Path, config: RunConfig, device: torch.device) -> "Run":
+        """Start a run folder; what an earlier run left there is replaced.
+
+        Raises:
+            FileExistsError: the folder holds something that is not a run.
+        """
+        run = cls(folder)
+        if run.folder.exists() and any(run.folder.iterdir()) and not run.config_path.exists():
+            raise FileExistsError(f"{run.folder} is not empty and not a run folder; choose another with --out")
+        run.metrics_path.unlink(missing_ok=True)
+        for _, path in run.saved():
+            path.unlink()
+        write_atomically(run.config_path, to_json(config).encode())
+        run.write_environment(config, device)
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    def config(self) -> RunConfig:
+        """Raises FileNotFoundError when the folder is not a run."""
+        if not self.config_path.exists():
+            raise FileNotFoundError(f"{self.folder} is not a run folder: it has no config.json")
+        return from_json(self.config_path.read_text())
+
+    def write_environment(self, config: RunConfig, device: torch.device) -> None:
+        text = json.dumps(environment(config.run.seed, device), indent=1)
+        write_atomically(self.folder / "environment.json", text.encode())
+
+    # -- metrics: one JSON object a line
+
+    def log(self, record: dict[str, Any]) -> None:
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every whole line; a last line that a kill cut in half is left out."""
+        if not self.metrics_path.exists():
+            return []
+        records = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def cut_records(self, step: int) -> None:
+        """Forget what was measured at this step and later: the run goes on from there."""
+        kept = [record for record in self.records() if record["step"] < step]
+        write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    # -- checkpoints
+
+    def saved(self) -> list[tuple[int, Path]]:
+        """(step, file) of the whole checkpoints, oldest first."""
+        files = sorted(self.checkpoints.glob("step_*.pt"))
+        return [(int(file.stem.removeprefix("step_")), file) for file in files]
+
+    def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
+        """Write the state before `step` and forget all but the newest `keep` checkpoints."""
+        path = self.checkpoints / f"step_{step:08d}.pt"
+        with atomic_path(path) as beside:
+            torch.save(state, beside)
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+        for _, old in self.saved()[:-keep]:
+            old.unlink()
+        return path
+
+    def load(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint, or None when the run was killed before the first."""
+        saved = self.saved()
+        if not saved:
+            return None
+        step, path = saved[-1]
+        return step, torch.load(path, map_location=device, weights_only=True)

@@ -1,0 +1,446 @@
+"""Any pile of files becomes pixels, labels and a quarantine; nothing is lost and nothing stops the run."""
+
+import csv
+import io
+import json
+import struct
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from minidino.images import datasets
+from minidino.images.datasets import Pixels, check_images, folder_labels, load_pixels, open_images, write_quarantine
+from minidino.images.decode import BadImage, decode, shrink, square
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+NASTY = DATA / "nasty" / "files"
+needs_data = pytest.mark.skipif(not NASTY.exists(), reason="shared/data/nasty is not here")
+
+REFUSED = {  # every nasty file that must not become a picture, and a word of its reason
+    "photo.heif": "HEIF", "gray_alpha.jp2": "damaged JPEG2000", "truncated_pillow.jpg": "truncated",
+    "truncated_pillow.png": "ends after", "broken_data_stream.png": "damaged PNG",
+    "truncated_end_chunk.png": "damaged PNG", "broken.png": "damaged PNG", "short.bmp": "truncated",
+    "bad_width.bmp": "274,877,898,816 pixels", "claims_huge.bmp": "6,000,000,000,000 pixels",
+    "claims_huge.gif": "4,364,696,535 pixels",
+    "claims_huge.ico": "4,294,836,225 pixels", "ultrahdr.jpg": "truncated", "zero_width.gif": "damaged GIF",
+    "text_chunk_bomb.png": "too large", "seek_too_large.tif": "damaged", "corrupt_ukbench.jpg": "unknown",
+    "zero_bytes.jpg": "empty file", "one_byte.jpg": "not an image", "html_named.jpg": "HTML", "json_named.png": "text",
+    "random_bytes.jpg": "unknown", "gzip_named.jpg": "gzip", "cut_header.jpg": "damaged", "cut_half.jpg": "truncated",
+    "cut_last_byte.jpg": "truncated", "progressive_cut.jpg": "truncated", "flat_10000.png": "10000 x 10000",
+    "flat_20000.png": "400,000,000 pixels", "flat_rgb_9000.png": "81,000,000 pixels, more than the limit of 64,000,000",
+    "idat_missing.png": "ends after", "vector.svg": "SVG", "svg_named.png": "SVG", "folder.jpg/inside.txt": "text",
+    "notes.txt": "text",
+}  # fmt: skip
+TURNED = {f"exif_orientation_6{s}" for s in (".png", ".webp", "_landscape.jpg")} | {"exif_orientation_8_portrait.jpg"}
+CHILD = """
+import json, resource, sys
+from minidino.images.datasets import check_images, open_images
+from minidino.images.decode import BadImage
+images = open_images(sys.argv[1], sys.argv[2])
+outcome = {}
+for i, name in enumerate(images.files):
+    try:
+        outcome[name] = images.image(i).size
+    except BadImage as reason:
+        outcome[name] = str(reason)
+print(json.dumps([outcome, check_images(images, progress=False), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def nasty(name: str) -> np.ndarray:
+    return np.asarray(decode((NASTY / name).read_bytes())).astype(float)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_folder(root: Path, members: dict[str, bytes]) -> Path:
+    for name, data in members.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+PNG = encoded(noise(6, 8))
+CLASSES = {f"set/{s}/{c}/{i}.png": encoded(noise(6, 8, i)) for s in ("train", "valid") for c in "ab" for i in range(2)}
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+@needs_data
+def test_every_nasty_file_ends_as_expected_within_a_gibibyte(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(NASTY), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=root)
+    outcome, checked, peak_kb = json.loads(done.stdout)
+    with open(NASTY.parent / "manifest.csv", newline="") as file:
+        manifest = {row["file"]: row for row in csv.DictReader(file)}
+    assert outcome.keys() == manifest.keys()
+    for name, row in manifest.items():
+        if name in REFUSED:
+            assert isinstance(outcome[name], str) and REFUSED[name] in outcome[name], (name, outcome[name])
+            continue
+        width, height = map(int, row["size"].split("x"))
+        assert outcome[name] == ([height, width] if name in TURNED else [width, height]), name
+    assert {row["file"] for row in checked["quarantined"]} == REFUSED.keys()
+    assert checked["decoded"] + len(checked["quarantined"]) == len(manifest) == 116
+    assert peak_kb < 1024 * 1024
+
+
+@needs_data
+def test_all_orientations_show_the_same_picture():
+    upright = nasty("photo.ppm")
+    for i in range(2, 9):
+        got = nasty(f"exif_orientation_{i}.jpg")
+        turns = [np.rot90(flipped, k) for flipped in (got, got[:, ::-1]) for k in range(4)]
+        off = [np.abs(turned - upright).mean() for turned in turns]
+        assert off[0] < 5 < 8 * off[0] < min(off[1:]), i  # JPEG against lossless costs 4.9 levels
+    raw = np.asarray(Image.open(NASTY / "exif_orientation_6.png"))
+    assert np.array_equal(nasty("exif_orientation_6.png"), np.rot90(raw, -1))
+    assert np.array_equal(nasty("exif_orientation_9.jpg"), np.asarray(Image.open(NASTY / "exif_orientation_9.jpg")))
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name, reference, tolerance",
+    [
+        ("cmyk_plain.jpg", "ok.jpg", 4.5), ("cmyk_adobe.jpg", "cmyk.tif", 1.0),
+        ("rgb16.png", "ok.jpg", 3.0), ("gray16.png", "rgb16.png", 1.0),
+        ("float32.tif", "rgb16.png", 3.0), ("gray16.pgm", "photo.ppm", 1.0), ("rgb_trns.png", "palette_trns.png", 0.0),
+        ("progressive.jpg", "ok.jpg", 1.0), ("rgba.webp", "rgba.png", 3.0), ("transparent.gif", "rgba.png", 3.0),
+    ],
+)  # fmt: skip
+def test_the_same_picture_in_another_coding(name, reference, tolerance):
+    # mean error in levels; an RGB JPEG of the size of cmyk_plain.jpg (sampling_444.jpg) is 3.6 off for its coding alone
+    got, expected = decode((NASTY / name).read_bytes()), decode((NASTY / reference).read_bytes())
+    expected = expected.resize(got.size, Image.Resampling.LANCZOS)
+    if name.startswith(("gray", "float")):
+        expected = expected.convert("L").convert("RGB")
+    assert np.abs(np.asarray(got, float) - np.asarray(expected, float)).mean() <= tolerance
+
+
+@needs_data
+def test_transparency_lies_over_white():
+    raw = np.asarray(Image.open(NASTY / "rgba.png")).astype(float)
+    alpha = raw[..., 3:] / 255
+    assert np.abs(nasty("rgba.png") - (raw[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    assert (nasty("all_transparent.png") == 255).all()
+
+
+@pytest.mark.parametrize("dtype, factor", [(np.uint16, 257), (np.int32, 257), (np.float32, 1 / 255), (np.float32, 1.0)])
+def test_deep_pixels_are_scaled_not_clipped(dtype, factor):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    picture = decode(encoded((grey * dtype(factor)).astype(dtype), "TIFF"))
+    assert np.abs(np.asarray(picture, int) - grey[..., None]).max() <= 1
+    signed = np.linspace(-3, 5, 256, dtype=np.float32).reshape(16, 16)  # no natural scale: its own range
+    assert np.abs(np.asarray(decode(encoded(signed, "TIFF")), int) - grey[..., None]).max() <= 1
+
+
+def test_twelve_bits_white_is_zero_and_nan():
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    inverted = decode(encoded(grey * 1040, "TIFF", tiffinfo={262: 0}))
+    assert np.abs(np.asarray(inverted)[..., 0] - (255 - grey * 1040 / 257)).max() <= 1
+    with pytest.raises(BadImage, match="finite"):
+        decode(encoded(np.full((2, 2), np.nan, np.float32), "TIFF"))
+    if NASTY.exists():
+        assert nasty("gray12.tif").max() == round(30 * 255 / 4095)  # its brightest raw value is 30
+
+
+def test_lab_agrees_with_the_formulas():
+    color = pytest.importorskip("skimage.color")
+    lab = np.array([[[128, 20, 236], [200, 250, 30], [60, 0, 0], [150, 30, 20]]], dtype=np.uint8)  # a, b signed
+    picture = decode(encoded(Image.frombytes("LAB", (4, 1), lab.tobytes()), "TIFF"))
+    values = np.concatenate([lab[..., :1] * (100 / 255), lab[..., 1:].view(np.int8)], axis=-1)
+    to_srgb = [[3.13386, -1.61687, -0.49061], [-0.97877, 1.91614, 0.03345], [0.07195, -0.22899, 1.40524]]  # Bradford
+    linear = color.lab2xyz(values, illuminant="D50") @ np.array(to_srgb).T
+    srgb = np.where(linear > 0.0031308, 1.055 * linear.clip(1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear)
+    assert np.abs(np.asarray(picture) - 255 * srgb).max() < 2
+
+
+def interlaced_png(grey: np.ndarray) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    starts = ("0::8 0::8", "0::8 4::8", "4::8 0::4", "0::4 2::4", "2::4 0::2", "0::2 1::2", "1::2 0::1")
+    passes = [tuple(slice(*[int(x) if x else None for x in a.split(":")]) for a in s.split()) for s in starts]
+    rows = b"".join(b"\0" + row.tobytes() for rows in passes for row in grey[rows] if row.size)
+    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 1)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (11, 2), (2, 13)])
+def test_interlaced_png_is_whole(shape):
+    grey = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    assert np.array_equal(np.asarray(decode(interlaced_png(grey)))[..., 0], grey)
+
+
+def test_limits_and_globals():
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    with pytest.raises(BadImage, match="8 x 6 is 48 pixels, more than the limit of 47"):
+        decode(PNG, max_pixels=47)
+    assert decode(PNG, max_pixels=48).size == (8, 6)
+    with pytest.raises(BadImage, match="text"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")  # never handed to an interpreter
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+
+
+def test_shrink_and_square():
+    assert shrink(Image.new("RGB", (300, 200)), 50).size == (75, 50)
+    assert shrink(Image.new("RGB", (30, 20)), 50).size == (30, 20)  # never enlarged
+    assert shrink(Image.new("RGB", (1, 3000)), 50).size == (1, 4)
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255
+    assert (np.asarray(square(Image.fromarray(picture), 20)) == 255).all()
+    assert np.asarray(square(Image.fromarray(picture), 10))[:, 1:9].min() == 255
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+@pytest.mark.parametrize(
+    "files, labels, splits",
+    [
+        (["1.jpg", "2.jpg"], [None, None], ["", ""]),
+        (["a/1.jpg", "b/1.jpg", "README.md"], ["a", "b", None], ["", "", ""]),
+        (["w/train/a/1.jpg", "w/train/b/1.jpg", "w/test/a/1.jpg", "w/test/b/2.jpg"], list("abab"),
+         ["train", "train", "val", "val"]),
+        (["train/a/1.jpg", "train/b/1.jpg", "test/1.jpg"], ["a", "b", None], ["train", "train", "val"]),
+        (["train/a/images/1.jpg", "train/b/images/1.jpg"], ["a", "b"], ["train", "train"]),
+        (["train/a/1.png", "train/b/1.png", "unlabeled/1.png"], ["a", "b", None], ["train"] * 3),
+        (["cats/lion/1.jpg", "cats/lynx/1.jpg", "dogs/wolf/1.jpg"], ["lion", "lynx", "wolf"], [""] * 3),
+        (["2023/01/1.jpg", "2023/02/1.jpg", "2024/01/1.jpg"], [None] * 3, [""] * 3),
+        (["a/1.jpg", "b/c/1.jpg"], [None, None], ["", ""]),
+        (["train/1.jpg", "trainannot/1.png", "val/2.jpg"], [None] * 3, ["train", "", "val"]),
+        (["photos/1.jpg", "photos/2.jpg"], [None, None], ["", ""]),
+        (["a/x", "b/y", "b/z.jpg", "a/q.jpg", "__MACOSX/a/._q.jpg"], ["a", "b", "b", "a", None], [""] * 5),
+        (["boat/1.jpg", "train/1.jpg"], ["boat", "train"], ["", ""]),
+    ],
+)  # fmt: skip
+def test_labels_follow_the_folders(files, labels, splits):
+    assert folder_labels(files) == (labels, splits)
+
+
+@pytest.mark.parametrize("kind", ["folder", "stored.zip", "deflate.zip", "x.tar", "x.tar.gz"])
+def test_one_set_five_packings(kind, tmp_path):
+    where, members = tmp_path / kind, dict(reversed(CLASSES.items()))
+    if kind == "folder":
+        write_folder(where, members)
+    elif kind.endswith(".zip"):
+        write_zip(where, members, zipfile.ZIP_DEFLATED if "deflate" in kind else zipfile.ZIP_STORED)
+    else:
+        write_tar(where, members, "w:gz" if kind.endswith("gz") else "w")
+    images = open_images(where, tmp_path / "cache")
+    assert images.files == sorted(CLASSES) and images.classes == ["a", "b"]
+    for unpacked in (tmp_path / "cache").glob("*.tar"):
+        unpacked.unlink()
+        images = open_images(where, tmp_path / "cache")  # unpacks again
+    assert images.labels.dtype == np.int64 and images.labels.tolist() == [0, 0, 1, 1] * 2
+    assert images.splits.tolist() == ["train"] * 4 + ["val"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(images.read, list(range(8)) * 5)) == [CLASSES[f] for f in images.files] * 5
+    val = images.split("val").select([3, 0])
+    assert val.labels.tolist() == [1, 0] and val.read(0) == CLASSES["set/valid/b/1.png"]
+    with pytest.raises(ValueError, match="no split 'test'"):
+        images.split("test")
+
+
+def test_a_folder_of_archives_is_one_set(tmp_path):
+    root = write_folder(tmp_path / "set", {"CARD.md": b"# about", "broken_val.zip": b"PK\x05\x06 no", "x.csv": b""})
+    write_zip(root / "one_train.zip", {"s/a/0.png": PNG, "s/b/1.png": PNG})
+    write_tar(root / "two_test.tar", {"s/a/0.png": PNG})
+    images = open_images(root, tmp_path / "cache")
+    told = dict(zip(images.files, zip(images.labels.tolist(), images.splits.tolist(), strict=True), strict=True))
+    assert told["one_train.zip/s/a/0.png"] == (0, "train") and told["two_test.tar/s/a/0.png"] == (0, "val")
+    checked = check_images(images, progress=False)
+    reasons = {row["file"]: row["reason"] for row in checked["quarantined"]}
+    assert checked["decoded"] == 3 and len(images) == 6
+    assert "not a readable archive" in reasons["broken_val.zip/broken_val.zip"] and "text" in reasons["CARD.md"]
+
+
+def test_shards_take_labels_from_cls_and_json(tmp_path):
+    root = tmp_path / "shards"
+    root.mkdir()
+    write_tar(root / "000000.tar", {"k1.jpg": PNG, "k1.cls": b"10\n", "k2.png": PNG, "k2.json": b'{"label": 9}'})
+    write_tar(root / "000001.tar", {"k3.jpg": PNG, "k3.json": b'{"caption": "x"}', "k4.jpg": PNG, "k4.json": b"{"})
+    images = open_images(root, tmp_path / "cache")
+    assert images.classes == ["9", "10"]
+    told = {f: int(label) for f, label in zip(images.files, images.labels, strict=True) if f.endswith(("jpg", "png"))}
+    assert told == {"k1.jpg": 1, "k2.png": 0, "k3.jpg": -1, "k4.jpg": -1}
+
+
+@needs_data
+def test_odd_names_survive(tmp_path):
+    images = open_images(DATA / "nasty" / "odd_names.tar", tmp_path)
+    again = open_images(DATA / "nasty" / "odd_names.tar", tmp_path)  # from the index
+    checked = check_images(again, progress=False)
+    assert images.files == again.files and checked == {"decoded": 28, "quarantined": []}
+    assert {"odd_names/new\nline.jpg", "odd_names/back\\slash.jpg", "odd_names/.hidden.jpg"} <= set(images.files)
+
+
+def test_quarantine_keeps_any_name(tmp_path):
+    rows = [{"file": n, "reason": 'why, "so"'} for n in ("new\nline", "cr\r\nlf", "a,b;\"c'", "\udcff.jpg", "\u202ex")]
+    write_quarantine(tmp_path / "q.csv", rows)
+    with open(tmp_path / "q.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+def test_names_that_climb_out_are_only_names(tmp_path):
+    images = open_images(write_tar(tmp_path / "x.tar", {"../../up.png": PNG, "/abs.png": PNG}), tmp_path / "cache")
+    assert images.files == ["../../up.png", "/abs.png"] and images.image(0).size == (8, 6)
+    assert not (tmp_path.parent.parent / "up.png").exists()
+
+
+def test_damage_inside_archives_is_reported(tmp_path):
+    whole = write_zip(tmp_path / "x.zip", {"1.png": PNG, "2.png": PNG}).read_bytes()
+    at = whole.index(PNG) + 40
+    (tmp_path / "x.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    (row,) = check_images(open_images(tmp_path / "x.zip", tmp_path / "c"), progress=False)["quarantined"]
+    assert row["file"] == "1.png" and "checksum" in row["reason"]
+    for name, mode in (("cut.tar", "w"), ("cut.tar.gz", "w:gz")):
+        members = {f"{i}.png": encoded(noise(60, 60, i)) for i in range(4)}
+        data = write_tar(tmp_path / name, members, mode).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        checked = check_images(open_images(tmp_path / name, tmp_path / "c"), progress=False)
+        assert checked["decoded"] >= 1 and checked["quarantined"], name
+    shard = write_tar(tmp_path / "s.tar", {"a.png": PNG, "a.cls": b"7" * 900})
+    shard.write_bytes(shard.read_bytes()[:2048])  # cut inside the label
+    assert check_images(open_images(shard, tmp_path / "c"), progress=False)["decoded"] == 1
+    (tmp_path / "bad.zip").write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_images(tmp_path / "bad.zip", tmp_path / "c")
+
+
+def test_missing_and_empty_say_so(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no files in"):
+        open_images(tmp_path / "empty", tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="cifar10"):
+        open_images(tmp_path / "nowhere", tmp_path / "c")
+    (tmp_path / "empty" / "loop").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    images = open_images(tmp_path / "empty", tmp_path / "c")
+    assert "No such file" in check_images(images, progress=False)["quarantined"][0]["reason"]
+    with pytest.raises(ValueError, match="none of the .* could be decoded"):
+        load_pixels(images, 8, progress=False)
+    with pytest.raises(ValueError, match="nothing to load: 0 files"):
+        load_pixels(images.select([]), 8)
+
+
+def test_the_index_is_used_and_rebuilt(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "x", {"1.png": PNG})
+    first = open_images(root, tmp_path / "c")
+    builder = datasets._build_index
+    monkeypatch.setattr(datasets, "_build_index", lambda *a: pytest.fail("the index was not used"))
+    assert open_images(root, tmp_path / "c").places == first.places
+    monkeypatch.setattr(datasets, "_build_index", builder)
+    write_folder(root, {"0.png": PNG})
+    assert open_images(root, tmp_path / "c").files == ["0.png", "1.png"]
+    (index,) = (tmp_path / "c").iterdir()  # and no temporary file is left
+    index.write_text(index.read_text()[:-30])  # a torn index is not believed
+    assert open_images(root, tmp_path / "c").files == ["0.png", "1.png"]
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+def test_batch_pads_below_and_right():
+    array = np.stack([noise(5, 7, i) for i in range(3)])
+    pixels = Pixels.from_array(array, [2, 0, 1], ["a", "b", "c"])
+    images, sizes = pixels.select([2, 0]).batch([1, 0, 1])
+    assert torch.equal(images, torch.from_numpy(array[[0, 2, 0]]).permute(0, 3, 1, 2))
+    assert sizes.tolist() == [[5, 7]] * 3 and sizes.dtype == torch.int64
+    assert pixels.select(np.array([False, True, True])).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="uint8"):
+        Pixels.from_array(array.astype(float), [0, 0, 0], ["a"])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_load_pixels_once(on_disk, tmp_path, monkeypatch):
+    big = encoded(noise(40, 60))
+    files = {"big.png": big, "notes.txt": b"no", "small.png": PNG, "wide.png": encoded(noise(10, 90))}
+    images = open_images(write_folder(tmp_path / "x", files), tmp_path / "c")
+    out = tmp_path / "out" if on_disk else None
+    pixels = load_pixels(images, 20, out, progress=False)
+    assert pixels.files == ["big.png", "small.png", "wide.png"]
+    assert pixels.sizes.tolist() == [[20, 30], [6, 8], [10, 40]]
+    batch, sizes = pixels.batch([0, 1, 2])
+    assert batch.shape == (3, 3, 20, 40) and batch.dtype == torch.uint8
+    reference = np.asarray(Image.open(io.BytesIO(big)).resize((30, 20), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(batch[0, :, :, :30], reference) and not batch[0, :, :, 30:].any()
+    assert np.array_equal(batch[1, :, :6, :8], noise(6, 8).transpose(2, 0, 1)) and not batch[1, :, 6:].any()
+    squares = pixels.squares(10)
+    assert squares.shape == (3, 3, 10, 10) and np.array_equal(squares[2], pixels.image(2)[:, :, 15:25])
+    if on_disk:
+        with open(out / "quarantine.csv", newline="") as file:
+            assert [row["file"] for row in csv.DictReader(file)] == ["notes.txt"]
+        assert sorted(p.name for p in out.iterdir()) == ["pixels.json", "pixels.u8", "quarantine.csv"]
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets, "decode", lambda data: pytest.fail("decoded again"))
+            assert torch.equal(load_pixels(images, 20, out, progress=False).batch([0, 1, 2])[0], batch)
+        assert load_pixels(images, 10, out, progress=False).sizes[0].tolist() == [10, 15]
+
+
+# ------------------------------------------------------------------------------------------------ named sets
+
+
+@pytest.mark.parametrize("name", datasets.dataset_names())
+def test_without_internet_the_error_says_which_file_to_put_where(name, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no internet")
+
+    utils = pytest.importorskip("torchvision.datasets.utils")
+    monkeypatch.setattr(utils, "_get_redirect_url", offline)
+    monkeypatch.setattr(utils, "_urlretrieve", offline)
+    with pytest.raises(ConnectionError) as caught:
+        open_images(name, tmp_path / "c", data_root=tmp_path / "d")
+    for file in datasets.DOWNLOADS[name]:
+        assert str(tmp_path / "d" / file) in str(caught.value)
+    assert "no internet" in str(caught.value) and not list((tmp_path / "d").glob("*.zip"))
+
+
+def test_a_named_set_opens_like_any_other(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data, self.targets = np.stack([noise(4, 4, 2 * i + train) for i in range(2)]), [1, 0]
+            self.classes = ["airplane", "bird"]
+
+    monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", Fake)
+    images = open_images("cifar10", tmp_path / "c", data_root=tmp_path / "d")
+    assert images.classes == ["airplane", "bird"] and sorted(images.splits) == ["train"] * 2 + ["val"] * 2
+    train = images.split("train")
+    assert np.array_equal(np.asarray(train.image(int(np.flatnonzero(train.labels == 1)[0]))), noise(4, 4, 1))

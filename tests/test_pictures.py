@@ -1,0 +1,209 @@
+"""Pictures return the numbers they drew and leave a PNG that shows something; the report asks nobody for anything."""
+
+import base64
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from minidino import pictures, report
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def images(n, size=16):
+    return torch.from_numpy(rng(n).integers(0, 256, (n, 3, size, size), dtype=np.uint8))
+
+
+def assert_shows_something(path):
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(float)
+    assert pixels.shape[1] == pictures.WIDTH * pictures.DPI  # the one width
+    assert pixels.std() > 10
+
+
+def pixels_of(path, color):
+    """How many pixels have exactly this colour."""
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    wanted = np.round(np.array(to_rgb(color)) * 255)
+    return int((np.asarray(Image.open(path).convert("RGB")) == wanted).all(-1).sum())
+
+
+def test_crops_and_masks(tmp_path):
+    masks = torch.zeros(2, 9, dtype=torch.bool)
+    masks[1, :3] = True
+    found = pictures.crops_and_masks(
+        images(1)[0], torch.randn(2, 3, 12, 12), torch.randn(3, 3, 8, 8), masks, 4, tmp_path / "sub" / "crops.png"
+    )
+    assert found == {"masked_frac": [0.0, pytest.approx(1 / 3)], "n_global": 2, "n_local": 3}
+    assert_shows_something(tmp_path / "sub" / "crops.png")
+
+
+def test_training_curves_draw_every_key_on_one_clock(tmp_path):
+    records = [{"step": i, "seconds": i / 2, "dino": 5.5 - 0.01 * i, "teacher_entropy": 5.0} for i in range(100)]
+    records[10]["knn"], records[90]["knn"], records[5]["dino"] = 0.2, 0.6, None
+    curves = pictures.training_curves(records, tmp_path / "curves.png", math.log(256))
+    assert set(curves) == {"dino", "teacher_entropy", "knn"}
+    np.testing.assert_allclose(curves["knn"], [[5.0, 45.0], [0.2, 0.6]])
+    assert len(curves["dino"][0]) == 99 and curves["dino"][1][-1] == pytest.approx(4.51)
+    assert_shows_something(tmp_path / "curves.png")
+    assert pixels_of(tmp_path / "curves.png", pictures.COLORS["trained"]) > 20  # the dots of k-NN
+    pictures.training_curves([{"step": 0, "seconds": 0.0, "loss": 1.0}])  # nothing to draw is no crash
+
+
+def test_baselines_are_ranked_and_coloured_by_meaning(tmp_path):
+    results = {"RGB pixels": (0.33, 0.0), "trained ViT": (0.66, 0.05), "random ViT": (0.16, 0.01)}
+    found = pictures.baselines_bar(results, tmp_path / "bars.png")
+    assert found["names"] == ["trained ViT", "RGB pixels", "random ViT"] and found["means"] == [0.66, 0.33, 0.16]
+    assert found["sds"] == [0.05, 0.0, 0.01]
+    drawn = [pixels_of(tmp_path / "bars.png", pictures.COLORS[name]) for name in ("trained", "pixels", "random")]
+    assert drawn[0] > 1.5 * drawn[1] > 2 * drawn[2] > 0  # bars as long as the numbers
+
+
+def test_pca_basis_finds_the_directions_and_fixes_their_sign():
+    sklearn_pca = pytest.importorskip("sklearn.decomposition").PCA
+    x = rng().standard_normal((200, 6)) * [1, 5, 2, 0.1, 3, 0.5] + 4
+    basis = pictures.pca_basis(x, 3)
+    oracle = sklearn_pca(3).fit(x)
+    cosines = np.abs((basis.components * oracle.components_).sum(1))
+    np.testing.assert_allclose(cosines, 1, atol=1e-9)
+    np.testing.assert_allclose(basis.explained, oracle.explained_variance_ratio_, atol=1e-9)
+    np.testing.assert_allclose(basis.mean, x.mean(0))
+    assert (basis.components[np.arange(3), np.abs(basis.components).argmax(1)] > 0).all()
+    mirrored = pictures.pca_basis(torch.from_numpy(2 * x.mean(0) - x), 3)  # the same cloud, seen from the other side
+    np.testing.assert_allclose(mirrored.components, basis.components, atol=1e-9)
+    with pytest.raises(ValueError, match="1 <= n <= D"):
+        pictures.pca_basis(x, 7)
+
+
+def test_pca_rgb_shares_one_basis_over_the_images(tmp_path):
+    features = rng(1).standard_normal((3, 8, 5))
+    features[2] = features[0]  # the same features in another image get the same colours
+    found = pictures.pca_rgb(torch.from_numpy(features), (2, 4), images(3), tmp_path / "pca.png")
+    assert found["rgb"].shape == (3, 2, 4, 3) and found["rgb"].min() == 0 and found["rgb"].max() == 1
+    np.testing.assert_array_equal(found["rgb"][0], found["rgb"][2])
+    centred = features.reshape(-1, 5) - features.reshape(-1, 5).mean(0)
+    first = (centred @ found["components"][0]).reshape(3, 2, 4)
+    inside = (found["rgb"][..., 0] > 0) & (found["rgb"][..., 0] < 1)
+    assert np.corrcoef(first[inside], found["rgb"][..., 0][inside])[0, 1] > 0.999999  # a straight line between the cuts
+    assert_shows_something(tmp_path / "pca.png")
+    with pytest.raises(ValueError, match="2 x 2 = 4 patches, got 8"):
+        pictures.pca_rgb(features, (2, 2), images(3))
+
+
+def test_pca_before_after_gives_each_network_its_own_directions(tmp_path):
+    before, after = rng(1).standard_normal((2, 4, 6)), rng(2).standard_normal((2, 4, 9))
+    found = pictures.pca_before_after(images(2), before, after, (2, 2), tmp_path / "both.png")
+    np.testing.assert_array_equal(found["before"], pictures.pca_rgb(before, (2, 2), images(2))["rgb"])
+    np.testing.assert_array_equal(found["after"], pictures.pca_rgb(after, (2, 2), images(2))["rgb"])
+    assert_shows_something(tmp_path / "both.png")
+
+
+def test_attention_maps_tell_a_point_from_everywhere(tmp_path):
+    attn = np.zeros((2, 3, 4, 4))
+    attn[:, 0] = 0.7  # everywhere alike
+    attn[:, 1, 2, 2] = 0.5  # one patch
+    attn[:, 2, :2] = 1.0  # half
+    found = pictures.attention_maps(images(2), torch.from_numpy(attn), tmp_path / "attention.png")
+    np.testing.assert_allclose(found["entropy"], [[math.log(16), 0, math.log(8)]] * 2, atol=1e-12)
+    assert found["uniform"] == pytest.approx(math.log(16))
+    assert_shows_something(tmp_path / "attention.png")
+
+
+def test_neighbours_wall_frames_what_agrees(tmp_path):
+    index = torch.tensor([[0, 1, 2], [3, 2, 1]])
+    found = pictures.neighbours_wall(images(2), images(4), index, [5, 6], [5, 5, 6, 7], tmp_path / "wall.png")
+    assert found["right"].tolist() == [[True, True, False], [False, True, False]] and found["share"] == 0.5
+    green, red = (pixels_of(tmp_path / "wall.png", color) for color in (pictures.RIGHT, pictures.WRONG))
+    assert green > 500 and 0.8 < green / red < 1.25
+
+
+def test_scenes_sheet(tmp_path):
+    masks = np.zeros((2, 8, 8), int)
+    masks[:, 4:] = 1
+    masks[0, 2:6, 2:6] = 13
+    depth = np.where(masks == 0, 40.0, 3.0)
+    depth[1, 7] = 2.0
+    pictures_last = images(2, 8).permute(0, 2, 3, 1)  # channels last are understood
+    found = pictures.scenes_sheet(pictures_last, masks, depth, ["snowman", "flag"], tmp_path / "scenes.png")
+    assert found["classes_seen"] == [0, 1, 13] and found["depth_m"] == (2.0, 40.0)
+    assert found["share"] == [56 / 128, 56 / 128, 16 / 128]
+    assert_shows_something(tmp_path / "scenes.png")
+    assert pixels_of(tmp_path / "scenes.png", pictures.SEGMENTS[13]) > 100
+
+
+def test_a_title_is_a_sentence_about_the_numbers_and_goes_into_the_file(tmp_path):
+    from PIL import Image
+
+    pictures.neighbours_wall(images(1), images(2), [[0, 1]], [1], [1, 0], tmp_path / "wall.png")
+    assert Image.open(tmp_path / "wall.png").info["Description"].startswith("50% of the 2 nearest neighbours")
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, as a browser would see them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def page(tmp_path):
+    pictures.baselines_bar({"trained": (0.6, 0.1)}, tmp_path / "bar.png")
+    sections = [
+        report.Section("Does <it> learn?", "Yes & no.\n\nSecond <script>alert(1)</script> part.", tmp_path / "bar.png"),
+        report.Section('A "quoted" table', table=[["name", "top-1 <%>"], ["<b>pixels</b>", 0.123456], ["n", 12]]),
+    ]
+    path = report.write_report(tmp_path / "report.html", "Run <1> & co", sections)
+    assert path == tmp_path / "report.html" and sorted(p.name for p in tmp_path.iterdir()) == ["bar.png", "report.html"]
+    return path.read_text(encoding="utf-8"), (tmp_path / "bar.png").read_bytes()
+
+
+def test_report_is_self_contained(page):
+    text, png = page
+    parsed = Page(text)
+    without_pictures = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    for word in ("http", "url(", "@import", "href", "<link", "<script", "file:"):
+        assert word not in without_pictures.lower()
+    sources = [value for _, name, value in parsed.attributes if name in ("src", "srcset", "data")]
+    assert len(sources) == 1
+    kind, data = sources[0].split(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(data) == png
+    assert ("img", "alt", "Does <it> learn?") in parsed.attributes
+    assert ("meta", "name", "viewport") in parsed.attributes and "prefers-color-scheme: dark" in text
+
+
+def test_report_escapes_everything(page):
+    text, _ = page
+    parsed = Page(text)
+    assert "script" not in parsed.tags and "it" not in parsed.tags and "b" not in parsed.tags
+    for shown in ("Run <1> & co", "Does <it> learn?", "Second <script>alert(1)</script> part.", "top-1 <%>"):
+        assert shown in parsed.text
+    assert parsed.tags.count("p") == 2 and parsed.tags.count("tr") == 3
+    assert "<b>pixels</b>" in parsed.text and "0.1235" in parsed.text and ("td", "class", "number") in parsed.attributes
+
+
+def test_report_refuses_what_is_not_a_png(tmp_path):
+    (tmp_path / "figure.png").write_text("<svg>")
+    with pytest.raises(ValueError, match="expected a PNG"):
+        report.write_report(tmp_path / "report.html", "t", [report.Section("s", figure=tmp_path / "figure.png")])
+    assert not (tmp_path / "report.html").exists()
