@@ -18,11 +18,13 @@ Fidelity = Literal["released", "paper"]
 class DataConfig:
     source: str = "scenes"  # "scenes" (drawn), a path, or a torchvision name such as "cifar10"
     n_scenes: int = 8000  # drawn scenes in the training set; ignored for photographs
+    n_test_scenes: int = 2000  # drawn scenes to judge with, from another world
     scene_seed: int = 1  # the world from which they are drawn
     short_side: int = 64  # px; images are stored at this shorter side (drawn scenes: at this size)
 
     def __post_init__(self):
         _require(self.n_scenes >= 1, "data.n_scenes", ">= 1", self.n_scenes)
+        _require(self.n_test_scenes >= 1, "data.n_test_scenes", ">= 1", self.n_test_scenes)
         _require(self.short_side >= 8, "data.short_side", ">= 8 px", self.short_side)
 
 
@@ -47,6 +49,8 @@ class CropConfig:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             _require(0 < low <= high <= 1, f"crops.{name}", "0 < low <= high <= 1", (low, high))
+        for name in ("global_size", "local_size"):
+            _require(getattr(self, name) >= 1, f"crops.{name}", ">= 1 px", getattr(self, name))
         _require(self.n_local >= 0, "crops.n_local", ">= 0", self.n_local)
         _require(0 <= self.hue <= 0.5, "crops.hue", "between 0 and 0.5 turns", self.hue)
 
@@ -81,6 +85,10 @@ class VitConfig:
     interpolate_antialias: bool = False  # [released]; True with registers
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
 
+    def __post_init__(self):
+        _require(self.patch_size >= 1, "vit.patch_size", ">= 1 px", self.patch_size)
+        _require(0 <= self.drop_path_rate < 1, "vit.drop_path_rate", "in [0, 1)", self.drop_path_rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
@@ -113,6 +121,9 @@ class LossConfig:
     ibot_divisor: Fidelity = "released"  # `released`: all global crops; `paper`: masked crops only (twice the weight)
     dino_divisor: Literal["released", "fixed"] = "fixed"  # without local crops the official code divides by 3, not 2
 
+    def __post_init__(self):
+        _require(self.student_temp > 0, "loss.student_temp", "> 0", self.student_temp)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
@@ -122,6 +133,12 @@ class TeacherConfig:
     warmup_temp: float = 0.04  # [released]
     warmup_frac: float = 0.3  # of the run [released]
     patch_temp: float | None = None  # None: as temp; a fixed temperature for patch targets otherwise
+
+    def __post_init__(self):
+        for name in ("momentum", "final_momentum", "warmup_frac"):
+            _require(0 <= getattr(self, name) <= 1, f"teacher.{name}", "between 0 and 1", getattr(self, name))
+        for name in ("temp", "warmup_temp"):
+            _require(getattr(self, name) > 0, f"teacher.{name}", "> 0", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +166,11 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.batch_size >= 2, "optim.batch_size", ">= 2 (KoLeo needs a neighbour)", self.batch_size)
-        good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
-        _require(good, "optim.accumulate", f"a divisor of batch_size {self.batch_size}", self.accumulate)
+        good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0 and self.batch_size > self.accumulate
+        _require(good, "optim.accumulate", f"a smaller divisor of batch_size {self.batch_size}", self.accumulate)
         _require(self.base_lr > 0, "optim.base_lr", "> 0", self.base_lr)
+        for name in ("warmup_frac", "freeze_last_layer_frac"):
+            _require(0 <= getattr(self, name) <= 1, f"optim.{name}", "between 0 and 1", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,8 +351,9 @@ def override(config: RunConfig, changes: list[str]) -> RunConfig:
         stage, _, name = key.strip().partition(".")
         known = flatten(config)
         if not equals or key.strip() not in known or not name:
-            listing = "\n  ".join(f"{k}={v}" for k, v in known.items() if "." in k)
-            raise ValueError(f"expected one of the fields below as key=value, got {change!r}\n  {listing}")
+            fields = [k for k in known if "." in k]
+            near = [k for k in fields if k.startswith(f"{stage}.")] or fields
+            raise ValueError(f"expected key=value, got {change!r}; keys are {', '.join(near)}")
         wanted = get_type_hints(type(getattr(config, stage)))[name]
         stages.setdefault(stage, {})[name] = _parse(key.strip(), text.strip(), wanted)
     # stages are replaced together: two changes may be possible only with each other
@@ -382,12 +402,14 @@ def to_json(config: RunConfig) -> str:
 def from_json(text: str) -> RunConfig:
     """The config of a run folder. Raises ValueError when it has fields that this version does not know."""
     raw, default = json.loads(text), RunConfig()
-    stages = {}
+    stages, unknown = {}, set(raw) - {f.name for f in dataclasses.fields(default)}
+    if unknown:
+        raise ValueError(f"config has unknown stages {sorted(unknown)}")
     for name, value in raw.items():
         if not isinstance(value, dict):
             stages[name] = value
             continue
-        known = get_type_hints(type(getattr(default, name, None)))
+        known = get_type_hints(type(getattr(default, name)))
         unknown = set(value) - set(known)
         if unknown:
             raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")

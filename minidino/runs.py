@@ -12,6 +12,8 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -24,6 +26,7 @@ import torch
 from minidino.config import RunConfig, from_json, to_json
 
 PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
+RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -130,11 +133,13 @@ class Run:
             FileExistsError: the folder holds something that is not a run.
         """
         run = cls(folder)
-        if run.folder.exists() and any(run.folder.iterdir()) and not run.config_path.exists():
+        # images may be open already, and a kill may have left a half-written file
+        strangers = [path for path in run.folder.glob("*") if path.name != "pixels" and path.suffix != ".tmp"]
+        if strangers and not run.config_path.exists():
             raise FileExistsError(f"{run.folder} is not empty and not a run folder; choose another with --out")
-        run.metrics_path.unlink(missing_ok=True)
-        for _, path in run.saved():
-            path.unlink()
+        left = [path for _, path in run.saved()] + [run.folder / name for name in RESULTS]
+        for path in [run.metrics_path, *left]:
+            path.unlink(missing_ok=True)
         write_atomically(run.config_path, to_json(config).encode())
         run.write_environment(config, device)
         return run
@@ -184,20 +189,42 @@ class Run:
         return [(int(file.stem.removeprefix("step_")), file) for file in files]
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
-        """Write the state before `step` and forget all but the newest `keep` checkpoints."""
+        """Write the state before `step`; forget all but the newest `keep`, and what a kill left half-written."""
         path = self.checkpoints / f"step_{step:08d}.pt"
         with atomic_path(path) as beside:
             torch.save(state, beside)
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
-        for _, old in self.saved()[:-keep]:
-            old.unlink()
+        # a newer file is one that could not be read: it must not push out those that can
+        older = [file for number, file in self.saved() if number <= step][:-keep]
+        for file in [*older, *self.checkpoints.glob(".step_*.tmp")]:
+            file.unlink()
         return path
 
     def load(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint, or None when the run was killed before the first."""
+        """The newest whole checkpoint, or None when the run was killed before the first.
+
+        A kill leaves no damaged file, but a disk may: such a checkpoint is passed over with a warning.
+
+        Raises:
+            ValueError: there are checkpoints and all are damaged.
+        """
         saved = self.saved()
-        if not saved:
-            return None
-        step, path = saved[-1]
-        return step, torch.load(path, map_location=device, weights_only=True)
+        for step, path in reversed(saved):
+            if damage := _damage(path):
+                warnings.warn(f"{path} is damaged and passed over: {damage}", stacklevel=2)
+                continue
+            return step, torch.load(path, map_location=device, weights_only=True)
+        if saved:
+            raise ValueError(f"all checkpoints in {self.checkpoints} are damaged; remove them to start from step 0")
+        return None
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint file, "" when every checksum in it is right; torch.load looks at none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception as error:  # zipfile has many ways to fail on random bytes
+        return f"{type(error).__name__}: {error}"
+    return f"wrong checksum in {part}" if part else ""

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from minidino.config import CropConfig, MaskConfig, RunConfig
 from minidino.images.crops import CropLaw, crop_seed, multi_crop, released_laws
-from minidino.images.datasets import Pixels
 from minidino.images.masks import batch_masks
+from minidino.images.pixels import Pixels
 
 ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for the whole batch
 

@@ -325,7 +325,7 @@ def _change_rows(crops: Tensor, chosen: Tensor, change: Callable[..., Tensor], *
         crops.index_copy_(0, rows, change(crops.index_select(0, rows), *parameters))
 
 
-def luminance(x: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 1 s s"]:
+def luminance(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     """Weigh the three channels to one grey."""
     red, green, blue = (weight * x[:, c : c + 1] for c, weight in enumerate(LUMINANCE))
     return red + green + blue

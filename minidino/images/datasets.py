@@ -1,61 +1,41 @@
-"""Any pile of pictures in, uint8 pixels out: folders, archives, tar shards, torchvision's sets.
+"""Any pile of pictures becomes a list of files with labels: folders, archives, tar shards, torchvision's sets.
 
     open_images(path)  -> ImageSet    where every file lies, its label, its split; nothing is unpacked
     check_images(set)  -> dict        which files decode, and the reason for each that does not
-    load_pixels(set)   -> Pixels      every picture decoded once, shrunk, in memory or in one memory-mapped file
 
 Every regular file is a candidate, whatever its name. A file that is no picture is never dropped in silence and never
 stops a run: it is listed in `quarantine.csv` with its reason.
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 import os
 import re
 import stat
-import struct
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int64, UInt8
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
-from minidino.images.decode import BadImage, decode, shrink, square
+from minidino.images.archives import ARCHIVE_SUFFIXES, Place, archive_members, read_place
+from minidino.images.decode import BadImage, decode
+from minidino.images.named import dataset_names, download
+from minidino.runs import atomic_path, write_atomically
 
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .ppm .pgm .avif .ico .qoi".split())
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
-LARGEST_FILE = 1 << 29  # bytes; what is longer is no picture
 WORKERS = min(8, os.cpu_count() or 1)  # threads: Pillow and zlib release the lock
 FORMAT_VERSION = 1  # of the index and of pixels.json; raise it when their meaning changes
-
-
-class Place(NamedTuple):
-    """Where the bytes of one file lie. Each read opens the source anew: no handle is shared by threads or forks."""
-
-    source: str  # the file itself, or the archive
-    kind: str  # "file", "tar", "zip" (stored), "deflate" (zip, compressed) or "bad": cannot be read
-    size: int  # bytes once unpacked
-    offset: int = 0  # of the data in a tar, of the local header in a zip
-    packed: int = 0  # bytes in the zip
-    crc: int = 0  # zip only
-    reason: str = ""  # why it is bad
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +59,7 @@ class ImageSet:
 
     def read(self, index: int) -> bytes:
         """The bytes of one file. Raises BadImage where they cannot be had (damaged archive, no permission)."""
-        return _read(self.places[index])
+        return read_place(self.places[index])
 
     def image(self, index: int) -> Image.Image:
         """One upright RGB picture. Raises BadImage with the reason."""
@@ -103,9 +83,6 @@ class ImageSet:
             known = sorted(set(self.splits.tolist()) - {""}) or "none"
             raise ValueError(f"{self.name} has no split {name!r}; splits found: {known}")
         return self.select(rows)
-
-
-# ---------------------------------------------------------------------------------------------- opening
 
 
 def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root: str | Path | None = None) -> ImageSet:
@@ -252,10 +229,11 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
     files, places, owners = [], [], []
     for name, size, _ in found:
         source = root / name if name else root
-        members = list(_members(source, cache)) if name in archives else [(name, Place(str(source), "file", size))]
-        files += [member for member, _ in members]
-        places += [place for _, place in members]
-        owners += [name if name in archives else ""] * len(members)
+        here = [(name, Place(str(source), "file", size))] if name not in archives else archive_members(source, cache)
+        for member, place in here:
+            files.append(member)
+            places.append(place)
+            owners.append(name if name in archives else "")
     if not root.is_dir() and all(place.kind == "bad" for place in places):
         raise ValueError(f"{root} cannot be opened: {places[0].reason if places else 'the archive is empty'}")
     labels, splits = folder_labels(files)
@@ -271,52 +249,6 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
     return rows, sorted(known, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
-def _members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
-    """Name and place of every regular file of an archive; damage becomes one more entry, of kind "bad"."""
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(2)
-        if magic == b"PK":
-            yield from _zip_members(path)
-            return
-        plain = _plain_tar(path, cache) if magic == b"\x1f\x8b" else path
-        with tarfile.open(plain, "r:") as archive:
-            for member in archive:
-                if member.isreg():
-                    yield member.name, Place(str(plain), "tar", member.size, member.offset_data)
-    except Exception as error:  # hostile archives make the standard library raise anything
-        yield path.name, Place(str(path), "bad", 0, reason=f"not a readable archive: {error}")
-
-
-def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.is_dir():
-                continue
-            kind = {zipfile.ZIP_STORED: "zip", zipfile.ZIP_DEFLATED: "deflate"}.get(member.compress_type, "bad")
-            reason = f"zip method {member.compress_type} is not supported; pack with store or deflate"
-            if member.flag_bits & 1:
-                kind, reason = "bad", "encrypted inside the zip"
-            where = (member.file_size, member.header_offset, member.compress_size, member.CRC)
-            yield member.filename, Place(str(path), kind, *where, reason if kind == "bad" else "")
-
-
-def _plain_tar(path: Path, cache: Path) -> Path:
-    """The unpacked twin of a .tar.gz, in the cache: only that can be read at random."""
-    status = path.stat()
-    described = repr((str(path), status.st_size, status.st_mtime_ns))
-    plain = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.tar"
-    if not plain.exists():
-        with gzip.open(path) as packed:
-            if not tarfile.is_tarfile(packed):
-                raise tarfile.ReadError("what is compressed in it is not a tar")
-            packed.seek(0)
-            with _written_whole(plain) as file, suppress(EOFError, zlib.error):  # reading the tar will report a cut
-                while block := packed.read1(1 << 20):  # read() would drop what precedes the cut
-                    file.write(block)
-    return plain
-
-
 def _shard_labels(files: list[str], places: list[Place]) -> dict[int, str]:
     """Webdataset labels, for files of tars only: `key.cls`, else "label", "cls" or "class" in `key.json`."""
 
@@ -329,7 +261,7 @@ def _shard_labels(files: list[str], places: list[Place]) -> dict[int, str]:
     for suffix in (".json", ".cls"):  # .cls comes last and wins
         for i in in_tar:
             with suppress(BadImage):  # cut short: the quarantine will list it
-                if files[i].endswith(suffix) and (label := _label_in(_read(places[i]), suffix)):
+                if files[i].endswith(suffix) and (label := _label_in(read_place(places[i]), suffix)):
                     told[key(i)] = label
     return {i: told[key(i)] for i in in_tar if told and not files[i].endswith(SIDE_SUFFIXES) and key(i) in told}
 
@@ -345,34 +277,6 @@ def _label_in(data: bytes, suffix: str) -> str:
         return ""
     values = [record[name] for name in ("label", "cls", "class") if name in record] if isinstance(record, dict) else []
     return str(values[0]) if values and isinstance(values[0], int | str) else ""
-
-
-def _read(place: Place) -> bytes:
-    """The bytes at a place, checked against the archive's own checksum where it has one."""
-    if place.kind == "bad":
-        raise BadImage(place.reason)
-    if place.size > LARGEST_FILE:
-        raise BadImage(f"{place.size:,} bytes, more than the limit of {LARGEST_FILE:,}")
-    try:
-        with open(place.source, "rb") as file:
-            if place.kind == "file":
-                return file.read(LARGEST_FILE)
-            file.seek(place.offset)
-            if place.kind == "tar":
-                data = file.read(place.size)
-            else:
-                header = file.read(30)
-                file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
-                data = file.read(place.packed)
-        if place.kind == "deflate":
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.size + 1)
-    except (OSError, ValueError, struct.error, zlib.error) as error:
-        raise BadImage(f"cannot be read: {error}") from None
-    if len(data) != place.size:
-        raise BadImage(f"the archive holds {len(data):,} of its {place.size:,} bytes")
-    if place.kind != "tar" and zlib.crc32(data) != place.crc:
-        raise BadImage("damaged inside the archive: the checksum does not agree")
-    return data
 
 
 def _read_index(path: Path, key: str) -> tuple[list[Row], list[str]] | None:
@@ -394,27 +298,11 @@ def _read_index(path: Path, key: str) -> tuple[list[Row], list[str]] | None:
 
 
 def _write_index(path: Path, key: str, rows: list[Row], classes: list[str]) -> None:
-    with _written_whole(path) as file:
+    with atomic_path(path) as beside, open(beside, "wb") as file:
         file.write(json.dumps({"key": key, "n": len(rows), "classes": classes}).encode() + b"\n")
         for name, place, label, split in rows:
             row = {"file": name, "place": place, "label": label, "split": split}
             file.write(json.dumps(row).encode() + b"\n")
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Write beside the path and rename at the end: a reader never sees half a file, whoever dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------- quarantine
 
 
 def check_images(images: ImageSet, progress: bool = True) -> dict[str, Any]:
@@ -423,7 +311,7 @@ def check_images(images: ImageSet, progress: bool = True) -> dict[str, Any]:
     Returns:
         {"decoded": count, "quarantined": [{"file", "reason"}, ...]}; the count and the list add up to len(images).
     """
-    results = [(i, r) for i, r in _for_each(images, lambda picture: True, progress) if isinstance(r, BadImage)]
+    results = [(i, r) for i, r in decode_each(images, lambda picture: True, progress) if isinstance(r, BadImage)]
     rows = [{"file": images.files[i], "reason": str(reason)} for i, reason in results]
     return {"decoded": len(images) - len(rows), "quarantined": rows}
 
@@ -434,11 +322,10 @@ def write_quarantine(path: str | Path, rows: list[dict[str, str]]) -> None:
     table = csv.DictWriter(text, ["file", "reason"])
     table.writeheader()
     table.writerows(rows)
-    with _written_whole(Path(path)) as file:
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def _for_each(images: ImageSet, work: Callable[[Image.Image], Any], progress: bool) -> Iterator[tuple[int, Any]]:
+def decode_each(images: ImageSet, work: Callable[[Image.Image], Any], progress: bool) -> Iterator[tuple[int, Any]]:
     """Decode on threads; yield, in order, the number of each file and work(picture), or the BadImage it raised."""
 
     def one(i: int) -> Any:
@@ -453,241 +340,3 @@ def _for_each(images: ImageSet, work: Callable[[Image.Image], Any], progress: bo
             for i, result in enumerate(pool.map(one, range(start, min(start + chunk, len(images)))), start):
                 yield i, result
                 bar.update()
-
-
-# ---------------------------------------------------------------------------------------------- pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """Decoded pictures of any size in one flat uint8 array, in memory or memory-mapped.
-
-    Picture i is data[offsets[i] : offsets[i] + 3 H W] as (3, H, W), with (H, W) = sizes[i].
-    labels: (n,) int64, -1 = unknown. files: n names.
-    """
-
-    data: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    classes: list[str]
-    files: list[str]
-
-    @classmethod
-    def from_array(cls, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> "Pixels":
-        """Take pictures of one size, (n, H, W, 3) uint8."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"expected (n, H, W, 3) uint8, got {images.shape} {images.dtype}")
-        if len(labels) != len(images):
-            raise ValueError(f"{len(images)} images but {len(labels)} labels")
-        n, height, width, _ = images.shape
-        return cls(
-            data=np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1),
-            offsets=np.arange(n, dtype=np.int64) * (3 * height * width),
-            sizes=np.full((n, 2), (height, width), dtype=np.int64),
-            labels=np.asarray(labels, dtype=np.int64),
-            classes=list(classes),
-            files=[f"{i:06d}" for i in range(n)],
-        )
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def image(self, index: int) -> UInt8[np.ndarray, "3 H W"]:
-        """One picture, a view of the stored bytes."""
-        height, width = self.sizes[index].tolist()
-        start = int(self.offsets[index])
-        return self.data[start : start + 3 * height * width].reshape(3, height, width)
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B 2"]]:
-        """Stack pictures of unequal size: zeros below and to the right; second, the height and width of each."""
-        indices = np.asarray(indices, dtype=np.int64)
-        sizes = self.sizes[indices].reshape(-1, 2)
-        height, width = sizes.max(axis=0).tolist() if len(sizes) else (0, 0)
-        images = np.zeros((len(indices), 3, height, width), dtype=np.uint8)
-        for row, i, (h, w) in zip(images, indices, sizes, strict=True):
-            row[:, :h, :w] = self.image(i)
-        return torch.from_numpy(images), torch.from_numpy(sizes)
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Pixels":
-        """The same storage with these pictures only, in this order."""
-        rows = np.arange(len(self))[indices]
-        return replace(
-            self,
-            offsets=self.offsets[rows],
-            sizes=self.sizes[rows],
-            labels=self.labels[rows],
-            files=[self.files[i] for i in rows],
-        )
-
-    def squares(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
-        """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
-        centre cut out."""
-        result = np.empty((len(self), 3, size, size), dtype=np.uint8)
-        for row, i in zip(result, range(len(self)), strict=True):
-            image = self.image(i)
-            if image.shape != row.shape:
-                picture = square(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size)
-                image = np.asarray(picture).transpose(2, 0, 1)
-            row[:] = image
-        return torch.from_numpy(result)
-
-
-def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True) -> Pixels:
-    """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
-
-    Args:
-        short_side: pixels; the shorter side is brought down to it (bicubic, antialiased), never up. The longer side
-            follows, and is first cropped in the centre where it exceeds 4 times the shorter one.
-        folder: where pixels.u8, pixels.json and quarantine.csv are written; the result is memory-mapped, and taken
-            from there the next time, as long as files, their modification times and short_side agree. None: memory.
-    Raises:
-        ValueError: no file at all, or none that decodes.
-    """
-    if not len(images) or short_side < 1:
-        raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
-    folder = Path(folder) if folder is not None else None
-    if folder is None:
-        memory = io.BytesIO()
-        kept, sizes = _fill(memory, images, short_side, progress)
-        return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, images.select(kept))
-    folder = Path(folder)
-    key = _pixels_key(images, short_side)
-    if stored := _open_pixels(folder, key, images):
-        return stored
-    with _written_whole(folder / "pixels.u8") as file:
-        kept, sizes = _fill(file, images, short_side, progress, folder / "quarantine.csv")
-        (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
-    with _written_whole(folder / "pixels.json") as file:
-        file.write(json.dumps({"key": key, "kept": kept, "sizes": sizes}).encode())
-    return _open_pixels(folder, key, images)
-
-
-def _fill(
-    file: IO[bytes], images: ImageSet, short_side: int, progress: bool, quarantine: Path | None = None
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Append each decoded picture to the file, list the others in the quarantine; numbers and sizes of the decoded."""
-
-    def small(picture: Image.Image) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
-
-    kept, sizes, bad = [], [], []
-    for i, result in _for_each(images, small, progress):
-        if isinstance(result, BadImage):
-            bad.append({"file": images.files[i], "reason": str(result)})
-            continue
-        file.write(result.data)
-        kept.append(i)
-        sizes.append(result.shape[1:])
-    if quarantine:
-        write_quarantine(quarantine, bad)
-    if not kept:
-        first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
-        raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
-    return kept, sizes
-
-
-def _laid_out(data: np.ndarray, sizes: Sequence[Sequence[int]], images: ImageSet) -> Pixels:
-    """Pixels of a flat array that holds the pictures end to end."""
-    shapes = np.array(sizes, dtype=np.int64)
-    n_bytes = 3 * shapes.prod(axis=1)
-    if n_bytes.sum() != data.size:
-        raise ValueError(f"expected {n_bytes.sum():,} bytes of pixels, got {data.size:,}")
-    return Pixels(data, np.cumsum(n_bytes) - n_bytes, shapes, images.labels, images.classes, images.files)
-
-
-def _pixels_key(images: ImageSet, short_side: int) -> str:
-    """A fingerprint of everything the stored pixels depend on."""
-    digest = hashlib.sha256(repr((FORMAT_VERSION, short_side, images.classes)).encode())
-    changed: dict[str, int] = {}
-    for name, place, label in zip(images.files, images.places, images.labels.tolist(), strict=True):
-        if place.source not in changed:
-            changed[place.source] = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
-        digest.update(repr((name, tuple(place), label, changed[place.source])).encode())
-    return digest.hexdigest()
-
-
-def _open_pixels(folder: Path, key: str, images: ImageSet) -> Pixels | None:
-    """What an earlier run stored, if it is whole and the key agrees."""
-    try:
-        record = json.loads((folder / "pixels.json").read_bytes())
-        if record["key"] != key:
-            return None
-        data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
-        return _laid_out(data, record["sizes"], images.select(record["kept"]))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------------- named sets
-
-DOWNLOADS = {  # what must lie under data_root if there is no internet
-    "cifar10": ["cifar-10-python.tar.gz"],
-    "stl10": ["stl10_binary.tar.gz"],
-    "imagenette": ["imagenette2-160.tgz"],
-    "pets": ["oxford-iiit-pet/images.tar.gz", "oxford-iiit-pet/annotations.tar.gz"],
-}
-PETS_SPLITS = {"train": "trainval", "val": "test"}
-
-
-def dataset_names() -> list[str]:
-    """The names that open_images and download understand."""
-    return list(DOWNLOADS)
-
-
-def download(name: str, root: str | Path) -> Path:
-    """Fetch a named set through torchvision, once, into root/<name>.zip (train/<class>/..., val/<class>/...).
-
-    Pictures that come as files keep their bytes; CIFAR-10 and STL-10 come as arrays and are stored as PNG.
-    Imagenette is the 160 px edition. STL-10 brings its 100,000 unlabelled pictures.
-
-    Raises:
-        ValueError: unknown name.
-        ConnectionError: the download failed; says which file to put where.
-    """
-    if name not in DOWNLOADS:
-        raise ValueError(f"no set called {name!r}; known: {dataset_names()}")
-    root = Path(root).expanduser()
-    target = root / f"{name}.zip"
-    if target.exists():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        parts = _torchvision_parts(name, root)
-    except Exception as error:  # torchvision raises whatever urllib, ssl, tarfile and its checksums raise
-        wanted = " and ".join(str(root / file) for file in DOWNLOADS[name])
-        message = f"{name} could not be downloaded ({error}); put {wanted} there by hand and run again"
-        raise ConnectionError(message) from error
-    with _written_whole(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for split, pictures, labels, classes in parts:
-            for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-                where = f"{split}/{classes[label]}" if split != "unlabeled" else split
-                is_file = isinstance(picture, str | Path)
-                member = Path(picture).name if is_file else f"{i:06d}.png"
-                data = Path(picture).read_bytes() if is_file else _png(picture)
-                archive.writestr(f"{name}/{where}/{member}", data)
-    return target
-
-
-def _torchvision_parts(name: str, root: Path) -> list[tuple[str, Sequence[Any], Sequence[int], list[str]]]:
-    """(split, pictures as arrays or paths, labels, class names) of each part of a named set; downloads what lacks."""
-    from torchvision import datasets  # heavy, and needed for named sets only
-
-    where = {"root": str(root), "download": True}
-    if name == "cifar10":
-        sets = {split: datasets.CIFAR10(train=split == "train", **where) for split in ("train", "val")}
-        return [(split, s.data, s.targets, s.classes) for split, s in sets.items()]
-    if name == "stl10":
-        sets = {split: datasets.STL10(split=split, **where) for split in ("train", "test", "unlabeled")}
-        return [(split, s.data.transpose(0, 2, 3, 1), s.labels.tolist(), s.classes) for split, s in sets.items()]
-    if name == "pets":
-        sets = {split: datasets.OxfordIIITPet(split=part, **where) for split, part in PETS_SPLITS.items()}
-        return [(split, s._images, s._labels, s.classes) for split, s in sets.items()]
-    sets = {split: datasets.Imagenette(split=split, size="160px", **where) for split in ("train", "val")}
-    return [(split, *zip(*s._samples, strict=True), s.wnids) for split, s in sets.items()]
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()

@@ -11,7 +11,9 @@ does not tell the depth. A scene depends on (seed, index) alone; numpy only, no 
 Mask classes: 0 sky, 1 ground, 2 hill, 3 stone, 4 + k a thing of kind k. Depth in metres, capped at FAR.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +21,9 @@ import numpy as np
 FAR = 40.0  # metres: sky and hills
 N_THINGS = 4  # at most, in a scene
 SMALLEST, TALLEST = 0.35, 0.8  # heights of things, fractions of the picture
+GRAIN = (0.06, 0.2)  # deviation of the speckle
 MUTED = (0.35, 0.35)  # landscape colours lie between these: offset, range
-N_LITTER, REACH = 40, 5  # strokes, and the pixels around each in which it is drawn
-N_UNIFORMS = 640  # random numbers set aside for a scene
+N_UNIFORMS = 320  # random numbers set aside for a scene
 GROUND, HILL, STONE, FIRST_KIND = 1, 2, 3, 4
 SLOT_A, SLOT_B, DARK, LIGHT = range(4)  # paints of a thing: two free colours and two accents
 
@@ -259,27 +261,6 @@ def _landscape(draw: _Draw, size: int) -> _Canvas:
     return canvas
 
 
-def _litter(canvas: _Canvas, draw: _Draw, n: int) -> None:
-    """Leaves and petals on the ground and in the air: short strokes of any colour and direction, behind the things."""
-    size = canvas.mask.shape[1]
-    window = np.arange(-REACH, REACH + 1)
-    scene = np.arange(len(draw))[:, None, None]
-    for _ in range(n):
-        row, column = draw.between(0, size), draw.between(0, size)
-        angle, half = draw.between(0, np.pi), draw.between(0.02, 0.05) * size
-        color = draw.between(n=3).transpose(1, 2, 3, 0)
-        y = np.floor(row).astype(int) + window[None, :, None]
-        x = np.floor(column).astype(int) + window[None, None, :]
-        dy, dx = y + 0.5 - row, x + 0.5 - column
-        along, across = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
-        distance = np.hypot(np.maximum(np.abs(along) - half, 0), across) - 0.016 * size
-        inside = (y >= 0) & (y < size) & (x >= 0) & (x < size)
-        alpha = (np.clip(0.5 - distance, 0, 1) * inside)[..., None]
-        y, x = np.clip(y, 0, size - 1), np.clip(x, 0, size - 1)
-        under = canvas.image[scene, y, x]
-        canvas.image[scene, y, x] = np.where(inside[..., None], under + alpha * (color - under), under)
-
-
 def _place(canvas: _Canvas, draw: _Draw, kind: int, tall: Array, column: Array, on: Array) -> None:
     """One thing of this kind in each scene where `on` is 1."""
     metres = draw.between(0.85, 1.15)
@@ -304,7 +285,6 @@ def _place(canvas: _Canvas, draw: _Draw, kind: int, tall: Array, column: Array, 
 def _draw_kind(kind: int, draw: _Draw, size: int) -> _Canvas:
     canvas = _landscape(draw, size)
     count = np.floor(draw.between(2, N_THINGS + 1))
-    _litter(canvas, draw, N_LITTER)
     heights = SMALLEST + (TALLEST - SMALLEST) * np.sort(draw.between(n=N_THINGS), axis=0)  # far things first
     spread = 0.382 * np.arange(N_THINGS, dtype=np.float32).reshape(-1, 1, 1, 1)  # keeps things apart
     columns = (draw.between() + spread + draw.between(-0.08, 0.08, n=N_THINGS)) % 1
@@ -317,9 +297,8 @@ def _draw_kind(kind: int, draw: _Draw, size: int) -> _Canvas:
     return canvas
 
 
-def _coarse(grain: Array) -> Array:
-    """White noise (m, S, S, 3) into grey speckle about two pixels wide, of deviation 1."""
-    grey = grain[..., :1]
+def _coarse(grey: Array) -> Array:
+    """White noise (m, S, S, 1) into speckle two pixels wide, of deviation 1."""
     return (grey + np.roll(grey, 1, 1) + np.roll(grey, 1, 2) + np.roll(grey, (1, 1), (1, 2))) / 2
 
 
@@ -339,16 +318,29 @@ def draw_scenes(n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: in
         raise ValueError(f"expected n, size >= 1 and seed, start >= 0, got n={n}, size={size}, seed={seed}, start={start}")
     out = Scenes(np.empty((n, size, size, 3), np.uint8), np.empty(n, np.int64), np.empty((n, size, size), np.uint8),
                  np.empty((n, size, size), np.float32))  # fmt: skip
-    for low in range(0, n, chunk):
-        rows = np.arange(low, min(low + chunk, n))
-        generators = [np.random.Generator(np.random.Philox(key=[seed, start + int(i)])) for i in rows]
-        uniforms = np.stack([g.random(N_UNIFORMS, np.float32) for g in generators])
-        grain = np.stack([g.standard_normal((size, size, 3), np.float32) for g in generators])
-        out.labels[rows] = (uniforms[:, 0] * len(KINDS)).astype(np.int64)
-        grain = (0.02 + 0.06 * uniforms[:, 1, None, None, None]) * _coarse(grain)
-        for kind in range(len(KINDS)):
-            here = np.flatnonzero(out.labels[rows] == kind)
-            canvas = _draw_kind(kind, _Draw(uniforms[here, 2:]), size)
-            out.images[rows[here]] = np.clip(255 * (canvas.image + grain[here]), 0, 255).astype(np.uint8)
-            out.masks[rows[here]], out.depth[rows[here]] = canvas.mask, canvas.depth
+
+    def fill(low: int) -> None:
+        rows = slice(low, min(low + chunk, n))
+        part = _draw_chunk(np.arange(rows.start, rows.stop) + start, size, seed)
+        for name in ("images", "labels", "masks", "depth"):
+            getattr(out, name)[rows] = getattr(part, name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the interpreter while it computes
+        list(pool.map(fill, range(0, n, chunk)))
     return out
+
+
+def _draw_chunk(indices: Array, size: int, seed: int) -> Scenes:
+    generators = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+    uniforms = np.stack([g.random(N_UNIFORMS, np.float32) for g in generators])
+    grain = _coarse(np.stack([g.standard_normal((size, size, 1), np.float32) for g in generators]))
+    grain *= GRAIN[0] + (GRAIN[1] - GRAIN[0]) * uniforms[:, 0, None, None, None]
+    labels = (uniforms[:, 1] * len(KINDS)).astype(np.int64)
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    masks, depth = np.empty(images.shape[:3], np.uint8), np.empty(images.shape[:3], np.float32)
+    for kind in np.unique(labels):
+        here = np.flatnonzero(labels == kind)
+        canvas = _draw_kind(int(kind), _Draw(uniforms[here, 2:]), size)
+        images[here] = np.clip(255 * (canvas.image + grain[here]), 0, 255).astype(np.uint8)
+        masks[here], depth[here] = canvas.mask, canvas.depth
+    return Scenes(images, labels, masks, depth)

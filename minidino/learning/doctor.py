@@ -340,7 +340,7 @@ def _large_rate(h: _History) -> Finding | None:
 def _is_spike(before: np.ndarray, value: float, least: float) -> bool:
     middle = np.median(before)
     usual = np.median(np.abs(before - middle))
-    return value - middle > max(least, 6 * usual)
+    return bool(value - middle > max(least, 6 * usual))
 
 
 def _small_rate(h: _History) -> Finding | None:

@@ -93,7 +93,7 @@ def student_losses(
     weights: Mapping[str, float],
     student_temp: float = 0.1,
     koleo_views: str = "released",
-    ibot_divisor: str = "released",
+    n_ibot_crops: float | None = None,
     dino_divisor: str = "fixed",
 ) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
     """The student's weighted losses, and its class tokens of the global crops.
@@ -101,7 +101,7 @@ def student_losses(
     Args:
         weights: of "dino", "ibot" and "koleo"; with targets.ibot None there are no holes either.
         koleo_views: "released" spreads both global views, "paper" the first alone.
-        ibot_divisor: "released" divides by all global crops, "paper" by the masked ones: about twice as much.
+        n_ibot_crops: what the sum over masked crops is divided by; None: all global crops, as released.
         dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
     """
     n_global, n_images = batch.crops_global.shape[:2]
@@ -119,7 +119,7 @@ def student_losses(
     losses = {"dino": weights["dino"] * dino, "ibot": dino.new_zeros(()), "koleo": dino.new_zeros(())}
     if masks is not None:
         hidden = student.ibot_head(tokens[0].x_norm_patchtokens[masks])
-        n_crops = len(masks) if ibot_divisor == "released" else max(int(masks.any(-1).sum()), 1)
+        n_crops = len(masks) if n_ibot_crops is None else n_ibot_crops
         losses["ibot"] = weights["ibot"] * ibot_loss(hidden, targets.ibot, batch.mask_weights, n_crops, student_temp)
     class_tokens = class_tokens[: n_global * n_images].unflatten(0, (n_global, n_images))
     if weights["koleo"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from minidino.config import RunConfig
 from minidino.images.batches import Batch, batches
 from minidino.images.crops import crop_seed
-from minidino.images.datasets import Pixels
+from minidino.images.pixels import Pixels
 from minidino.learning import doctor
 from minidino.learning.objective import (
     Center,
@@ -34,7 +34,7 @@ from minidino.learning.optim import parameter_groups
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
 
 DROPS = -3  # stands in for an image index in the seed of a step's stochastic depth
-PATIENCE = 20  # steps in a row whose loss may be NaN before the run stops
+PATIENCE = 20  # steps in a row whose loss or gradients may be NaN before the run stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +48,7 @@ class State:
     scaler: torch.amp.GradScaler
     center: Center | None = None
     step: int = 0  # updates done
-    skipped: int = 0  # updates left out in a row, because the loss was not a number
+    skipped: int = 0  # updates left out in a row, because loss or gradients were not numbers
 
     def save(self) -> dict[str, Any]:
         return {
@@ -107,7 +107,7 @@ def train(config: RunConfig, pixels: Pixels, state: State) -> Iterator[dict[str,
         {"step", "images", "seconds"} and, when read: the losses, the schedules, what the doctor watches.
         `seconds` counts from the call, without the time the watcher takes.
     Raises:
-        FloatingPointError: the loss was not a number for 20 steps in a row.
+        FloatingPointError: loss or gradients were not finite for 20 steps in a row.
     """
     device = next(state.student.parameters()).device
     plan, seconds, clock = schedules(config), 0.0, time.perf_counter()
@@ -128,11 +128,11 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
     state.optimizer.zero_grad(set_to_none=True)
     losses, targets, class_tokens, center = _backward(config, state, batch, now)
     loss = sum(losses.values()).item()
-    good = math.isfinite(loss)
-    norms = _step_optimizer(config, state, now) if good else {}
+    norms = _step_optimizer(config, state, now) if math.isfinite(loss) else {}
+    good = len(norms) > 0 and all(map(math.isfinite, norms.values()))
     state.skipped = 0 if good else state.skipped + 1
     if state.skipped >= PATIENCE:
-        raise FloatingPointError(f"the loss was not a number for {PATIENCE} steps up to step {state.step}; see doctor")
+        raise FloatingPointError(f"loss or gradients not finite for {PATIENCE} steps up to step {state.step}; see doctor")
     if good:
         update_teacher(state.teacher, state.student, now["momentum"])
         state.center = center
@@ -140,7 +140,8 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
         return {}
     schedule = {name: value for name, value in now.items() if name != "last_layer_lr"}
     parts = {name: value.item() for name, value in losses.items()}
-    return {"loss": loss, **parts, **schedule, **norms, **_vital_signs(targets.dino, class_tokens)}
+    signs = _vital_signs(targets.dino, class_tokens) if good else {}
+    return {"loss": loss, **parts, **schedule, **norms, **signs}
 
 
 def _backward(
@@ -164,13 +165,15 @@ def _backward(
         TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
         targets=w.targets, center=state.center,
     )  # fmt: skip
+    # the divisor counts the masked crops of the whole batch: its parts have more and fewer
+    n_masked = max(int(batch.masks.any(-1).sum()), 1) / n_parts if w.ibot_divisor == "paper" else None
     losses, class_tokens = {}, None
     dinos = targets.dino.chunk(n_parts, dim=1)
     ibots = [None] * n_parts if ibot is None else targets.ibot.split(n_hidden)
     for part, dino, ibot in zip(parts, dinos, ibots, strict=True):
         with autocast:
             shares, class_tokens = student_losses(
-                state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views, w.ibot_divisor,
+                state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views, n_masked,
                 w.dino_divisor,
             )  # fmt: skip
         state.scaler.scale(sum(shares.values()) / n_parts).backward()
@@ -184,15 +187,17 @@ def _slices(n: int, n_parts: int) -> list[slice]:
 
 
 def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> dict[str, float]:
-    """Clip and step; the gradient norms before clipping."""
+    """Clip and step; the gradient norms before clipping. No step when one of them is not finite."""
     state.scaler.unscale_(state.optimizer)
-    norms = clip_gradients(state.student.parts(), config.optim.clip, config.optim.clip_scope)
+    clipped = clip_gradients(state.student.parts(), config.optim.clip, config.optim.clip_scope)
+    norms = {f"grad_norm_{name}": norm.item() for name, norm in clipped.items()}
     for group in state.optimizer.param_groups:
         group["lr"] = group["lr_mult"] * now["last_layer_lr" if group["is_last_layer"] else "lr"]
         group["weight_decay"] = group["wd_mult"] * now["weight_decay"]
-    state.scaler.step(state.optimizer)
+    if all(map(math.isfinite, norms.values())):
+        state.scaler.step(state.optimizer)
     state.scaler.update()
-    return {f"grad_norm_{name}": norm.item() for name, norm in norms.items()}
+    return norms
 
 
 def _vital_signs(targets: Tensor, class_tokens: Tensor) -> dict[str, float]:

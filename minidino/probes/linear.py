@@ -229,7 +229,7 @@ def _patch_rows(patches: Rows, values: Rows) -> tuple[Float[Tensor, "nN D"], Ten
     return patches.float().flatten(0, 1), values.flatten()
 
 
-def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "m D"]) -> list[Float[Tensor, "m D"]]:
+def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:
     """Mean 0 and deviation 1 in each feature of the training rows; a feature that never changes becomes 0."""
     mean, std = train.mean(0), train.std(0, correction=0)
     return [torch.where(std > 1e-6, (x - mean) / std.clamp_min(1e-6), 0.0) for x in (train, *others)]

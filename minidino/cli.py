@@ -1,0 +1,133 @@
+"""`minidino <stage> ...`: parse, call, print."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from minidino.config import PRESETS, difference, override, preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
+    parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for add in (_tour, _train, _probe, _doctor, _data):
+        add(stages)
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"minidino {options.stage}: {error}", file=sys.stderr)
+        return 2
+
+
+def _stage(stages, name: str, words: str, example: str, run) -> argparse.ArgumentParser:
+    parser = stages.add_parser(name, help=words, description=words, epilog=f"example:  {example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _tour(stages) -> None:
+    def run(options) -> None:
+        from minidino.tour import tour
+
+        tour(options.data, options.minutes, options.out)
+
+    parser = _stage(stages, "tour", "learn to see without labels in a few minutes, and report",
+                    "minidino tour --data my-photographs.zip --minutes 4", run)  # fmt: skip
+    parser.add_argument("--data", help="folder, archive or torchvision name; without it scenes are drawn")
+    parser.add_argument("--minutes", type=float, help="of training; without it what the preset asks, at most 4")
+    parser.add_argument("--out", default="runs/tour", help="run folder (default %(default)s)")
+
+
+def _train(stages) -> None:
+    def run(options) -> None:
+        from minidino.stages import pretrain
+
+        if options.resume:
+            if options.changes:
+                raise ValueError("a resumed run keeps its config: key=value and --resume exclude each other")
+            pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)
+            return
+        config = override(preset(options.preset), options.changes)
+        print(f"preset {options.preset}; against vitl14-lvd:")
+        for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
+            print(f"  {key} = {here}  (published: {published})")
+        o, t = config.optim, config.teacher
+        print(f"resolved: lr {o.lr:.2e}, weight decay {o.weight_decay} to {o.final_weight_decay}, "
+              f"EMA horizon {1 / max(1 - t.momentum, 1e-9):.0f} steps at the start")  # fmt: skip
+        pretrain(config, Path(options.out or f"runs/{options.preset}"))
+
+    parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6 run.seed=1", run)
+    parser.add_argument("--preset", default="scenes-cpu", help=", ".join(PRESETS))
+    parser.add_argument("--out", help="run folder (default runs/PRESET)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _probe(stages) -> None:
+    def run(options) -> None:
+        from minidino.judge import probe
+
+        print(json.dumps(probe(Path(options.source), options.task, options.data, options.size), indent=1))
+
+    parser = _stage(stages, "probe", "judge frozen features", "minidino probe runs/tour --task knn --data photographs", run)
+    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, or a weights file in any known layout")
+    parser.add_argument("--task", choices=("knn", "linear"), default="knn")
+    parser.add_argument("--data", help="labelled images; without it the run's own")
+    parser.add_argument("--size", type=int, help="px of the evaluated square; without it the run's global crop")
+
+
+def _doctor(stages) -> None:
+    def run(options) -> None:
+        from minidino.learning.doctor import diagnose, prescription
+        from minidino.runs import Run
+
+        run = Run(options.run_folder)
+        print(prescription(diagnose(run.records(), dataclasses.asdict(run.config()))))
+
+    parser = _stage(stages, "doctor", "read a run and say what is wrong", "minidino doctor runs/tour", run)
+    parser.add_argument("run_folder", metavar="RUN")
+
+
+def _data(stages) -> None:
+    parser = stages.add_parser("data", help="list, get and check data sets", description="list, get and check data sets",
+                               epilog="example:  minidino data check my-photographs --json check.json")  # fmt: skip
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _stage(actions, "list", "names that can be fetched", "minidino data list", _data_list)
+    get = _stage(actions, "get", "fetch a torchvision set", "minidino data get cifar10", _data_get)
+    get.add_argument("name")
+    get.add_argument("--root", default="data/sets", help="where it goes (default %(default)s)")
+    check = _stage(actions, "check", "decode every file and list the bad ones", "minidino data check photographs", _data_check)
+    check.add_argument("path")
+    check.add_argument("--json", metavar="FILE", help="write the counts and reasons there")
+
+
+def _data_list(options) -> None:
+    from minidino.images.named import dataset_names
+
+    print("scenes       drawn, no download\n" + "\n".join(f"{name:12} torchvision" for name in dataset_names()))
+
+
+def _data_get(options) -> None:
+    from minidino.images.named import download
+
+    print(download(options.name, options.root))
+
+
+def _data_check(options) -> None:
+    from minidino.images.datasets import check_images, open_images
+    from minidino.runs import write_atomically
+
+    found = check_images(open_images(options.path))
+    for row in found["quarantined"]:
+        print(f"{row['file']!r}: {row['reason']}")
+    print(f"{found['decoded']} decoded, {len(found['quarantined'])} quarantined")
+    if options.json:
+        write_atomically(Path(options.json), json.dumps(found, indent=1).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

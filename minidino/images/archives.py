@@ -1,0 +1,116 @@
+"""Where the bytes of one file lie, in a folder, a zip or a tar, and how to get them: nothing is unpacked.
+
+    archive_members(path, cache) -> (name, Place), ...     every regular file of an archive
+    read_place(place)            -> bytes                  checked against the archive's own checksum
+
+A compressed tar is the exception: it cannot be read at random and gets an unpacked twin in the cache.
+"""
+
+import gzip
+import hashlib
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from minidino.images.decode import BadImage
+from minidino.runs import atomic_path
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
+LARGEST_FILE = 1 << 29  # bytes; what is longer is no picture
+
+
+class Place(NamedTuple):
+    """Where the bytes of one file lie. Each read opens the source anew: no handle is shared by threads or forks."""
+
+    source: str  # the file itself, or the archive
+    kind: str  # "file", "tar", "zip" (stored), "deflate" (zip, compressed) or "bad": cannot be read
+    size: int  # bytes once unpacked
+    offset: int = 0  # of the data in a tar, of the local header in a zip
+    packed: int = 0  # bytes in the zip
+    crc: int = 0  # zip only
+    reason: str = ""  # why it is bad
+
+
+def archive_members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
+    """Name and place of every regular file of an archive; damage becomes one more entry, of kind "bad"."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(2)
+        if magic == b"PK":
+            yield from _zip_members(path)
+            return
+        plain = _plain_tar(path, cache) if magic == b"\x1f\x8b" else path
+        with tarfile.open(plain, "r:") as archive:
+            for member in archive:
+                if member.isreg():
+                    yield member.name, Place(str(plain), "tar", member.size, member.offset_data)
+    except Exception as error:  # hostile archives make the standard library raise anything
+        yield path.name, Place(str(path), "bad", 0, reason=f"not a readable archive: {error}")
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            kind = {zipfile.ZIP_STORED: "zip", zipfile.ZIP_DEFLATED: "deflate"}.get(member.compress_type, "bad")
+            reason = f"zip method {member.compress_type} is not supported; pack with store or deflate"
+            if member.flag_bits & 1:
+                kind, reason = "bad", "encrypted inside the zip"
+            where = (member.file_size, member.header_offset, member.compress_size, member.CRC)
+            yield member.filename, Place(str(path), kind, *where, reason if kind == "bad" else "")
+
+
+def _plain_tar(path: Path, cache: Path) -> Path:
+    """The unpacked twin of a .tar.gz, in the cache: only that can be read at random."""
+    status = path.stat()
+    described = repr((str(path), status.st_size, status.st_mtime_ns))
+    plain = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.tar"
+    if not plain.exists():
+        with gzip.open(path) as packed:
+            if not tarfile.is_tarfile(packed):
+                raise tarfile.ReadError("what is compressed in it is not a tar")
+            packed.seek(0)
+            with atomic_path(plain) as beside, open(beside, "wb") as file:
+                with suppress(EOFError, zlib.error):  # reading the tar will report a cut
+                    while block := packed.read1(1 << 20):  # read() would drop what precedes the cut
+                        file.write(block)
+    return plain
+
+
+def read_place(place: Place) -> bytes:
+    """The bytes at a place, checked against the archive's own checksum where it has one.
+
+    Raises:
+        BadImage: damaged archive, no permission, longer than LARGEST_FILE.
+    """
+    if place.kind == "bad":
+        raise BadImage(place.reason)
+    if place.size > LARGEST_FILE:
+        raise BadImage(f"{place.size:,} bytes, more than the limit of {LARGEST_FILE:,}")
+    try:
+        with open(place.source, "rb") as file:
+            if place.kind == "file":
+                return file.read(LARGEST_FILE)
+            file.seek(place.offset)
+            if place.kind == "tar":
+                data = file.read(place.size)
+            else:
+                header = file.read(30)
+                file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)  # the name and the extra field
+                data = file.read(place.packed)
+        if place.kind == "deflate":
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.size + 1)
+    except (OSError, ValueError, struct.error, zlib.error) as error:
+        raise BadImage(f"cannot be read: {error}") from None
+    if len(data) != place.size:
+        raise BadImage(f"the archive holds {len(data):,} of its {place.size:,} bytes")
+    if place.kind != "tar" and zlib.crc32(data) != place.crc:
+        raise BadImage("damaged inside the archive: the checksum does not agree")
+    return data

@@ -1,0 +1,182 @@
+"""Files become uint8 pixels, once: shrunk, end to end in memory or in one memory-mapped file.
+
+    load_pixels(set)   -> Pixels      every picture decoded; the others in quarantine.csv with their reasons
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, write_quarantine
+from minidino.images.decode import BadImage, shrink, square
+from minidino.runs import atomic_path, write_atomically
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Decoded pictures of any size in one flat uint8 array, in memory or memory-mapped.
+
+    Picture i is data[offsets[i] : offsets[i] + 3 H W] as (3, H, W), with (H, W) = sizes[i].
+    labels: (n,) int64, -1 = unknown. files: n names.
+    """
+
+    data: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+    files: list[str]
+
+    @classmethod
+    def from_array(cls, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> "Pixels":
+        """Take pictures of one size, (n, H, W, 3) uint8."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"expected (n, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        if len(labels) != len(images):
+            raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        n, height, width, _ = images.shape
+        return cls(
+            data=np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1),
+            offsets=np.arange(n, dtype=np.int64) * (3 * height * width),
+            sizes=np.full((n, 2), (height, width), dtype=np.int64),
+            labels=np.asarray(labels, dtype=np.int64),
+            classes=list(classes),
+            files=[f"{i:06d}" for i in range(n)],
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "3 H W"]:
+        """One picture, a view of the stored bytes."""
+        height, width = self.sizes[index].tolist()
+        start = int(self.offsets[index])
+        return self.data[start : start + 3 * height * width].reshape(3, height, width)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B 2"]]:
+        """Stack pictures of unequal size: zeros below and to the right; second, the height and width of each."""
+        indices = np.asarray(indices, dtype=np.int64)
+        sizes = self.sizes[indices].reshape(-1, 2)
+        height, width = sizes.max(axis=0).tolist() if len(sizes) else (0, 0)
+        images = np.zeros((len(indices), 3, height, width), dtype=np.uint8)
+        for row, i, (h, w) in zip(images, indices, sizes, strict=True):
+            row[:, :h, :w] = self.image(i)
+        return torch.from_numpy(images), torch.from_numpy(sizes)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Pixels":
+        """The same storage with these pictures only, in this order."""
+        rows = np.arange(len(self))[indices]
+        return replace(
+            self,
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+            labels=self.labels[rows],
+            files=[self.files[i] for i in rows],
+        )
+
+    def squares(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
+        """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
+        centre cut out."""
+        result = np.empty((len(self), 3, size, size), dtype=np.uint8)
+        for row, i in zip(result, range(len(self)), strict=True):
+            image = self.image(i)
+            if image.shape != row.shape:
+                picture = square(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size)
+                image = np.asarray(picture).transpose(2, 0, 1)
+            row[:] = image
+        return torch.from_numpy(result)
+
+
+def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True) -> Pixels:
+    """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
+
+    Args:
+        short_side: pixels; the shorter side is brought down to it (bicubic, antialiased), never up. The longer side
+            follows, and is first cropped in the centre where it exceeds 4 times the shorter one.
+        folder: where pixels.u8, pixels.json and quarantine.csv are written; the result is memory-mapped, and taken
+            from there the next time, as long as files, their modification times and short_side agree. None: memory.
+    Raises:
+        ValueError: no file at all, or none that decodes.
+    """
+    if not len(images) or short_side < 1:
+        raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
+    if folder is None:
+        memory = io.BytesIO()
+        kept, sizes = _fill(memory, images, short_side, progress)
+        return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, images.select(kept))
+    folder = Path(folder)
+    key = _pixels_key(images, short_side)
+    if stored := _open_pixels(folder, key, images):
+        return stored
+    with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
+        kept, sizes = _fill(file, images, short_side, progress, folder / "quarantine.csv")
+        (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
+    write_atomically(folder / "pixels.json", json.dumps({"key": key, "kept": kept, "sizes": sizes}).encode())
+    return _open_pixels(folder, key, images)
+
+
+def _fill(
+    file: IO[bytes], images: ImageSet, short_side: int, progress: bool, quarantine: Path | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Append each decoded picture to the file, list the others in the quarantine; numbers and sizes of the decoded."""
+
+    def small(picture: Image.Image) -> np.ndarray:
+        return np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
+
+    kept, sizes, bad = [], [], []
+    for i, result in decode_each(images, small, progress):
+        if isinstance(result, BadImage):
+            bad.append({"file": images.files[i], "reason": str(result)})
+            continue
+        file.write(result.data)
+        kept.append(i)
+        sizes.append(result.shape[1:])
+    if quarantine:
+        write_quarantine(quarantine, bad)
+    if not kept:
+        first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
+        raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
+    return kept, sizes
+
+
+def _laid_out(data: np.ndarray, sizes: Sequence[Sequence[int]], images: ImageSet) -> Pixels:
+    """Pixels of a flat array that holds the pictures end to end."""
+    shapes = np.array(sizes, dtype=np.int64)
+    n_bytes = 3 * shapes.prod(axis=1)
+    if n_bytes.sum() != data.size:
+        raise ValueError(f"expected {n_bytes.sum():,} bytes of pixels, got {data.size:,}")
+    return Pixels(data, np.cumsum(n_bytes) - n_bytes, shapes, images.labels, images.classes, images.files)
+
+
+def _pixels_key(images: ImageSet, short_side: int) -> str:
+    """A fingerprint of everything the stored pixels depend on."""
+    digest = hashlib.sha256(repr((FORMAT_VERSION, short_side, images.classes)).encode())
+    changed: dict[str, int] = {}
+    for name, place, label in zip(images.files, images.places, images.labels.tolist(), strict=True):
+        if place.source not in changed:
+            changed[place.source] = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
+        digest.update(repr((name, tuple(place), label, changed[place.source])).encode())
+    return digest.hexdigest()
+
+
+def _open_pixels(folder: Path, key: str, images: ImageSet) -> Pixels | None:
+    """What an earlier run stored, if it is whole and the key agrees."""
+    try:
+        record = json.loads((folder / "pixels.json").read_bytes())
+        if record["key"] != key:
+            return None
+        data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
+        return _laid_out(data, record["sizes"], images.select(record["kept"]))
+    except (OSError, ValueError, KeyError):
+        return None

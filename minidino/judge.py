@@ -1,0 +1,185 @@
+"""What frozen features are worth: baselines and backbones under the same probes."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidino.config import RunConfig
+from minidino.images.scenes import MASK_CLASSES
+from minidino.learning import doctor
+from minidino.learning.teacher import build_backbone, build_student
+from minidino.model.vit import SIZES, VisionTransformer, build_vit
+from minidino.model.weights import load_weights, to_hub_layout
+from minidino.probes import features
+from minidino.probes.knn import knn_accuracy
+from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
+from minidino.runs import Run, environment, pick_device
+from minidino.stages import K, World, open_world
+
+BASELINES = ("pixels", "gray_pixels", "color_histogram", "hog")
+
+
+
+def random_backbone(config: RunConfig, device: torch.device) -> VisionTransformer:
+    """The backbone before its first step."""
+    torch.manual_seed(config.run.seed)
+    return build_student(config).backbone.to(device).eval()
+
+
+def judge_knn(world: World, config: RunConfig, backbones: dict[str, VisionTransformer]) -> dict[str, dict[str, float]]:
+    """k-NN of baselines and backbones on the held-out images: {name: {"k=20": ..., "best": ...}}.
+
+    Every descriptor, ours included, is read twice, as it is and with the bank's mean taken away, at k = 5, 20 and
+    100; "best" is the best of the six, "k=20" the published way.
+    """
+    size = config.crops.global_size
+    labels = world.train.labels, world.test.labels
+    # hand-made descriptors see the stored images, which are at least as sharp as what the network sees
+    stored = world.train.squares(config.data.short_side), world.test.squares(config.data.short_side)
+    small = world.train.squares(size), world.test.squares(size)
+    found = {name: _readings(*(getattr(features, name)(images) for images in stored), *labels) for name in BASELINES}
+    for name, backbone in backbones.items():
+        rows = [features.extract(backbone, images)["cls"] for images in small]
+        found[name] = _readings(*rows, *labels)
+    return found
+
+
+def _readings(bank: Tensor, queries: Tensor, bank_y: np.ndarray, queries_y: np.ndarray) -> dict[str, float]:
+    ks = [k for k in (5, K, 100) if k <= len(bank)] or [1]
+    plain = knn_accuracy(bank, bank_y, queries, queries_y, ks)
+    mean = bank.mean(0)
+    centred = knn_accuracy(bank - mean, bank_y, queries - mean, queries_y, ks)
+    return {f"k={K}": plain.get(K, plain[ks[-1]]), "best": max(*plain.values(), *centred.values())}
+
+
+def judge_linear(world: World, config: RunConfig, backbones: dict[str, VisionTransformer], seeds: int = 3) -> dict:
+    """Linear probe on class tokens: {name: {"mean", "sd", "n"}} over the seeds of the probe."""
+    size, found = config.crops.global_size, {}
+    images = world.train.squares(size), world.test.squares(size)
+    for name, backbone in backbones.items():
+        x, test_x = (features.extract(backbone, part)["cls"] for part in images)
+        runs = [linear_probe(x, world.train.labels, test_x, world.test.labels, epochs=10, seed=s) for s in range(seeds)]
+        scores = np.array([run["accuracy"] for run in runs])
+        found[name] = {"mean": scores.mean(), "sd": scores.std(ddof=1), "n": seeds}
+    return found
+
+
+def judge_patches(world: World, config: RunConfig, backbones: dict[str, VisionTransformer], n_train: int = 2000) -> dict:
+    """What single patches of drawn scenes know: mIoU of the mask classes and log-depth error, beside position alone."""
+    size, patch = config.crops.global_size, config.vit.patch_size
+    grid = size // patch
+    parts = [(world.train, world.train_scenes, n_train), (world.test, world.test_scenes, n_train // 2)]
+    truth = [patch_truth(scenes.masks[:n], scenes.depth[:n], grid) for _, scenes, n in parts]
+    position = [torch.eye(grid**2).expand(n, -1, -1) for _, _, n in parts]
+    tokens = {"position": position}
+    for name, backbone in backbones.items():
+        images = [pixels.select(np.arange(n)).squares(size) for pixels, _, n in parts]
+        seen = [features.extract(backbone, part, patches=True)["patch"] for part in images]
+        tokens |= {name: seen, f"{name} + position": [torch.cat(pair, -1) for pair in zip(seen, position, strict=True)]}
+    found = {}
+    for name, (x, test_x) in tokens.items():
+        segments = patch_probe(x, truth[0][0], test_x, truth[1][0], len(MASK_CLASSES))
+        depth = patch_depth_probe(x, truth[0][1], test_x, truth[1][1])
+        found[name] = {"miou": segments["miou"], "accuracy": segments["accuracy"], **depth}
+    return found
+
+
+def patch_truth(masks: np.ndarray, depth: np.ndarray, grid: int) -> tuple[Tensor, Tensor]:
+    """Commonest class (n, N) and harmonic mean depth (n, N), metres, of every patch."""
+    classes = F.one_hot(torch.from_numpy(masks).long(), len(MASK_CLASSES)).permute(0, 3, 1, 2).float()
+    nearness = F.adaptive_avg_pool2d(1 / torch.from_numpy(depth)[:, None], grid)
+    return F.adaptive_avg_pool2d(classes, grid).argmax(1).flatten(1), 1 / nearness.flatten(1)
+
+
+def trained_backbone(run: Run, device: torch.device) -> VisionTransformer:
+    """The EMA teacher's backbone of a finished run."""
+    return load_weights(build_backbone(run.config()), run.folder / "weights.safetensors").to(device).eval()
+
+
+def judge(run: Run, world: World) -> dict[str, Any]:
+    """Probe a finished run: what results.json holds."""
+    config = run.config()
+    device = pick_device(config.run.device)
+    nets = {"random_vit": random_backbone(config, device), "trained": trained_backbone(run, device)}
+    records = run.records()
+    findings = doctor.diagnose(records, asdict(config))
+    results: dict[str, Any] = {
+        "data": world.name,
+        "n_train": len(world.train),
+        "n_test": 0 if world.test is None else len(world.test),
+        "training": {
+            "preset": config.preset, "steps": config.run.steps, "batch_size": config.optim.batch_size,
+            "seconds": records[-1]["seconds"], "images": records[-1]["images"],
+            "largest_teacher_entropy": max(r["teacher_entropy"] for r in records if "teacher_entropy" in r),
+            "ln_k": float(np.log(config.heads.n_prototypes)), "doctor": [asdict(finding) for finding in findings],
+        },
+        "environment": environment(config.run.seed, device),
+    }  # fmt: skip
+    if world.test is not None:
+        results["knn_readings"] = judge_knn(world, config, nets)
+        results["knn"] = {name: reading["best"] for name, reading in results["knn_readings"].items()}
+        results["linear"] = judge_linear(world, config, nets)
+        if world.test_scenes is not None:
+            results["patches"] = judge_patches(world, config, nets)
+    return results
+
+
+def probe(source: Path, task: str = "knn", data: str | None = None, size: int | None = None) -> dict[str, Any]:
+    """Judge the frozen features of a run folder, or of a weights file, on labelled images.
+
+    Args:
+        source: a run folder, or weights in any layout that `load_weights` reads.
+        task: "knn" or "linear".
+        data: labelled images; None takes the run's own.
+        size: side of the evaluated square, px; None takes the run's global crop, or 224 for a weights file.
+    Raises:
+        ValueError: a weights file without data; images without labels.
+    """
+    run = Run(source)
+    if run.config_path.exists():
+        config = run.config()
+        backbone = trained_backbone(run, pick_device(config.run.device))
+    elif data is None:
+        raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
+    else:
+        config, backbone = RunConfig(), backbone_of(source).to(pick_device()).eval()
+    size = size or config.crops.global_size
+    config = replace(
+        config,
+        data=replace(config.data, source=data or config.data.source, short_side=max(size, config.data.short_side)),
+        crops=replace(config.crops, global_size=size),
+    )
+    world = open_world(config, Path("runs/probe/pixels"))
+    if world.test is None:
+        raise ValueError(f"{world.name} has no labels: a folder per class is expected")
+    judges = {"knn": judge_knn, "linear": judge_linear}
+    found = judges[task](world, config, {"trained": backbone})
+    return {"data": world.name, "task": task, "n_test": len(world.test), **found}
+
+
+def backbone_of(weights: Path) -> VisionTransformer:
+    """A backbone of the size that the weights themselves tell; heads are 64 wide, as published.
+
+    Raises:
+        ValueError: not the width of a published ViT.
+    """
+    state = to_hub_layout(weights)
+    _, n_positions, width = state["pos_embed"].shape
+    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    names = [name for name, (w, *_) in SIZES.items() if w == width]
+    if not names:
+        raise ValueError(f"{weights}: expected a width of {[s[0] for s in SIZES.values()]}, got {width}; give its run folder")
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    vit = build_vit(
+        names[0], patch_size=patch_size, img_size=patch_size * round((n_positions - 1) ** 0.5),
+        num_register_tokens=registers, ffn="swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp",
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        layerscale=1.0 if "blocks.0.ls1.gamma" in state else None,
+        interpolate_offset=0.0 if registers else 0.1, interpolate_antialias=bool(registers),
+    )  # fmt: skip
+    return load_weights(vit, state)

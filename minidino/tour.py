@@ -1,0 +1,186 @@
+"""The main job, end to end: pictures in, a backbone that learned without labels, and an honest report.
+
+    open_world -> pretrain -> judge -> draw -> report.html, results.json
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidino import pictures
+from minidino.config import RunConfig, difference, preset
+from minidino.images.batches import make_batch
+from minidino.images.scenes import KINDS
+from minidino.judge import judge, random_backbone, trained_backbone
+from minidino.learning import doctor
+from minidino.learning.teacher import build_student
+from minidino.learning.train import start, train
+from minidino.model.vit import VisionTransformer
+from minidino.probes import features
+from minidino.probes.knn import neighbours
+from minidino.report import Section, write_report
+from minidino.runs import Run, keep_freed_memory, pick_device, write_atomically
+from minidino.stages import K, World, open_world, pretrain, some
+
+Say = Callable[[str], None]
+
+
+def tour(data: str | None = None, minutes: float | None = None, out: str = "runs/tour", say: Say = print) -> dict:
+    """Learn from drawn scenes, or from the pictures at `data`, in minutes; judge, draw and report.
+
+    Args:
+        data: folder, archive or name; None draws scenes.
+        minutes: of training; None takes the preset's steps if they fit into 4 minutes, else as many as fit.
+        out: the run folder.
+        say: where the words go.
+    Returns:
+        What results.json holds.
+    """
+    folder, begun = Path(out), time.perf_counter()
+    keep_freed_memory()
+    config = preset("scenes-cpu" if data is None else "imagenette-cpu")
+    if data is not None:
+        config = replace(config, data=replace(config.data, source=str(data)))
+    say(f"minidino tour: {'drawing scenes' if data is None else f'reading {data}'}")
+    device = pick_device(config.run.device)
+    world = open_world(config, folder / "pixels")
+    say(f"{len(world.train)} training images, {len(world.test) if world.test else 'no labelled'} held-out images")
+    config = fit_steps(config, world, device, minutes, say)
+    say(f"training {config.run.steps} steps of {config.optim.batch_size} images on {device}, preset {config.preset}")
+    run, world = pretrain(config, folder, world)
+    say("judging: baselines, k-NN, linear and patch probes")
+    results = judge(run, world)
+    for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
+        say(f"  k-NN {name:16} {value:.3f}")
+    say(doctor.prescription(doctor.diagnose(run.records(), asdict(config))))
+    draw(world, config, run)
+    results["minutes"] = {"all": round((time.perf_counter() - begun) / 60, 2)}
+    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+    report(run, world, results)
+    say(f"\n{folder / 'report.html'} and results.json are written; the whole took {results['minutes']['all']} minutes")
+    return results
+
+
+def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: float | None, say: Say) -> RunConfig:
+    """Choose the number of steps: a few are timed and thrown away."""
+    trial, seconds = start(config, device), []
+    for record in train(config, world.train, trial):
+        seconds.append(record["seconds"])
+        if len(seconds) == 16:
+            break
+    per_step = (seconds[-1] - seconds[3]) / (len(seconds) - 4)
+    fitting = int(60 * (minutes or 4) / per_step)
+    say(f"a step takes {per_step * 1000:.0f} ms here: {fitting} steps fit into {minutes or 4:g} minutes")
+    steps = max(fitting if minutes else min(config.run.steps, fitting), 20)
+    return replace(config, run=replace(config.run, steps=steps, knn_every=max(steps // 8, 1)))
+
+
+def draw(world: World, config: RunConfig, run: Run) -> None:
+    """All pictures of a finished run, as PNG in its folder."""
+    folder, size, patch = run.folder, config.crops.global_size, config.vit.patch_size
+    device = pick_device(config.run.device)
+    untrained, trained = random_backbone(config, device), trained_backbone(run, device)
+    if world.train_scenes is not None:
+        s = world.train_scenes
+        rows = [int(np.flatnonzero(s.labels == kind)[0]) for kind in range(len(KINDS))]
+        pictures.scenes_sheet(s.images[rows], s.masks[rows], s.depth[rows], list(KINDS), folder / "scenes.png")
+    index = torch.arange(2)
+    images, sizes = world.train.batch(index.numpy())
+    batch = make_batch(config, 0, images.to(device), sizes, index)
+    first = batch.masks[:, :, :].any(-1).any(0).int().argmax()
+    pictures.crops_and_masks(world.train.image(int(first)), batch.crops_global[:, first].cpu(),
+                             batch.crops_local[:, first].cpu(), batch.masks[:, first].cpu(), patch,
+                             folder / "crops.png")  # fmt: skip
+    ln_k = float(np.log(config.heads.n_prototypes))
+    pictures.training_curves(run.records(), folder / "curves.png", ln_k)
+    shown = world.test or world.train
+    shown = shown.select(some(len(shown), 8))
+    squares = shown.squares(size)
+    before, after = (features.extract(v, squares, progress=False, patches=True)["patch"] for v in (untrained, trained))
+    grid = (size // patch, size // patch)
+    pictures.pca_before_after(shown.squares(config.data.short_side), before, after, grid, folder / "pca.png")
+    with torch.no_grad():
+        normalised = (squares[:6].to(device) / 255 - _column(features.IMAGENET_MEAN)) / _column(features.IMAGENET_STD)
+        attention = trained.attention_maps(normalised)[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()
+    pictures.attention_maps(squares[:6], attention, folder / "attention.png")
+    if world.test is not None:
+        _draw_neighbours(world, size, trained, folder / "neighbours.png")
+
+
+def _column(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def _draw_neighbours(world: World, size: int, backbone: VisionTransformer, path: Path) -> None:
+    bank = world.train.select(some(len(world.train), 4000))
+    queries = world.test.select(some(len(world.test), 6))
+    images = bank.squares(size), queries.squares(size)
+    rows = [features.extract(backbone, part, progress=False)["cls"] for part in images]
+    _, index = neighbours(*rows, 7)
+    pictures.neighbours_wall(images[1], images[0], index, queries.labels, bank.labels, path)
+
+
+def report(run: Run, world: World, results: dict[str, Any]) -> Path:
+    """report.html: what was done, what came out, and what it does not show."""
+    config, folder, training = run.config(), run.folder, results["training"]
+    machine = results["environment"]["machine"]
+    sections = [
+        Section("What happened", f"A Vision Transformer of {_n_parameters(config)} parameters looked at "
+                f"{training['images']:,} crops-of-images without a label, in {training['seconds'] / 60:.1f} minutes on "
+                f"{machine}. It was trained by the full DINOv2 objective (DINO on class tokens, iBOT on hidden patches, "
+                f"KoLeo) on {results['n_train']:,} images of {results['data']}.")]  # fmt: skip
+    if world.train_scenes is not None:
+        sections.append(Section("The drawn scenes", "Image, mask and depth.", folder / "scenes.png"))
+    sections.append(Section("What the student sees", "Two global crops with holes, and local crops.", folder / "crops.png"))
+    doctor_says = " ".join(f"{f['title']}: {f['evidence']}." for f in training["doctor"])
+    sections.append(Section("How it learned", f"The doctor: {doctor_says}", folder / "curves.png"))
+    if world.test is not None:
+        sections += _result_sections(results, folder)
+    sections += [
+        Section("Patch features before and after", "Three principal directions of the patch features as red, green and "
+                "blue, over all images together: the picture of Figure 1 of the paper.", folder / "pca.png"),
+        Section("Where the class token looks", "Attention of the last block, head by head.", folder / "attention.png"),
+    ]  # fmt: skip
+    if world.test is not None:
+        sections.append(Section("Nearest neighbours", "Held-out queries and what lies nearest.", folder / "neighbours.png"))
+    changed = difference(config, preset("vitl14-lvd"))
+    table = [("field", "here", "published")] + [(k, str(a), str(b)) for k, (a, b) in changed.items()]
+    sections += [
+        Section("What differs from the published recipe", "", table=table),
+        Section("What this does not show", "One run, one seed: the spread over seeds stands in the README. A small net on "
+                "small pictures says nothing about the paper's numbers; it shows that the same objective learns."),
+    ]  # fmt: skip
+    return write_report(folder / "report.html", f"minidino tour: {results['data']}", sections)
+
+
+def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
+    n = results["n_test"]
+    bars = {name: (value, (value * (1 - value) / n) ** 0.5) for name, value in results["knn"].items()}
+    pictures.baselines_bar(bars, folder / "knn.png")
+    rows = [("descriptor", "k-NN, k = 20", "k-NN, best of six")]
+    rows += [(name, r[f"k={K}"], r["best"]) for name, r in results["knn_readings"].items()]
+    linear = [("features", "linear probe", "sd over 3 seeds")]
+    linear += [(name, r["mean"], r["sd"]) for name, r in results["linear"].items()]
+    sections = [
+        Section("Are the features any good?", f"Top-1 accuracy on {n:,} held-out images; the error bar is the standard "
+                "error of a share. Every descriptor is given its best k and centring.", folder / "knn.png", rows),
+        Section("A linear probe", "Thirteen learning rates, chosen on held-out training images.", table=linear),
+    ]  # fmt: skip
+    if "patches" in results:
+        rows = [("patch features", "mIoU", "accuracy", "log-depth RMSE")]
+        rows += [(name, r["miou"], r["accuracy"], r["log_rmse"]) for name, r in results["patches"].items()]
+        sections.append(Section("What single patches know", "Linear probes on frozen patch tokens. Position alone is the "
+                                "baseline that counts for depth.", table=rows))  # fmt: skip
+    return sections
+
+
+def _n_parameters(config: RunConfig) -> str:
+    with torch.device("meta"):
+        return f"{sum(p.numel() for p in build_student(config).backbone.parameters()):,}"
