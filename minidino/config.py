@@ -83,6 +83,7 @@ class VitConfig:
     drop_path: Literal["subset", "scale"] = "subset"  # compute only the kept rows, or scale residuals
     interpolate_offset: float = 0.1  # [released]; 0.0 with registers
     interpolate_antialias: bool = False  # [released]; True with registers
+    init_std: float = 0.02  # of linear weights at the start [released]; a narrow net wants more
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
 
     def __post_init__(self):
@@ -221,7 +222,8 @@ def _scenes_cpu() -> RunConfig:
         data=DataConfig(),
         crops=CropConfig(n_local=2, global_size=48, local_size=24, global_scale=(0.4, 1.0), local_scale=(0.08, 0.4),
                          saturation=0.4, hue=0.5, blur="none"),
-        vit=VitConfig(name="vit_tiny", width=64, depth=4, heads=2, patch_size=8, layerscale=1.0, drop_path_rate=0.0),
+        vit=VitConfig(name="vit_tiny", width=64, depth=4, heads=2, patch_size=8, layerscale=1.0, drop_path_rate=0.0,
+                      init_std=0.08),
         heads=HeadConfig(tied=False, n_prototypes=256, hidden_dim=256, bottleneck_dim=32, mlp_gain=1.4,
                          prototype_std=1.0, weight_g="paper"),
         loss=LossConfig(ibot=0.3, ibot_start_frac=0.4, ibot_full_frac=0.7, ibot_divisor="paper"),

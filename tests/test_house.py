@@ -22,7 +22,7 @@ ORDER = """
     images.crops images.masks images.batches
     curation.embeddings curation.duplicates curation.retrieval curation.clusters curation.pipeline
     kernels.attention kernels.prototypes
-    model.attention model.heads model.vit model.weights
+    model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill
     probes.features probes.knn probes.linear probes.retrieval probes.segmentation probes.depth

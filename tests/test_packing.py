@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from minidino.model.attention import attention, attention_weights, resolve
-from minidino.model.vit import DROP_PATH, build_vit, drop_path_subset
+from minidino.model.layers import DROP_PATH, drop_path_subset
+from minidino.model.vit import build_vit
 
 LENGTHS = [3, 5, 5, 1, 3, 3, 7]  # equal ones apart and together, one token, odd sizes
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from minidino.model.heads import DINOHead
-from minidino.model.vit import build_vit, interpolate_pos_embed, swiglu_hidden
+from minidino.model.layers import swiglu_hidden
+from minidino.model.vit import build_vit, interpolate_pos_embed
 from minidino.model.weights import load_weights
 
 TINY = dict(patch_size=4, img_size=16, width=24, depth=3, heads=3)

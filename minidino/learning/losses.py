@@ -135,7 +135,7 @@ def ibot_loss(
     student_logits: Float[Tensor, "M K"],
     teacher_probs: Float[Tensor, "M K"],
     mask_weights: Float[Tensor, "M"],
-    n_crops: int,
+    n_crops: int | float,
     student_temp: float = 0.1,
 ) -> Float[Tensor, ""]:
     """Let the student name the patches it was not shown.

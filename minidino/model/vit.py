@@ -4,10 +4,9 @@
     -> blocks -> norm -> Tokens
 
 Crops of several sizes go through the blocks as rows of one matrix; only attention has to know where a crop ends.
-A *group* is a batch of crops of one size, written (crops, tokens per crop).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from minidino.model.attention import attention, attention_weights, resolve
-
-Groups = list[tuple[int, int]]  # (crops, tokens per crop), in packed order
-Residual = Callable[[Tensor, Groups], Tensor]
+from minidino.model.attention import attention_weights, resolve
+from minidino.model.layers import DROP_PATH, Block, Groups, seqlens_of
 
 # name: width D, depth, heads h, published feed-forward
 SIZES = {
@@ -57,6 +54,7 @@ def build_vit(
     depth: int | None = None,
     heads: int | None = None,
     drop_path: str = "subset",
+    init_std: float = 0.02,
 ) -> "VisionTransformer":
     """Build a randomly initialised Vision Transformer of a published size.
 
@@ -72,6 +70,8 @@ def build_vit(
             models without registers, 0.0 and True for those with.
         attention: "auto", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
         width, depth, heads: replace those of the name, for models that fit a laptop.
+        init_std: of the linear weights. 0.02 as published suits widths of 384 and more; a net 64 wide that starts so
+            small passes hardly anything on, and learns late.
         drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
     Raises:
         ValueError: an unknown name or choice, or sizes that do not divide.
@@ -95,6 +95,7 @@ def build_vit(
         in_chans=in_chans,
         attention=attention,
         drop_path=drop_path,
+        init_std=init_std,
     )
 
 
@@ -142,133 +143,6 @@ def interpolate_pos_embed(
     return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
-class Attention(nn.Module):
-    """Self-attention inside each crop of a packed sequence."""
-
-    def __init__(self, width: int, heads: int, impl: str):
-        super().__init__()
-        self.heads, self.impl = heads, impl
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def split_heads(self, x: Float[Tensor, "T D"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (T, h, d)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-
-    def forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
-        return self.proj(attention(*self.split_heads(x), seqlens_of(groups), self.impl).flatten(1))
-
-
-class Mlp(nn.Module):
-    """Feed-forward of width 4 D: fc2(gelu(fc1(x)))."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward with as many parameters as the MLP: w3(silu(gate) * up), [gate | up] = w12(x)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        hidden = swiglu_hidden(width)
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        gate, up = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * up)
-
-
-def swiglu_hidden(width: int) -> int:
-    """Two thirds of 4 D, rounded up to a multiple of 8: 1024, 2048, 2736, 4096 for D = 384, 768, 1024, 1536."""
-    return (int(4 * width * 2 / 3) + 7) // 8 * 8
-
-
-class LayerScale(nn.Module):
-    """One learned gain per channel, so that a residual can start near nothing."""
-
-    def __init__(self, width: int, start: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), start))
-
-    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
-        return x * self.gamma
-
-
-def drop_path_scale(x: Float[Tensor, "T D"], residual: Residual, groups: Groups, rate: float) -> Float[Tensor, "T D"]:
-    """Add a residual to the crops that win a coin toss, enlarged so that the mean is the plain sum; readable.
-
-        x + keep / (1 - rate) * residual(x)        keep ~ Bernoulli(1 - rate), one toss per crop
-
-    Args:
-        x: crops packed end to end, as `groups` says.
-        residual: (rows, their groups) -> rows; each crop must go its own way through it.
-        rate: fraction dropped, in [0, 1). 0 draws nothing.
-    Source: Huang et al. 2016; official dinov2/layers/drop_path.py (b8931f7).
-    """
-    if rate == 0:
-        return x + residual(x, groups)
-    keep = [torch.rand(crops, device=x.device).lt(1 - rate).repeat_interleave(n) for crops, n in groups]
-    return x + residual(x, groups) * (torch.cat(keep).to(x.dtype) / (1 - rate))[:, None]
-
-
-def drop_path_subset(x: Float[Tensor, "T D"], residual: Residual, groups: Groups, rate: float) -> Float[Tensor, "T D"]:
-    """Add a residual to an exact number of randomly chosen crops, and compute it for those alone; fast.
-
-        x[kept] += B / n_kept * residual(x[kept])        n_kept = max(int(B * (1 - rate)), 1), in each group alone
-
-    Unbiased like `drop_path_scale`, whose arguments it takes, with less spread; a group of one crop is never dropped.
-
-    Source: DINOv2 paper, section 5, efficient stochastic depth; official dinov2/layers/block.py (b8931f7).
-    """
-    if rate == 0:
-        return x + residual(x, groups)
-    kept_groups, rows, scales, start = [], [], [], 0
-    for crops, n in groups:
-        n_kept = max(int(crops * (1 - rate)), 1)
-        kept = torch.randperm(crops, device=x.device)[:n_kept]
-        rows.append((start + kept[:, None] * n + torch.arange(n, device=x.device)).flatten())  # (n_kept * n,)
-        scales.append(x.new_full((n_kept * n, 1), crops / n_kept))
-        kept_groups.append((n_kept, n))
-        start += crops * n
-    index = torch.cat(rows)
-    return x.index_add(0, index, (residual(x.index_select(0, index), kept_groups) * torch.cat(scales)).to(x.dtype))
-
-
-DROP_PATH = {"subset": drop_path_subset, "scale": drop_path_scale}
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward; each is normed before, scaled after and added to the stream."""
-
-    def __init__(self, width: int, heads: int, ffn: str, layerscale: float | None, rate: float, drop: str, impl: str):
-        super().__init__()
-        self.drop_path_rate, self.drop_path = rate, DROP_PATH[drop]
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, impl)
-        self.ls1 = LayerScale(width, layerscale) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](width)
-        self.ls2 = LayerScale(width, layerscale) if layerscale else nn.Identity()
-
-    def attend(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
-        return self.ls1(self.attn(self.norm1(x), groups))
-
-    def feed_forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
-        return self.ls2(self.mlp(self.norm2(x)))
-
-    def forward(self, x: Float[Tensor, "T D"], groups: Groups) -> Float[Tensor, "T D"]:
-        rate = self.drop_path_rate if self.training else 0.0
-        x = self.drop_path(x, self.attend, groups, rate)  # the two residuals draw their crops independently
-        return self.drop_path(x, self.feed_forward, groups, rate)
-
-
 class VisionTransformer(nn.Module):
     """The backbone; see `build_vit` for the arguments.
 
@@ -294,6 +168,7 @@ class VisionTransformer(nn.Module):
         in_chans: int,
         attention: str,
         drop_path: str,
+        init_std: float,
     ):
         super().__init__()
         _check_one_of("ffn", ffn, ("mlp", "swiglu"))
@@ -319,10 +194,10 @@ class VisionTransformer(nn.Module):
             Block(width, heads, ffn, layerscale, drop_path_rate, drop_path, impl) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.init_weights()
+        self.init_weights(init_std)
 
-    def init_weights(self) -> None:
-        """Draw linear weights and positions from a normal cut at 2 in absolute value (std 0.02); the patch
+    def init_weights(self, init_std: float = 0.02) -> None:
+        """Draw linear weights and positions from a normal cut at 2 in absolute value (positions 0.02, linear weights init_std); the patch
         convolution keeps torch's default."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -331,7 +206,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 nn.init.zeros_(module.bias)
 
     def embed(self, images: Float[Tensor, "B C H W"], masks: Bool[Tensor, "B N"] | None) -> Float[Tensor, "B T D"]:
@@ -430,11 +305,6 @@ class VisionTransformer(nn.Module):
         n_registers = self.num_register_tokens
         cls, registers, patches = x.split([1, n_registers, x.shape[1] - 1 - n_registers], dim=1)
         return cls.squeeze(1), registers, patches
-
-
-def seqlens_of(groups: Groups) -> list[int]:
-    """Tokens of each crop, in packed order."""
-    return [n for crops, n in groups for _ in range(crops)]
 
 
 def _unpack(x: Float[Tensor, "T D"], groups: Groups) -> list[Tensor]:

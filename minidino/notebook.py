@@ -1,0 +1,99 @@
+"""The classroom helpers: claims that are checked, exercises that grade themselves, source, and the clock.
+
+    check("the student beats guessing", accuracy > 0.2)      ->  ok   the student beats guessing
+    exercise("7b", my_koleo, koleo_loss, (x,), hint="...")   ->  --   7b: not attempted yet
+"""
+
+import copy
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+RTOL, ATOL = 1e-4, 1e-6  # an answer may sum in another order, in float32
+
+
+def check(claim: str, truth: Any) -> None:
+    """Print a claim that holds.
+
+    Raises:
+        AssertionError: with the claim, when it does not.
+    """
+    if not bool(truth):
+        raise AssertionError(claim)
+    print(f"ok   {claim}")
+
+
+def exercise(name: str, attempt: Callable, oracle: Callable, *cases: tuple, hint: str = "") -> None:
+    """Grade an answer against the package's own function.
+
+    Args:
+        name: such as "7b".
+        attempt: the learner's function; a stub (its body is `...`) counts as not attempted.
+        oracle: what is right.
+        cases: tuples of arguments; each goes to both, the attempt gets a copy that it may change.
+        hint: shown when the answer is wrong.
+    Raises:
+        AssertionError: a wrong answer, with what came, what was expected and the hint.
+        ValueError: no case: everything would be right.
+    """
+    if not cases:
+        raise ValueError(f"{name}: expected at least one tuple of arguments, got none")
+    for number, case in enumerate(cases, 1):
+        got, expected = attempt(*copy.deepcopy(case)), oracle(*case)
+        if number == 1 and (got is None or got is Ellipsis):
+            print(f"--   {name}: not attempted yet")
+            return
+        if not _close(got, expected):
+            told = f"\n  hint:     {hint}" if hint else ""
+            raise AssertionError(
+                f"{name}, case {number} of {len(cases)}\n  got:      {_short(got)}\n  expected: {_short(expected)}{told}"
+            )
+    print(f"ok   {name}")
+
+
+def show(thing: Any) -> None:
+    """Print the source of a function, class or module, as it runs."""
+    print(inspect.getsource(thing).rstrip())
+
+
+def budget(minutes: float) -> Callable[[], None]:
+    """Say how long a notebook takes, and start the clock.
+
+    Returns:
+        To be called at the end: says how long it took.
+    """
+    begun = time.perf_counter()
+    print(f"planned: {minutes:g} minutes on two CPU cores")
+
+    def spent() -> None:
+        print(f"planned: {minutes:g} minutes; measured: {(time.perf_counter() - begun) / 60:.1f} minutes")
+
+    return spent
+
+
+def _close(got: Any, expected: Any) -> bool:
+    """The same shape and the same numbers but for rounding; words and the like must be equal."""
+    if isinstance(expected, (tuple, list)) and isinstance(got, (tuple, list)):
+        return len(got) == len(expected) and all(map(_close, got, expected))
+    try:
+        a, b = _numbers(got), _numbers(expected)
+    except (TypeError, ValueError):
+        return bool(got == expected)
+    return a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """Tensors, arrays and plain numbers as float64. Raises for everything else."""
+    if isinstance(value, str):
+        raise TypeError("words are no numbers")
+    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(np.float64)
+
+
+def _short(value: Any) -> str:
+    shape = f"shape {tuple(value.shape)}: " if getattr(value, "shape", ()) else ""
+    words = " ".join(str(value).split())
+    return shape + (words if len(words) <= 300 else words[:297] + "...")

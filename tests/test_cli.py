@@ -1,0 +1,127 @@
+"""The command line: help with an example, one line of words for what cannot be met, and the quick stages."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino.cli import main
+from minidino.config import preset
+from minidino.runs import Run
+
+STAGES = ["tour", "train", "probe", "doctor", "data list", "data get", "data check", "data"]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path, monkeypatch):
+    """In an empty folder, with a home of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_an_example(stage, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*stage.split(), "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and "example:" in told
+    assert f"minidino {stage}" in told.partition("example:")[2]
+
+
+def test_help_lists_the_stages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert all(stage.split()[0] in told for stage in STAGES)
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["data"], ["doctor"], ["train", "--speed", "9"]])
+def test_what_argparse_refuses(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: minidino" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train --preset scenes-gpu", "no preset 'scenes-gpu'; there are: scenes-cpu"),
+        ("train vit.dept=4", "got 'vit.dept=4'; keys are vit.name"),
+        ("train vit.depth", "expected key=value, got 'vit.depth'"),
+        ("train vit.depth=deep", "vit.depth: expected int"),
+        ("train vit.heads=5", "width 64 is not a multiple of heads 5"),
+        ("train run.device=tpu", "run.device: expected one of"),
+        ("train data.source=nowhere", "nowhere"),
+        ("train --resume nowhere", "nowhere is not a run folder"),
+        ("train --resume nowhere vit.depth=4", "exclude each other"),
+        ("train --out full", "full is not empty and not a run folder"),
+        ("tour --data nowhere", "nowhere"),
+        ("doctor nowhere", "nowhere is not a run folder"),
+        ("data check nowhere", "nowhere"),
+        ("data get mnist", "no set called 'mnist'; known: "),
+    ],
+)
+def test_what_cannot_be_met_is_one_line(command, words, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    assert main(command.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"minidino {command.split()[0]}: ") and words in told
+    assert len(told.splitlines()) == 1 and "Traceback" not in told
+
+
+def test_data_list(capsys):
+    assert main(["data", "list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[0] == "scenes" and "cifar10" in names
+
+
+def test_data_check_accounts_for_every_file(tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((9, 12, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    (folder / "letter.jpg").write_text("dear")
+    assert main(["data", "check", str(folder), "--json", "check.json"]) == 0
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["decoded"] == 3 and found["decoded"] + len(found["quarantined"]) == 5
+    assert {row["file"] for row in found["quarantined"]} == {"broken.png", "letter.jpg"}
+    told = capsys.readouterr().out
+    assert "3 decoded, 2 quarantined" in told
+    assert all(row["file"] in told and row["reason"] in told for row in found["quarantined"])
+
+
+def tiny_run(folder, losses):
+    run = Run.create(folder, preset("scenes-cpu"), torch.device("cpu"))
+    for step, loss in enumerate(losses):
+        run.log({"step": 10 * step, "loss": loss, "dino": loss, "ibot": 0.0, "koleo": 0.1, "lr": 1e-3})
+    return run
+
+
+@pytest.mark.parametrize("last, word", [(3.0, "info"), (math.nan, "critical")])
+def test_doctor_reads_a_run_folder(last, word, tmp_path, capsys):
+    tiny_run(tmp_path / "run", [5.5, 5.0, 4.5, 4.0, 3.5, last])
+    assert main(["doctor", "run"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"1. [{word}]") and "seen:" in told and "do:" in told
+
+
+def test_doctor_of_a_run_that_has_just_begun(tmp_path, capsys):
+    tiny_run(tmp_path / "run", [])
+    assert main(["doctor", "run"]) == 2
+    assert "expected at least one record of a run, got none" in capsys.readouterr().err
+
+
+def test_train_prints_what_it_is_and_runs(capsys):
+    sizes = ["data.n_scenes=16", "data.n_test_scenes=8", "data.short_side=32", "crops.global_size=32",
+             "crops.local_size=16", "vit.width=16", "vit.depth=1", "vit.heads=1", "optim.batch_size=4",
+             "heads.hidden_dim=8", "heads.bottleneck_dim=8", "run.steps=2", "run.device=cpu"]  # fmt: skip
+    assert main(["train", "--out", "run", *sizes]) == 0
+    told = capsys.readouterr().out
+    assert "vit.depth = 1  (published: None)" in told and "optim.batch_size = 4  (published: 3072)" in told
+    assert "resolved: lr 5.00e-04" in told  # 8e-3 * sqrt(4 / 1024)
+    assert main(["doctor", "run"]) == 0

@@ -1,0 +1,239 @@
+"""The grader grades rightly, and every notebook has its form: it was run, it is small, it says what it must."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minidino.learning.losses import dino_loss, koleo_loss
+from minidino.notebook import budget, check, exercise, show
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+FIRST = ("**Question.**", "**Needs.**", "**Time.**")
+LAST = ["The final picture", "Exercises", "What we saw", "What this does not show", "Where to go next"]
+MOST_WORDS, MOST_LINES, MOST_SETUP_LINES, MOST_PICTURES, MOST_KB = 120, 15, 8, 6, 600
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|var|opt|usr|Users)/|[A-Z]:\\\\")
+
+# ------------------------------------------------------------------------------------------------ the helpers
+
+
+def test_a_claim_is_printed_or_raised(capsys):
+    check("water is wet", torch.tensor(True))
+    assert capsys.readouterr().out == "ok   water is wet\n"
+    with pytest.raises(AssertionError, match="^the moon is cheese$"):
+        check("the moon is cheese", np.float64(0.1) > 0.2)
+    assert capsys.readouterr().out == ""
+
+
+def stub(x): ...
+
+
+def right_koleo(x):
+    x = torch.nn.functional.normalize(x, dim=1)
+    return -torch.cdist(x, x).fill_diagonal_(torch.inf).min(dim=1).values.log().mean()
+
+
+def koleo_that_sees_itself(x):
+    x = torch.nn.functional.normalize(x, dim=1)
+    return -(torch.cdist(x, x).min(dim=1).values + 1e-8).log().mean()
+
+
+def koleo_that_forgets_the_length(x):
+    return -torch.cdist(x, x).fill_diagonal_(torch.inf).min(dim=1).values.log().mean()
+
+
+CASES = ((torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),), (torch.eye(4),))
+
+
+@pytest.mark.parametrize("untouched", [stub, lambda x: ...])
+def test_a_stub_is_not_attempted(untouched, capsys):
+    exercise("6a", untouched, koleo_loss, *CASES)
+    assert capsys.readouterr().out == "--   6a: not attempted yet\n"
+
+
+def test_the_truth_is_right(capsys):
+    exercise("6a", right_koleo, koleo_loss, *CASES)
+    exercise("6b", koleo_loss, koleo_loss, *CASES)
+    assert capsys.readouterr().out == "ok   6a\nok   6b\n"
+
+
+@pytest.mark.parametrize("wrong", [koleo_that_sees_itself, koleo_that_forgets_the_length])
+def test_typical_mistakes_are_noticed(wrong, capsys):
+    with pytest.raises(AssertionError) as told:
+        exercise("6a", wrong, koleo_loss, *CASES, hint="nobody is his own neighbour")
+    got, expected = str(wrong(*CASES[0])), str(koleo_loss(*CASES[0]))
+    for words in ("6a, case 1 of 2", f"got:      {got}", f"expected: {expected}", "nobody is his own neighbour"):
+        assert words in str(told.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_mistake_in_a_later_case_is_noticed():
+    with pytest.raises(AssertionError, match="case 2 of 2"):
+        exercise("1a", lambda n: n, lambda n: abs(n), (1,), (-1,))
+    with pytest.raises(AssertionError, match="case 2 of 2"):  # an answer to the first case is an attempt
+        exercise("1a", lambda n: n or None, lambda n: n, (1,), (0,))
+
+
+@pytest.mark.parametrize(
+    "got, expected, good",
+    [
+        (np.float32(0.3), 0.3, True),
+        (torch.ones(2, requires_grad=True), [1.0, 1.0], True),
+        ((1, torch.tensor(2.0)), (1.0, 2), True),
+        ("mask", "mask", True),
+        (True, True, True),
+        (torch.tensor(0.0), torch.tensor(1e-3), False),
+        (torch.ones(1, 2), torch.ones(2), False),
+        (float("nan"), 1.0, False),
+        ((1, 2), (1, 2, 3), False),
+        ("hole", "mask", False),
+        ("1", 1, False),
+    ],
+)
+def test_close_means_shape_and_numbers(got, expected, good, capsys):
+    if good:
+        exercise("1b", lambda: got, lambda: expected, ())
+        assert capsys.readouterr().out == "ok   1b\n"
+    else:
+        with pytest.raises(AssertionError, match="got"):
+            exercise("1b", lambda: got, lambda: expected, ())
+
+
+def test_an_attempt_cannot_spoil_the_case(capsys):
+    exercise("1c", lambda x: x.mul_(2), lambda x: 2 * x, (torch.ones(3),))
+    assert capsys.readouterr().out == "ok   1c\n"
+
+
+def test_an_exercise_needs_a_case():
+    with pytest.raises(ValueError, match="at least one"):
+        exercise("1d", stub, stub)
+
+
+def test_show_prints_the_source(capsys):
+    show(dino_loss)
+    text = capsys.readouterr().out
+    assert "def dino_loss(" in text and "log_softmax" in text and "def ibot_loss(" not in text
+
+
+def test_the_clock_is_read_at_the_end(capsys):
+    spent = budget(2.5)
+    spent()
+    out = "planned: 2.5 minutes on two CPU cores\nplanned: 2.5 minutes; measured: 0.0 minutes\n"
+    assert capsys.readouterr().out == out
+
+
+# ------------------------------------------------------------------------------------------------ the notebooks
+
+
+def faults(text: str) -> list[str]:
+    """Every rule of form that a notebook breaks, in words."""
+    book = json.loads(text)
+    prose = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "markdown"]
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    found = [f"{len(text) // 1000} kB"] if len(text) > 1000 * MOST_KB else []
+    found += _faults_of_prose(prose) + [fault for cell in code for fault in _faults_of_code(cell)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    if not 1 <= pictures <= MOST_PICTURES:
+        found.append(f"{pictures} pictures")
+    n_exercises = sum(len(re.findall(r"^exercise\(", "".join(cell["source"]), re.MULTILINE)) for cell in code)
+    if n_exercises != 3:
+        found.append(f"{n_exercises} exercises")
+    if code and len("".join(code[0]["source"]).splitlines()) > MOST_SETUP_LINES:
+        found.append("a long set-up")
+    return found
+
+
+def _faults_of_prose(prose: list[str]) -> list[str]:
+    found = [f"long prose: {text[:40]}" for text in prose if len(text.split()) > MOST_WORDS]
+    if not prose or not prose[0].startswith("# ") or any(part not in prose[0] for part in FIRST):
+        found.append("no title, question, needs or time")
+    headings = re.findall(r"^## (.*)$", "\n".join(prose), re.MULTILINE)
+    if headings[:1] != ["Set-up"] or headings[-len(LAST) :] != LAST or len(headings) < len(LAST) + 3:
+        found.append(f"parts: {headings}")
+    saw = next((text for text in prose if text.startswith("## What we saw")), "")
+    if len(re.findall(r"^\d\. ", saw, re.MULTILINE)) != 3:
+        found.append("what we saw is not three sentences")
+    return found
+
+
+def _faults_of_code(cell: dict) -> list[str]:
+    source = "".join(cell["source"])
+    start = source[:40]
+    found = [] if cell["execution_count"] else [f"not run: {start}"]
+    if len(source.splitlines()) > MOST_LINES:
+        found.append(f"long code: {start}")
+    if "pip install" in source:
+        found.append(f"installs: {start}")
+    kinds = {output["output_type"] for output in cell["outputs"]}
+    if "error" in kinds:
+        found.append(f"failed: {start}")
+    if any(output.get("name") == "stderr" for output in cell["outputs"]):
+        found.append(f"stderr: {start}")
+    said = [{k: v for k, v in output.get("data", {}).items() if k != "image/png"} for output in cell["outputs"]]
+    if ABSOLUTE.search(source + json.dumps(said) + "".join("".join(o.get("text", "")) for o in cell["outputs"])):
+        found.append(f"absolute path: {start}")
+    if any("widget" in key or "svg" in key for data in said for key in data):
+        found.append(f"widget or SVG: {start}")
+    if not set(cell["metadata"].get("tags", [])) <= {"nbval-ignore-output"}:
+        found.append(f"tags: {start}")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_its_form(path):
+    assert faults(path.read_text()) == []
+
+
+def good_book() -> dict:
+    def words(text):
+        return {"cell_type": "markdown", "source": [text]}
+
+    def code(source, **output):
+        return {"cell_type": "code", "source": [source], "execution_count": 1, "metadata": {}, "outputs": [output]}
+
+    picture = {"output_type": "display_data", "data": {"image/png": "AA/home/B"}}
+    cells = [words("# T\n" + " ".join(FIRST)), words("## Set-up"), code("x = 1", output_type="stream", text=["1"])]
+    cells += [words("## 1. Step"), code("draw()", **picture), words("## 2. Step")]
+    cells += [words(f"## {name}" + "\n1. a\n2. b\n3. c" * (name == "What we saw")) for name in LAST]
+    cells += [code("exercise('1a')", output_type="stream", text=["ok"]) for _ in range(3)]
+    return {"cells": cells}
+
+
+def spoil(index: int, **change):
+    def do(book):
+        book["cells"][index].update(change)
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (spoil(2, execution_count=None), "not run"),
+        (spoil(2, source=["x\n"] * 9), "a long set-up"),
+        (spoil(4, source=["x\n"] * 16), "long code"),
+        (spoil(4, source=["!pip install this"]), "installs"),
+        (spoil(2, outputs=[{"output_type": "stream", "name": "stderr", "text": ["50%"]}]), "stderr"),
+        (spoil(2, outputs=[{"output_type": "stream", "text": ["saved in /", "home/me"]}]), "absolute path"),
+        (spoil(2, outputs=[{"output_type": "error", "ename": "ValueError"}]), "failed"),
+        (spoil(2, outputs=[{"output_type": "display_data", "data": {"image/svg+xml": "<svg/>"}}]), "SVG"),
+        (spoil(2, metadata={"tags": ["skip"]}), "tags"),
+        (spoil(4, outputs=[]), "0 pictures"),
+        (spoil(4, outputs=[{"output_type": "display_data", "data": {"image/png": "A"}}] * 7), "7 pictures"),
+        (spoil(0, source=["# T"]), "no title"),
+        (spoil(3, source=["word " * 121]), "long prose"),
+        (spoil(7, source=["## Something else"]), "parts"),
+        (spoil(8, source=["## What we saw\n1. a"]), "not three sentences"),
+        (spoil(-1, source=["exercise_nothing()"]), "2 exercises"),
+        (spoil(-1, more="x" * 600_000), "600 kB"),
+    ],
+)
+def test_a_broken_form_is_noticed(change, words):
+    book = good_book()
+    assert faults(json.dumps(book)) == []
+    change(book)
+    assert any(words in fault for fault in faults(json.dumps(book)))
