@@ -60,7 +60,7 @@ def _train(stages) -> None:
               f"EMA horizon {1 / max(1 - t.momentum, 1e-9):.0f} steps at the start")  # fmt: skip
         pretrain(config, Path(options.out or f"runs/{options.preset}"))
 
-    parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6 run.seed=1", run)
+    parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
     parser.add_argument("--preset", default="scenes-cpu", help=", ".join(PRESETS))
     parser.add_argument("--out", help="run folder (default runs/PRESET)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
@@ -73,7 +73,7 @@ def _probe(stages) -> None:
 
         print(json.dumps(probe(Path(options.source), options.task, options.data, options.size), indent=1))
 
-    parser = _stage(stages, "probe", "judge frozen features", "minidino probe runs/tour --task knn --data photographs", run)
+    parser = _stage(stages, "probe", "judge frozen features", "minidino probe runs/tour --task linear", run)
     parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, or a weights file in any known layout")
     parser.add_argument("--task", choices=("knn", "linear"), default="knn")
     parser.add_argument("--data", help="labelled images; without it the run's own")
@@ -93,14 +93,14 @@ def _doctor(stages) -> None:
 
 
 def _data(stages) -> None:
-    parser = stages.add_parser("data", help="list, get and check data sets", description="list, get and check data sets",
+    parser = stages.add_parser("data", help="list, get and check data sets",
                                epilog="example:  minidino data check my-photographs --json check.json")  # fmt: skip
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _stage(actions, "list", "names that can be fetched", "minidino data list", _data_list)
     get = _stage(actions, "get", "fetch a torchvision set", "minidino data get cifar10", _data_get)
     get.add_argument("name")
     get.add_argument("--root", default="data/sets", help="where it goes (default %(default)s)")
-    check = _stage(actions, "check", "decode every file and list the bad ones", "minidino data check photographs", _data_check)
+    check = _stage(actions, "check", "decode every file, list the bad ones", "minidino data check DIR", _data_check)
     check.add_argument("path")
     check.add_argument("--json", metavar="FILE", help="write the counts and reasons there")
 

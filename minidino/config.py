@@ -6,9 +6,8 @@ honest table between two of them. Numbers marked [released] are those of the off
 """
 
 import ast
-import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Fidelity = Literal["released", "paper"]
@@ -42,7 +41,7 @@ class CropConfig:
     hue: float = 0.1  # turns; 0.5 is the full circle [released]
     grayscale_probability: float = 0.2  # [released]
     solarize_probability: float = 0.2  # second global crop only [released]
-    # which crops are blurred: `released` 0 / 0.9 / 0.5 (a swapped probability in the official code), `paper` 1 / 0.1 / 0.5
+    # chance of blur: `released` 0 / 0.9 / 0.5 (the official code swaps p and 1 - p), `paper` 1 / 0.1 / 0.5
     blur: Literal["released", "paper", "none"] = "released"
 
     def __post_init__(self):
@@ -221,9 +220,10 @@ def _scenes_cpu() -> RunConfig:
         preset="scenes-cpu",
         data=DataConfig(),
         crops=CropConfig(n_local=2, global_size=48, local_size=24, global_scale=(0.4, 1.0), local_scale=(0.08, 0.4),
-                         saturation=0.4, hue=0.5, blur="none"),
-        vit=VitConfig(name="vit_tiny", width=64, depth=4, heads=2, patch_size=8, layerscale=1.0, drop_path_rate=0.0,
-                      init_std=0.08),
+                         brightness=0.2, contrast=0.2, hue=0.5, grayscale_probability=0.0, solarize_probability=0.0,
+                         blur="none"),
+        vit=VitConfig(name="vit_tiny", width=64, depth=4, heads=2, patch_size=8, layerscale=1.0, init_std=0.08,
+                      drop_path_rate=0.0),
         heads=HeadConfig(tied=False, n_prototypes=256, hidden_dim=256, bottleneck_dim=32, mlp_gain=1.4,
                          prototype_std=1.0, weight_g="paper"),
         loss=LossConfig(ibot=0.3, ibot_start_frac=0.4, ibot_full_frac=0.7, ibot_divisor="paper"),
@@ -231,22 +231,22 @@ def _scenes_cpu() -> RunConfig:
         optim=OptimConfig(batch_size=64, base_lr=8e-3, final_lr=2e-5, warmup_frac=0.03, warmup_start="fixed",
                           final_weight_decay=0.04, layerwise_decay=1.0, patch_embed_lr_mult=1.0,
                           freeze_last_layer_frac=0.0),
-        run=RunSettings(steps=1800, precision="bf16", checkpoint_every=200, knn_every=200),
+        run=RunSettings(steps=2000, precision="bf16", checkpoint_every=200, knn_every=200),
     )  # fmt: skip
 
 
 def _imagenette_cpu() -> RunConfig:
     """Photographs in an hour on two cores: a wider and deeper net, a slower teacher, natural hues."""
     small = _scenes_cpu()
-    return dataclasses.replace(
+    return replace(
         small,
         preset="imagenette-cpu",
         data=DataConfig(source="imagenette"),
-        crops=dataclasses.replace(small.crops, global_scale=(0.32, 1.0), hue=0.1),
-        vit=dataclasses.replace(small.vit, width=96, depth=6, heads=3),
-        teacher=dataclasses.replace(small.teacher, momentum=0.9),
-        run=dataclasses.replace(small.run, steps=18_000, checkpoint_every=1000, knn_every=1000),
-    )
+        crops=replace(small.crops, global_scale=(0.32, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
+                      grayscale_probability=0.2, solarize_probability=0.2),
+        vit=replace(small.vit, width=96, depth=6, heads=3), teacher=replace(small.teacher, momentum=0.9),
+        run=replace(small.run, steps=18_000, checkpoint_every=1000, knn_every=1000),
+    )  # fmt: skip
 
 
 def _imagenette_gpu() -> RunConfig:
@@ -264,13 +264,12 @@ def _imagenette_gpu() -> RunConfig:
 def _imagenet100_gpu() -> RunConfig:
     """ImageNet-100 (127k images in folders) on one GPU, not yet measured."""
     small = _imagenette_gpu()
-    return dataclasses.replace(
+    return replace(
         small,
         preset="imagenet100-gpu",
         data=DataConfig(source="imagenet100", short_side=256),
         heads=HeadConfig(tied=False, n_prototypes=16384),
-        optim=dataclasses.replace(small.optim, batch_size=512),
-        run=dataclasses.replace(small.run, steps=50_000),
+        optim=replace(small.optim, batch_size=512), run=replace(small.run, steps=50_000),
     )
 
 
@@ -294,7 +293,7 @@ def _vitl16_short() -> RunConfig:
 def _vitl14_lvd() -> RunConfig:
     """configs/train/vitl14.yaml: 625k steps of 3,072 images, Sinkhorn, untied heads of 131,072 [released]."""
     short = _vitl16_short()
-    return dataclasses.replace(
+    return replace(
         short,
         preset="vitl14-lvd",
         data=DataConfig(source="lvd142m", short_side=256),
@@ -330,7 +329,7 @@ def preset(name: str) -> RunConfig:
 def flatten(config: RunConfig) -> dict[str, Any]:
     """{"vit.depth": 4, ...}: one entry a field."""
     flat = {}
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in asdict(config).items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
@@ -353,14 +352,14 @@ def override(config: RunConfig, changes: list[str]) -> RunConfig:
         stage, _, name = key.strip().partition(".")
         known = flatten(config)
         if not equals or key.strip() not in known or not name:
-            fields = [k for k in known if "." in k]
-            near = [k for k in fields if k.startswith(f"{stage}.")] or fields
+            dotted = [k for k in known if "." in k]
+            near = [k for k in dotted if k.startswith(f"{stage}.")] or dotted
             raise ValueError(f"expected key=value, got {change!r}; keys are {', '.join(near)}")
         wanted = get_type_hints(type(getattr(config, stage)))[name]
         stages.setdefault(stage, {})[name] = _parse(key.strip(), text.strip(), wanted)
     # stages are replaced together: two changes may be possible only with each other
-    new = {stage: dataclasses.replace(getattr(config, stage), **fields) for stage, fields in stages.items()}
-    return dataclasses.replace(config, **new)
+    new = {stage: replace(getattr(config, stage), **changed) for stage, changed in stages.items()}
+    return replace(config, **new)
 
 
 def _parse(key: str, text: str, wanted: Any) -> Any:
@@ -398,13 +397,14 @@ def _words(wanted: Any) -> str:
 
 
 def to_json(config: RunConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=1)
+    """The text of a run folder's config.json."""
+    return json.dumps(asdict(config), indent=1)
 
 
 def from_json(text: str) -> RunConfig:
     """The config of a run folder. Raises ValueError when it has fields that this version does not know."""
     raw, default = json.loads(text), RunConfig()
-    stages, unknown = {}, set(raw) - {f.name for f in dataclasses.fields(default)}
+    stages, unknown = {}, set(raw) - {f.name for f in fields(default)}
     if unknown:
         raise ValueError(f"config has unknown stages {sorted(unknown)}")
     for name, value in raw.items():
@@ -415,6 +415,6 @@ def from_json(text: str) -> RunConfig:
         unknown = set(value) - set(known)
         if unknown:
             raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-        stages[name] = type(getattr(default, name))(**fields)
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        stages[name] = type(getattr(default, name))(**values)
     return RunConfig(**stages)

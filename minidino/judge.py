@@ -69,7 +69,9 @@ def judge_linear(world: World, config: RunConfig, backbones: dict[str, VisionTra
     return found
 
 
-def judge_patches(world: World, config: RunConfig, backbones: dict[str, VisionTransformer], n_train: int = 2000) -> dict:
+def judge_patches(
+    world: World, config: RunConfig, backbones: dict[str, VisionTransformer], n_train: int = 2000
+) -> dict[str, dict]:
     """What single patches of drawn scenes know: mIoU of the mask classes and log-depth error, beside position alone."""
     size, patch = config.crops.global_size, config.vit.patch_size
     grid = size // patch
@@ -173,7 +175,8 @@ def backbone_of(weights: Path) -> VisionTransformer:
     patch_size = state["patch_embed.proj.weight"].shape[-1]
     names = [name for name, (w, *_) in SIZES.items() if w == width]
     if not names:
-        raise ValueError(f"{weights}: expected a width of {[s[0] for s in SIZES.values()]}, got {width}; give its run folder")
+        known = [size[0] for size in SIZES.values()]
+        raise ValueError(f"{weights}: expected a width of {known}, got {width}; name its run folder instead")
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     vit = build_vit(
         names[0], patch_size=patch_size, img_size=patch_size * round((n_positions - 1) ** 0.5),

@@ -134,11 +134,11 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     sections = [
         Section("What happened", f"A Vision Transformer of {_n_parameters(config)} parameters looked at "
                 f"{training['images']:,} crops-of-images without a label, in {training['seconds'] / 60:.1f} minutes on "
-                f"{machine}. It was trained by the full DINOv2 objective (DINO on class tokens, iBOT on hidden patches, "
-                f"KoLeo) on {results['n_train']:,} images of {results['data']}.")]  # fmt: skip
+                f"{machine}. It was trained by the full DINOv2 objective (DINO on class tokens, iBOT on hidden "
+                f"patches, KoLeo) on {results['n_train']:,} images of {results['data']}.")]  # fmt: skip
     if world.train_scenes is not None:
         sections.append(Section("The drawn scenes", "Image, mask and depth.", folder / "scenes.png"))
-    sections.append(Section("What the student sees", "Two global crops with holes, and local crops.", folder / "crops.png"))
+    sections.append(Section("What the student sees", "Global crops with holes, local crops.", folder / "crops.png"))
     doctor_says = " ".join(f"{f['title']}: {f['evidence']}." for f in training["doctor"])
     sections.append(Section("How it learned", f"The doctor: {doctor_says}", folder / "curves.png"))
     if world.test is not None:
@@ -149,13 +149,13 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
         Section("Where the class token looks", "Attention of the last block, head by head.", folder / "attention.png"),
     ]  # fmt: skip
     if world.test is not None:
-        sections.append(Section("Nearest neighbours", "Held-out queries and what lies nearest.", folder / "neighbours.png"))
+        sections.append(Section("Nearest neighbours", "Held-out queries, and the bank.", folder / "neighbours.png"))
     changed = difference(config, preset("vitl14-lvd"))
     table = [("field", "here", "published")] + [(k, str(a), str(b)) for k, (a, b) in changed.items()]
     sections += [
         Section("What differs from the published recipe", "", table=table),
-        Section("What this does not show", "One run, one seed: the spread over seeds stands in the README. A small net on "
-                "small pictures says nothing about the paper's numbers; it shows that the same objective learns."),
+        Section("What this does not show", "One run, one seed: the spread over seeds stands in the README. A small "
+                "net on small pictures says nothing about the paper's numbers; it shows that the same objective learns."),
     ]  # fmt: skip
     return write_report(folder / "report.html", f"minidino tour: {results['data']}", sections)
 
@@ -176,8 +176,8 @@ def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
     if "patches" in results:
         rows = [("patch features", "mIoU", "accuracy", "log-depth RMSE")]
         rows += [(name, r["miou"], r["accuracy"], r["log_rmse"]) for name, r in results["patches"].items()]
-        sections.append(Section("What single patches know", "Linear probes on frozen patch tokens. Position alone is the "
-                                "baseline that counts for depth.", table=rows))  # fmt: skip
+        words = "Linear probes on frozen patch tokens. Position alone is the baseline that counts for depth."
+        sections.append(Section("What single patches know", words, table=rows))
     return sections
 
 

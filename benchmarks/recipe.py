@@ -1,0 +1,178 @@
+"""The small-data recipe: what it reaches, what each setting is worth, and why the published ones do not start here.
+
+    python benchmarks/recipe.py report                     three seeds of the preset on scenes never used for choosing
+    python benchmarks/recipe.py ablate [--seeds 3]         one setting changed at a time, on the scenes of choosing
+    python benchmarks/recipe.py photographs --data PATH    one longer run of imagenette-cpu with its curve
+    python benchmarks/recipe.py draw                       the figures of the stored results
+
+Scenes of choosing: world 1, judged on world 1001. Scenes of reporting: world 11, judged on world 1011.
+Results go to data/results/recipe-*.json with machine, versions and commit; no run is left out.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minidino.config import RunConfig, flatten, override, preset
+from minidino.judge import judge
+from minidino.learning import doctor
+from minidino.learning.train import start, train
+from minidino.runs import environment, keep_freed_memory, pick_device, write_atomically
+from minidino.stages import OnlineKnn, World, open_world, pretrain
+
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
+CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
+PUBLISHED_TEMPS = (
+    "teacher.warmup_temp=0.04", "teacher.temp=0.07", "teacher.warmup_frac=0.3", "teacher.patch_temp=none",
+)  # fmt: skip
+FACTORS: dict[str, tuple[str, ...]] = {
+    "the preset": (),
+    "published teacher temperatures": PUBLISHED_TEMPS,
+    "published teacher momentum 0.992": ("teacher.momentum=0.992",),
+    "published weight init 0.02": ("vit.init_std=0.02",),
+    "published LayerScale 1e-5": ("vit.layerscale=1e-5",),
+    "published colour jitter": ("crops.brightness=0.4", "crops.contrast=0.4", "crops.saturation=0.2", "crops.hue=0.1"),
+    "published iBOT weight 1 from the start": ("loss.ibot=1.0", "loss.ibot_start_frac=0.0", "loss.ibot_full_frac=0.0"),
+    "no iBOT": ("loss.ibot=0.0",),
+    "no KoLeo": ("loss.koleo=0.0",),
+    "centring instead of Sinkhorn": ("loss.targets=centering",),
+    "prototypes start small": ("heads.prototype_std=0.02",),
+    "no local crops": ("crops.n_local=0",),
+    "half the learning rate": ("optim.base_lr=0.004",),
+    "twice the learning rate": ("optim.base_lr=0.016",),
+    "teacher momentum 0.9": ("teacher.momentum=0.9",),
+    "teacher temperature 0.03": ("teacher.warmup_temp=0.03", "teacher.temp=0.03"),
+}
+
+
+def store(name: str, payload: dict[str, Any]) -> Path:
+    """Write data/results/NAME.json with what the numbers depend on."""
+    path = RESULTS / f"{name}.json"
+    payload = {"environment": environment(0, pick_device())} | payload
+    write_atomically(path, (json.dumps(payload, indent=1) + "\n").encode())
+    return path
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
+
+
+def report(seeds: int) -> None:
+    """The preset scenes-cpu, three seeds, on the scenes of reporting: every probe, every baseline."""
+    runs = []
+    for seed in range(seeds):
+        config = override(preset("scenes-cpu"), [f"run.seed={seed}", f"data.scene_seed={REPORTING}"])
+        with tempfile.TemporaryDirectory() as folder:
+            run, world = pretrain(config, Path(folder) / "run")
+            runs.append(judge(run, world) | {"seed": seed, "curve": curve(run.records())})
+        print(f"seed {seed}: {runs[-1]['knn']} in {runs[-1]['training']['seconds']:.0f} s", flush=True)
+        store("recipe-scenes", {"config": flatten(config), "runs": runs, "summary": summary(runs)})
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, deviation and n over seeds of every number that the README quotes."""
+    return {
+        "knn": {name: spread([run["knn"][name] for run in runs]) for name in runs[0]["knn"]},
+        "knn_readings": {
+            name: {key: spread([run["knn_readings"][name][key] for run in runs]) for key in reading}
+            for name, reading in runs[0]["knn_readings"].items()
+        },
+        "linear": {name: spread([run["linear"][name]["mean"] for run in runs]) for name in runs[0]["linear"]},
+        "patches": {
+            name: {key: spread([run["patches"][name][key] for run in runs]) for key in ("miou", "log_rmse")}
+            for name in runs[0].get("patches", {})
+        },
+        "seconds": spread([run["training"]["seconds"] for run in runs]),
+        "largest_teacher_entropy": max(run["training"]["largest_teacher_entropy"] for run in runs),
+        "ln_k": runs[0]["training"]["ln_k"],
+    }
+
+
+def curve(records: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What a picture of the run needs."""
+    read = [record for record in records if "knn" in record]
+    return {key: [record.get(key) for record in read] for key in ("step", "seconds", "knn", "dino", "teacher_entropy")}
+
+
+def short_run(config: RunConfig, world: World, watch: OnlineKnn) -> dict[str, Any]:
+    """Train without a folder; the end's k-NN and entropy."""
+    state, records = start(config, pick_device(config.run.device)), []
+    for record in train(config, world.train, state):
+        records += [record] if "loss" in record else []
+    last = records[-1]
+    return {
+        "knn": watch(state.teacher.backbone), "teacher_entropy": last["teacher_entropy"], "rankme": last["rankme"],
+        "seconds": last["seconds"], "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
+    }  # fmt: skip
+
+
+def ablate(seeds: int, steps: int, only: str | None) -> None:
+    """Each factor alone, over seeds, at the same number of steps; the world of choosing."""
+    base = override(preset("scenes-cpu"), [f"run.steps={steps}", f"data.scene_seed={CHOOSING}"])
+    world = open_world(base, Path("unused"))
+    watch = OnlineKnn(world, base.crops.global_size)
+    rows: dict[str, Any] = {}
+    for name, changes in FACTORS.items():
+        if only and only not in name:
+            continue
+        runs = [short_run(override(base, [*changes, f"run.seed={seed}"]), world, watch) for seed in range(seeds)]
+        rows[name] = {"changes": changes, "knn": spread([run["knn"] for run in runs]), "runs": runs}
+        print(f"{name:40} {rows[name]['knn']}  entropy {runs[0]['teacher_entropy']:.2f}", flush=True)
+        store("recipe-ablations", {"steps": steps, "ln_k": float(np.log(base.heads.n_prototypes)), "rows": rows})
+
+
+def photographs(data: str, minutes: float, changes: list[str]) -> None:
+    """The preset imagenette-cpu for as long as asked, with baselines and the curve."""
+    from minidino.tour import fit_steps
+
+    config = override(preset("imagenette-cpu"), [f"data.source={data}", *changes])
+    with tempfile.TemporaryDirectory() as folder:
+        world = open_world(config, Path(folder) / "pixels")
+        config = fit_steps(config, world, pick_device(config.run.device), minutes, print)
+        run, world = pretrain(config, Path(folder) / "run", world)
+        found = judge(run, world) | {"curve": curve(run.records())}
+    print(found["knn"])
+    store("recipe-imagenette", {"config": flatten(config), "runs": [found]})
+
+
+def draw() -> None:
+    """The README's figures from the stored results."""
+    from minidino import pictures
+
+    stored = json.loads((RESULTS / "recipe-scenes.json").read_text())
+    bars = {name: (s["mean"], s["sd"]) for name, s in stored["summary"]["knn"].items()}
+    pictures.baselines_bar(bars, RESULTS.parents[1] / "docs" / "knn.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("report", "ablate", "photographs", "draw"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=800, help="of each ablation run")
+    parser.add_argument("--only", help="factors whose name holds this text")
+    parser.add_argument("--data")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("changes", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    keep_freed_memory()
+    begun = time.perf_counter()
+    if options.what == "report":
+        report(options.seeds)
+    elif options.what == "ablate":
+        ablate(options.seeds, options.steps, options.only)
+    elif options.what == "photographs":
+        photographs(options.data, options.minutes, options.changes)
+    else:
+        draw()
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
