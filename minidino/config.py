@@ -231,7 +231,7 @@ def _scenes_cpu() -> RunConfig:
         optim=OptimConfig(batch_size=64, base_lr=8e-3, final_lr=2e-5, warmup_frac=0.03, warmup_start="fixed",
                           final_weight_decay=0.04, layerwise_decay=1.0, patch_embed_lr_mult=1.0,
                           freeze_last_layer_frac=0.0),
-        run=RunSettings(steps=2000, precision="bf16", checkpoint_every=200, knn_every=200),
+        run=RunSettings(steps=1500, precision="bf16", checkpoint_every=200, knn_every=200),
     )  # fmt: skip
 
 

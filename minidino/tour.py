@@ -155,7 +155,7 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     sections += [
         Section("What differs from the published recipe", "", table=table),
         Section("What this does not show", "One run, one seed: the spread over seeds stands in the README. A small "
-                "net on small pictures says nothing about the paper's numbers; it shows that the same objective learns."),
+                "net on small pictures says nothing about the paper's numbers; it shows that the objective learns."),
     ]  # fmt: skip
     return write_report(folder / "report.html", f"minidino tour: {results['data']}", sections)
 

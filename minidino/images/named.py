@@ -1,4 +1,4 @@
-"""The sets that torchvision knows by name, brought into the one form that every other set has: a zip of class folders."""
+"""The sets that torchvision knows by name, brought into the one form that others have: a zip of class folders."""
 
 import io
 import zipfile

@@ -49,19 +49,21 @@ class State:
     center: Center | None = None
     step: int = 0  # updates done
     skipped: int = 0  # updates left out in a row, because loss or gradients were not numbers
+    seconds: float = 0.0  # spent learning, over all the processes that took part
 
     def save(self) -> dict[str, Any]:
         return {
             "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "center": None if self.center is None else tuple(self.center), "step": self.step, "skipped": self.skipped,
+            "seconds": self.seconds,
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center = None if saved["center"] is None else Center(*saved["center"])
-        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.step, self.skipped, self.seconds = saved["step"], saved["skipped"], saved["seconds"]
 
 
 def start(config: RunConfig, device: torch.device) -> State:
@@ -106,20 +108,20 @@ def train(config: RunConfig, pixels: Pixels, state: State) -> Iterator[dict[str,
         state: changed in place; fresh from `start`, or loaded.
     Yields:
         {"step", "images", "seconds"} and, when read: the losses, the schedules, what the doctor watches.
-        `seconds` counts from the call, without the time the watcher takes.
+        `seconds` counts from step 0, without the time the watcher takes.
     Raises:
         FloatingPointError: loss or gradients were not finite for 20 steps in a row.
     """
     device = next(state.student.parameters()).device
-    plan, seconds, clock = schedules(config), 0.0, time.perf_counter()
+    plan, clock = schedules(config), time.perf_counter()
     for batch in batches(config, pixels, device, state.step):
         now = {name: schedule(state.step) for name, schedule in plan.items()}
         read = state.step % config.run.log_every == 0 or state.step == config.run.steps - 1
         readings = _update(config, state, batch, now, read)
         record = {"step": state.step, "images": (state.step + 1) * config.optim.batch_size, **readings}
         state.step += 1
-        seconds += time.perf_counter() - clock
-        yield record | {"seconds": round(seconds, 3)}
+        state.seconds += time.perf_counter() - clock
+        yield record | {"seconds": round(state.seconds, 3)}
         clock = time.perf_counter()
 
 
