@@ -11,6 +11,7 @@ Results go to data/results/recipe-*.json with machine, versions and commit; no r
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -19,14 +20,18 @@ from typing import Any
 
 import numpy as np
 
+from minidino import pictures
 from minidino.config import RunConfig, flatten, override, preset
 from minidino.judge import judge
 from minidino.learning import doctor
 from minidino.learning.train import start, train
-from minidino.runs import environment, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, environment, keep_freed_memory, pick_device, write_atomically
 from minidino.stages import OnlineKnn, World, open_world, pretrain
+from minidino.tour import draw as draw_run
+from minidino.tour import fit_steps
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
 PUBLISHED_TEMPS = (
     "teacher.warmup_temp=0.04", "teacher.temp=0.07", "teacher.warmup_frac=0.3", "teacher.patch_temp=none",
@@ -72,8 +77,18 @@ def report(seeds: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             run, world = pretrain(config, Path(folder) / "run")
             runs.append(judge(run, world) | {"seed": seed, "curve": curve(run.records())})
+            if seed == 0:
+                keep_pictures(run, world, config)
         print(f"seed {seed}: {runs[-1]['knn']} in {runs[-1]['training']['seconds']:.0f} s", flush=True)
         store("recipe-scenes", {"config": flatten(config), "runs": runs, "summary": summary(runs)})
+
+
+def keep_pictures(run: Run, world: World, config: RunConfig) -> None:
+    """The README's pictures, drawn from the very run that is stored."""
+    draw_run(world, config, run)
+    DOCS.mkdir(exist_ok=True)
+    for name in ("scenes.png", "pca.png", "curves.png"):
+        shutil.copy(run.folder / name, DOCS / name)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,8 +145,6 @@ def ablate(seeds: int, steps: int, only: str | None) -> None:
 
 def photographs(data: str, minutes: float, changes: list[str]) -> None:
     """The preset imagenette-cpu for as long as asked, with baselines and the curve."""
-    from minidino.tour import fit_steps
-
     config = override(preset("imagenette-cpu"), [f"data.source={data}", *changes])
     with tempfile.TemporaryDirectory() as folder:
         world = open_world(config, Path(folder) / "pixels")
@@ -144,11 +157,9 @@ def photographs(data: str, minutes: float, changes: list[str]) -> None:
 
 def draw() -> None:
     """The README's figures from the stored results."""
-    from minidino import pictures
-
     stored = json.loads((RESULTS / "recipe-scenes.json").read_text())
     bars = {name: (s["mean"], s["sd"]) for name, s in stored["summary"]["knn"].items()}
-    pictures.baselines_bar(bars, RESULTS.parents[1] / "docs" / "knn.png")
+    pictures.baselines_bar(bars, DOCS / "knn.png")
 
 
 def main() -> None:

@@ -31,22 +31,29 @@ def random_backbone(config: RunConfig, device: torch.device) -> VisionTransforme
     return build_student(config).backbone.to(device).eval()
 
 
-def judge_knn(world: World, config: RunConfig, backbones: dict[str, VisionTransformer]) -> dict[str, dict[str, float]]:
-    """k-NN of baselines and backbones on the held-out images: {name: {"k=20": ..., "best": ...}}.
+Rows = dict[str, tuple[Tensor, Tensor]]  # {name: (features of the bank, features of the held-out images)}
+
+
+def class_tokens(world: World, config: RunConfig, backbones: dict[str, VisionTransformer]) -> Rows:
+    """Frozen class tokens of all training and held-out images, cut to the size of a global crop."""
+    size = config.crops.global_size
+    images = world.train.squares(size), world.test.squares(size)
+    return {name: tuple(features.extract(net, part)["cls"] for part in images) for name, net in backbones.items()}
+
+
+def hand_made(world: World, config: RunConfig) -> Rows:
+    """Baselines that nobody trained, from the stored images, which are at least as sharp as what a network sees."""
+    images = world.train.squares(config.data.short_side), world.test.squares(config.data.short_side)
+    return {name: tuple(getattr(features, name)(part) for part in images) for name in BASELINES}
+
+
+def judge_knn(world: World, rows: Rows) -> dict[str, dict[str, float]]:
+    """k-NN on the held-out images: {name: {"k=20": ..., "best": ...}}.
 
     Every descriptor, ours included, is read twice, as it is and with the bank's mean taken away, at k = 5, 20 and
     100; "best" is the best of the six, "k=20" the published way.
     """
-    size = config.crops.global_size
-    labels = world.train.labels, world.test.labels
-    # hand-made descriptors see the stored images, which are at least as sharp as what the network sees
-    stored = world.train.squares(config.data.short_side), world.test.squares(config.data.short_side)
-    small = world.train.squares(size), world.test.squares(size)
-    found = {name: _readings(*(getattr(features, name)(images) for images in stored), *labels) for name in BASELINES}
-    for name, backbone in backbones.items():
-        rows = [features.extract(backbone, images)["cls"] for images in small]
-        found[name] = _readings(*rows, *labels)
-    return found
+    return {name: _readings(*pair, world.train.labels, world.test.labels) for name, pair in rows.items()}
 
 
 def _readings(bank: Tensor, queries: Tensor, bank_y: np.ndarray, queries_y: np.ndarray) -> dict[str, float]:
@@ -57,13 +64,12 @@ def _readings(bank: Tensor, queries: Tensor, bank_y: np.ndarray, queries_y: np.n
     return {f"k={K}": plain.get(K, plain[ks[-1]]), "best": max(*plain.values(), *centred.values())}
 
 
-def judge_linear(world: World, config: RunConfig, backbones: dict[str, VisionTransformer], seeds: int = 3) -> dict:
-    """Linear probe on class tokens: {name: {"mean", "sd", "n"}} over the seeds of the probe."""
-    size, found = config.crops.global_size, {}
-    images = world.train.squares(size), world.test.squares(size)
-    for name, backbone in backbones.items():
-        x, test_x = (features.extract(backbone, part)["cls"] for part in images)
-        runs = [linear_probe(x, world.train.labels, test_x, world.test.labels, epochs=10, seed=s) for s in range(seeds)]
+def judge_linear(world: World, rows: Rows, seeds: int = 3) -> dict[str, dict[str, float]]:
+    """Linear probe: {name: {"mean", "sd", "n"}} over the seeds of the probe."""
+    found = {}
+    for name, (bank, queries) in rows.items():
+        labels = world.train.labels, world.test.labels
+        runs = [linear_probe(bank, labels[0], queries, labels[1], epochs=10, seed=seed) for seed in range(seeds)]
         scores = np.array([run["accuracy"] for run in runs])
         found[name] = {"mean": scores.mean(), "sd": scores.std(ddof=1), "n": seeds}
     return found
@@ -123,9 +129,10 @@ def judge(run: Run, world: World) -> dict[str, Any]:
         "environment": environment(config.run.seed, device),
     }  # fmt: skip
     if world.test is not None:
-        results["knn_readings"] = judge_knn(world, config, nets)
+        rows = class_tokens(world, config, nets)
+        results["knn_readings"] = judge_knn(world, hand_made(world, config) | rows)
         results["knn"] = {name: reading["best"] for name, reading in results["knn_readings"].items()}
-        results["linear"] = judge_linear(world, config, nets)
+        results["linear"] = judge_linear(world, rows)
         if world.test_scenes is not None:
             results["patches"] = judge_patches(world, config, nets)
     return results
@@ -160,7 +167,7 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")
     judges = {"knn": judge_knn, "linear": judge_linear}
-    found = judges[task](world, config, {"trained": backbone})
+    found = judges[task](world, class_tokens(world, config, {"trained": backbone}))
     return {"data": world.name, "task": task, "n_test": len(world.test), **found}
 
 

@@ -101,6 +101,14 @@ def test_the_seed_changes_pictures_and_masks(pixels):
     assert not torch.equal(a.masks, b.masks) and not torch.equal(a.crops_global, b.crops_global)
 
 
+def test_each_step_cuts_and_hides_anew(pixels):
+    rows = torch.arange(4)
+    first, again, second = (make_batch(small(), step, *pixels.batch(rows), rows) for step in (5, 5, 6))
+    assert_same(first, again)
+    for name in ("crops_global", "crops_local", "masks"):
+        assert not torch.equal(getattr(first, name), getattr(second, name)), name
+
+
 def test_a_row_does_not_know_its_neighbours(pixels):
     """Views of an image at a step are the same in any batch that has it: processes may share a batch."""
     config, rows = small(), torch.tensor([4, 1, 7])

@@ -168,6 +168,7 @@ PUBLISHED = {
     "vit.drop_path_rate": (0.3, 0.4),
     "vit.drop_path": ("subset", "subset"),
     "vit.layerscale": (1e-5, 1e-5),
+    "vit.init_std": (0.02, 0.02),
     "vit.interpolate_offset": (0.1, 0.1),
     "vit.interpolate_antialias": (False, False),
     "heads.tied": (True, False),
