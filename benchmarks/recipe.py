@@ -133,9 +133,11 @@ def ablate(seeds: int, steps: int, only: str | None) -> None:
     base = override(preset("scenes-cpu"), [f"run.steps={steps}", f"data.scene_seed={CHOOSING}"])
     world = open_world(base, Path("unused"))
     watch = OnlineKnn(world, base.crops.global_size)
-    rows: dict[str, Any] = {}
+    path = RESULTS / "recipe-ablations.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"steps": None}
+    rows: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
     for name, changes in FACTORS.items():
-        if only and only not in name:
+        if name in rows or (only and only not in name):
             continue
         runs = [short_run(override(base, [*changes, f"run.seed={seed}"]), world, watch) for seed in range(seeds)]
         rows[name] = {"changes": changes, "knn": spread([run["knn"] for run in runs]), "runs": runs}

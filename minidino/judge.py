@@ -81,7 +81,10 @@ def judge_patches(
     """What single patches of drawn scenes know: mIoU of the mask classes and log-depth error, beside position alone."""
     size, patch = config.crops.global_size, config.vit.patch_size
     grid = size // patch
-    parts = [(world.train, world.train_scenes, n_train), (world.test, world.test_scenes, n_train // 2)]
+    parts = [
+        (world.train, world.train_scenes, min(n_train, len(world.train))),
+        (world.test, world.test_scenes, min(n_train // 2, len(world.test))),
+    ]
     truth = [patch_truth(scenes.masks[:n], scenes.depth[:n], grid) for _, scenes, n in parts]
     position = [torch.eye(grid**2).expand(n, -1, -1) for _, _, n in parts]
     tokens = {"position": position}

@@ -38,8 +38,8 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("n_images, batch_size", [(10, 4), (10, 5), (7, 3), (3, 8), (1, 4), (5, 5)])
 def test_passes_are_permutations_without_a_gap(n_images, batch_size):
-    n_passes = 6
-    stream = torch.cat([batch_indices(n_images, batch_size, s, 0) for s in range(-(-n_passes * n_images // batch_size))])
+    n_passes, n_steps = 6, -(-6 * n_images // batch_size)
+    stream = torch.cat([batch_indices(n_images, batch_size, step, 0) for step in range(n_steps)])
     passes = stream[: n_passes * n_images].view(n_passes, n_images)
     assert torch.equal(passes.sort(dim=1).values, torch.arange(n_images).expand(n_passes, -1))
     if n_images >= 7:
@@ -158,7 +158,8 @@ def test_the_blur_switch(blur, chances):
 def test_laws_say_what_the_config_says():
     config = CropConfig(
         global_size=48, local_size=24, global_scale=(0.4, 0.9), local_scale=(0.1, 0.2), jitter_probability=0.7,
-        brightness=0.11, contrast=0.12, saturation=0.13, hue=0.14, grayscale_probability=0.15, solarize_probability=0.16,
+        brightness=0.11, contrast=0.12, saturation=0.13, hue=0.14, grayscale_probability=0.15,
+        solarize_probability=0.16,
     )  # fmt: skip
     first, second, local = crop_laws(config)
     assert (first.size, second.size, local.size) == (48, 48, 24)
