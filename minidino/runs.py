@@ -112,6 +112,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        beside.chmod(0o644)  # some writers leave files that only their owner may read
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

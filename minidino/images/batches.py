@@ -7,6 +7,7 @@ Nothing is remembered between steps, so a run that goes on at step s sees exactl
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,9 +53,14 @@ def batch_indices(n_images: int, batch_size: int, step: int, seed: int) -> Int[T
     first, rows = step * batch_size, []
     while len(rows) < batch_size:
         epoch, position = divmod(first + len(rows), n_images)
-        generator = torch.Generator().manual_seed(crop_seed(seed, epoch, ORDER))
-        rows += torch.randperm(n_images, generator=generator)[position : position + batch_size - len(rows)].tolist()
+        rows += _permutation(n_images, seed, epoch)[position : position + batch_size - len(rows)].tolist()
     return torch.tensor(rows)
+
+
+@lru_cache(maxsize=2)  # a million images are shuffled once a pass, not once a step
+def _permutation(n_images: int, seed: int, epoch: int) -> Int[Tensor, "n"]:
+    generator = torch.Generator().manual_seed(crop_seed(seed, epoch, ORDER))
+    return torch.randperm(n_images, generator=generator)
 
 
 def crop_laws(crops: CropConfig) -> tuple[CropLaw, CropLaw, CropLaw]:

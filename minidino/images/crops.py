@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,6 +84,8 @@ def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator)
         One view, normalised by the ImageNet mean and standard deviation.
     Source: official dinov2/data/augmentations.py (b8931f7).
     """
+    from torchvision import transforms  # half of the start-up time of everything that never asks for it
+
     jitter = transforms.ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)
     view = transforms.Compose(
         [
