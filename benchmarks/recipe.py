@@ -157,8 +157,51 @@ def photographs(data: str, minutes: float, changes: list[str]) -> None:
     store("recipe-imagenette", {"config": flatten(config), "runs": [found]})
 
 
+def tables() -> dict[str, str]:
+    """The README's tables, written from the stored results; a test holds the README to them."""
+    found = {}
+    if (path := RESULTS / "recipe-scenes.json").exists():
+        found["scenes"] = _scenes_table(json.loads(path.read_text()))
+    if (path := RESULTS / "recipe-ablations.json").exists():
+        found["ablations"] = _ablations_table(json.loads(path.read_text()))
+    return found
+
+
+def _scenes_table(stored: dict[str, Any]) -> str:
+    s, said = stored["summary"], lambda v: f"{v['mean']:.3f} ± {v['sd']:.3f}"
+    lines = ["| features | k-NN, k = 20 | k-NN, best of six readings | linear probe |", "|---|---|---|---|"]
+    for name, readings in s["knn_readings"].items():
+        linear = said(s["linear"][name]) if name in s["linear"] else ""
+        lines.append(f"| {name} | {said(readings['k=20'])} | {said(readings['best'])} | {linear} |")
+    lines += ["", "| patch features | mIoU | log-depth RMSE |", "|---|---|---|"]
+    lines += [f"| {name} | {said(v['miou'])} | {said(v['log_rmse'])} |" for name, v in s["patches"].items()]
+    e, seconds = stored["environment"], s["seconds"]
+    lines += ["", f"Mean ± standard deviation over {seconds['n']} seeds of training; {stored['runs'][0]['n_test']:,} "
+              f"held-out scenes; {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training on {e['machine']}, "
+              f"{e['threads']} threads; largest teacher entropy {s['largest_teacher_entropy']:.2f} of ln K = "
+              f"{s['ln_k']:.2f}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _ablations_table(stored: dict[str, Any]) -> str:
+    lines = ["| changed | k-NN | last teacher entropy |", "|---|---|---|"]
+    for name, row in stored["rows"].items():
+        entropy = np.mean([run["teacher_entropy"] for run in row["runs"]])
+        lines.append(f"| {name} | {row['knn']['mean']:.3f} ± {row['knn']['sd']:.3f} | {entropy:.2f} |")
+    n, e = next(iter(stored["rows"].values()))["knn"]["n"], stored["environment"]
+    lines += ["", f"One setting changed at a time: {stored['steps']} steps, {n} seeds, world of choosing, 500 queries "
+              f"against 2,000 scenes; ln K = {stored['ln_k']:.2f}; {e['machine']}, {e['threads']} thread."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def draw() -> None:
-    """The README's figures from the stored results."""
+    """The README's tables and figure from the stored results."""
+    readme = (ROOT / "README.md").read_text()
+    for name, table in tables().items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = readme.split(first)
+        readme = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
+    (ROOT / "README.md").write_text(readme)
     stored = json.loads((RESULTS / "recipe-scenes.json").read_text())
     bars = {name: (s["mean"], s["sd"]) for name, s in stored["summary"]["knn"].items()}
     pictures.baselines_bar(bars, DOCS / "knn.png")

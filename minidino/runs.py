@@ -59,6 +59,16 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(name, value) for name, value in settings)
 
 
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has held so far, MiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024**2 if platform.system() == "Darwin" else 1024), 1)
+
+
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
     """What a number depends on besides the config: machine, versions, commit, date."""
     versions = {"python": platform.python_version()}

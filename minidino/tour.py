@@ -26,7 +26,7 @@ from minidino.model.vit import VisionTransformer
 from minidino.probes import features
 from minidino.probes.knn import neighbours
 from minidino.report import Section, write_report
-from minidino.runs import Run, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
 from minidino.stages import K, World, open_world, pretrain, some
 
 Say = Callable[[str], None]
@@ -61,10 +61,11 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         say(f"  k-NN {name:16} {value:.3f}")
     say(doctor.prescription(doctor.diagnose(run.records(), asdict(config))))
     draw(world, config, run)
-    results["minutes"] = {"all": round((time.perf_counter() - begun) / 60, 2)}
-    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
     report(run, world, results)
-    say(f"\n{folder / 'report.html'} and results.json are written; the whole took {results['minutes']['all']} minutes")
+    results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
+    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+    say(f"{folder / 'report.html'} and results.json are written; {results['minutes']} minutes, "
+        f"{results['peak_memory_mb']} MiB at most")  # fmt: skip
     return results
 
 
