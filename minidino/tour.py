@@ -103,10 +103,12 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     pictures.training_curves(run.records(), folder / "curves.png", ln_k)
     shown = world.test or world.train
     shown = shown.select(some(len(shown), 8))
-    squares = shown.squares(size)
-    before, after = (features.extract(v, squares, progress=False, patches=True)["patch"] for v in (untrained, trained))
-    grid = (size // patch, size // patch)
-    pictures.pca_before_after(shown.squares(config.data.short_side), before, after, grid, folder / "pca.png")
+    stride = max(patch // 4, 1)
+    wide = shown.squares(size + patch - stride)
+    before, after = (features.dense_patches(v, wide, patch, stride) for v in (untrained, trained))
+    grid = before.shape[1:3]
+    pictures.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
+    squares, grid = shown.squares(size), (size // patch, size // patch)
     with torch.no_grad():
         normalised = (squares[:6].to(device) / 255 - _column(features.IMAGENET_MEAN)) / _column(features.IMAGENET_STD)
         attention = trained.attention_maps(normalised)[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minidino.model.vit import build_vit
 from minidino.probes import features, knn, linear
 
 
@@ -322,3 +323,16 @@ def test_patch_depth_probe_is_ridge_on_log_metres():
     assert found["log_rmse"] < 0.15 < found["constant"]
     with pytest.raises(ValueError, match="one value per patch"):
         linear.patch_depth_probe(x, depth[:, :3], x, depth)
+
+
+def test_dense_patches_interleave_the_looks_at_shifted_windows():
+    torch.manual_seed(0)
+    vit = build_vit("vit_tiny", width=16, depth=1, heads=2, patch_size=4, img_size=8)
+    images = torch.randint(0, 256, (2, 3, 10, 10), dtype=torch.uint8)  # 8 + 4 - 2
+    dense = features.dense_patches(vit, images, 4, 2)
+    assert dense.shape == (2, 4, 4, 16)
+    for top, left in ((0, 0), (2, 0), (0, 2), (2, 2)):
+        look = features.extract(vit, images[..., top : top + 8, left : left + 8], progress=False, patches=True)["patch"]
+        assert torch.allclose(dense[:, top // 2 :: 2, left // 2 :: 2].flatten(1, 2), look, atol=1e-6)
+    with pytest.raises(ValueError, match="stride"):
+        features.dense_patches(vit, images, 4, 3)

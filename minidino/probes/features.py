@@ -73,6 +73,31 @@ def extract(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+def dense_patches(
+    vit: nn.Module, images: UInt8[Tensor, "n 3 S S"], patch_size: int, stride: int
+) -> Float[Tensor, "n g g D"]:
+    """Patch features on a grid finer than the patches: the network looks again at every shifted window.
+
+    Args:
+        images: side S = size + patch_size - stride, where size is a multiple of patch_size: what one look sees.
+        stride: px between neighbouring features, a divisor of patch_size.
+    Returns:
+        float32 on the CPU, g = size // stride: entry (y, x) is the patch whose corner is at (y, x) * stride.
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+    size = images.shape[-1] - patch_size + stride
+    if patch_size % stride or size % patch_size:
+        raise ValueError(f"expected stride to divide {patch_size} and {size} to be a multiple of it, got {stride}")
+    rows = []
+    for top in range(0, patch_size, stride):
+        looks = [images[..., top : top + size, left : left + size] for left in range(0, patch_size, stride)]
+        seen = [extract(vit, look, progress=False, patches=True)["patch"] for look in looks]
+        rows.append(torch.stack([patch.unflatten(1, (size // patch_size, -1)) for patch in seen], dim=3))
+    dense = torch.stack(rows, dim=2)  # (n, Hp, fine, Wp, fine, D)
+    return dense.flatten(3, 4).flatten(1, 2)
+
+
 def _expect_pixels(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(
