@@ -297,7 +297,9 @@ def _draw_kind(kind: int, draw: _Draw, size: int) -> _Canvas:
     return canvas
 
 
-def draw_scenes(n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: int = 256) -> Scenes:
+def draw_scenes(
+    n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: int = 256, grain: float = GRAIN
+) -> Scenes:
     """Draw the scenes start ... start + n - 1 of one world.
 
     Args:
@@ -306,6 +308,7 @@ def draw_scenes(n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: in
         seed: the world; scene i of a seed is the same picture whatever n, start and chunk are.
         start: index of the first scene.
         chunk: scenes drawn together; only memory and speed depend on it.
+        grain: deviation of the grey grain, in units of full brightness.
     Raises:
         ValueError: n or size below 1, a negative seed or start.
     """
@@ -316,7 +319,7 @@ def draw_scenes(n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: in
 
     def fill(low: int) -> None:
         rows = slice(low, min(low + chunk, n))
-        part = _draw_chunk(np.arange(rows.start, rows.stop) + start, size, seed)
+        part = _draw_chunk(np.arange(rows.start, rows.stop) + start, size, seed, grain)
         for name in ("images", "labels", "masks", "depth"):
             getattr(out, name)[rows] = getattr(part, name)
 
@@ -325,16 +328,16 @@ def draw_scenes(n: int, size: int = 64, seed: int = 0, start: int = 0, chunk: in
     return out
 
 
-def _draw_chunk(indices: Array, size: int, seed: int) -> Scenes:
+def _draw_chunk(indices: Array, size: int, seed: int, grain: float) -> Scenes:
     generators = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
     uniforms = np.stack([g.random(N_UNIFORMS, np.float32) for g in generators])
-    grain = GRAIN * np.stack([g.standard_normal((size, size, 1), np.float32) for g in generators])
+    noise = grain * np.stack([g.standard_normal((size, size, 1), np.float32) for g in generators])
     labels = (uniforms[:, 0] * len(KINDS)).astype(np.int64)
     images = np.empty((len(indices), size, size, 3), np.uint8)
     masks, depth = np.empty(images.shape[:3], np.uint8), np.empty(images.shape[:3], np.float32)
     for kind in np.unique(labels):
         here = np.flatnonzero(labels == kind)
         canvas = _draw_kind(int(kind), _Draw(uniforms[here, 1:]), size)
-        images[here] = np.clip(255 * (canvas.image + grain[here]), 0, 255).astype(np.uint8)
+        images[here] = np.clip(255 * (canvas.image + noise[here]), 0, 255).astype(np.uint8)
         masks[here], depth[here] = canvas.mask, canvas.depth
     return Scenes(images, labels, masks, depth)

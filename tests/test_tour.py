@@ -1,0 +1,103 @@
+"""The main job on a handful of images: train, judge, draw, report, probe."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidino import tour as tour_module
+from minidino.config import override, preset
+from minidino.images.scenes import KINDS
+from minidino.judge import BASELINES, backbone_of, judge, patch_truth, probe
+from minidino.model.vit import build_vit
+from minidino.model.weights import save_backbone
+from minidino.stages import open_world, pretrain, some
+from minidino.tour import draw, report, tour
+
+PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn")
+SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_every=1", "run.knn_every=3",
+         "optim.batch_size=16", "run.device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tour") / "run"
+    run, world = pretrain(override(preset("scenes-cpu"), SMALL), folder)
+    return run, world, judge(run, world)
+
+
+def test_results_hold_every_baseline_and_both_nets(finished):
+    _, _, results = finished
+    json.dumps(results)
+    assert set(results["knn"]) == {*BASELINES, "random_vit", "trained"}
+    assert all(0 <= value <= 1 for value in results["knn"].values())
+    assert results["knn"]["hog"] > 0.15  # a descriptor that knows outlines, even with 150 examples
+    assert set(results["patches"]) >= {"position", "random_vit", "trained", "trained + position"}
+    assert results["training"]["images"] == 96 and results["n_test"] == 60
+
+
+def test_pictures_and_a_report_in_one_file(finished):
+    run, world, results = finished
+    draw(world, run.config(), run)
+    page = report(run, world, results).read_text()
+    for name in PICTURES:
+        assert np.asarray(Image.open(run.folder / f"{name}.png")).std() > 5
+    assert page.count("data:image/png;base64") == len(PICTURES)
+    assert "http" not in page and "random_vit" in page and "What this does not show" in page
+
+
+def test_probe_judges_a_run_folder_and_a_weights_file(finished, tmp_path, monkeypatch):
+    run, _, results = finished
+    monkeypatch.chdir(tmp_path)
+    found = probe(run.folder)
+    assert found["trained"]["best"] == results["knn"]["trained"]
+    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2)
+    save_backbone(vit, tmp_path / "w.safetensors")
+    again = backbone_of(tmp_path / "w.safetensors")
+    assert (again.width, again.depth, again.patch_size, again.num_register_tokens) == (192, 1, 8, 2)
+    with pytest.raises(ValueError, match="--data"):
+        probe(tmp_path / "w.safetensors")
+
+
+def test_a_tour_of_photographs_without_labels_judges_nothing(tmp_path, monkeypatch):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(flat / f"{i}.png")
+    (flat / "broken.jpg").write_bytes(b"no picture")
+    config = override(preset("imagenette-cpu"), [*SMALL, "data.short_side=48"])
+    monkeypatch.setattr(tour_module, "preset", lambda name: preset(name) if name == "vitl14-lvd" else config)
+    said = []
+    results = tour(str(flat), minutes=0.01, out=str(tmp_path / "run"), say=said.append)
+    assert "knn" not in results and results["n_test"] == 0 and results["n_train"] + 8 + 1 == 41
+    assert "no labelled held-out images" in " ".join(said)
+    assert (tmp_path / "run" / "report.html").exists()
+    quarantined = [path.read_text() for path in (tmp_path / "run").rglob("quarantine.csv")]
+    assert sum("broken.jpg" in text for text in quarantined) == 1
+
+
+def test_photographs_come_from_the_archives_as_they_are(shared_data, tmp_path):
+    config = preset("imagenette-cpu")
+    source = str(shared_data / "imagenette")
+    world = open_world(replace(config, data=replace(config.data, source=source, short_side=16)), tmp_path)
+    assert (len(world.train), len(world.test), len(world.train.classes)) == (9469, 3925, 10)
+    assert sorted(set(world.test.labels.tolist())) == list(range(10))
+
+
+def test_patch_truth_takes_the_commonest_class_and_the_harmonic_depth():
+    masks = np.zeros((1, 4, 4), np.uint8)
+    masks[0, :2, :2] = [[4, 4], [4, 1]]
+    depth = np.full((1, 4, 4), 2.0, np.float32)
+    depth[0, :2, :2] = [[1, 1], [4, 4]]
+    classes, metres = patch_truth(masks, depth, 2)
+    assert classes.tolist() == [[4, 0, 0, 0]]
+    assert metres.tolist() == pytest.approx([[1 / 0.625, 2, 2, 2]])
+
+
+def test_some_rows_are_spread_evenly():
+    assert some(10, 3).tolist() == [0, 4, 9]
+    assert some(3, 10).tolist() == [0, 1, 2]
+    assert len(KINDS) == 10
