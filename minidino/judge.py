@@ -14,7 +14,7 @@ from minidino.images.scenes import MASK_CLASSES
 from minidino.learning import doctor
 from minidino.learning.teacher import build_backbone, build_student
 from minidino.model.vit import SIZES, VisionTransformer, build_vit
-from minidino.model.weights import load_weights, to_hub_layout
+from minidino.model.weights import load_weights, read_state, to_hub_layout
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
@@ -180,7 +180,7 @@ def backbone_of(weights: Path) -> VisionTransformer:
     Raises:
         ValueError: not the width of a published ViT.
     """
-    state = to_hub_layout(weights)
+    state = to_hub_layout(read_state(Path(weights)))
     _, n_positions, width = state["pos_embed"].shape
     patch_size = state["patch_embed.proj.weight"].shape[-1]
     names = [name for name, (w, *_) in SIZES.items() if w == width]

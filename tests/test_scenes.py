@@ -24,7 +24,7 @@ def test_a_scene_depends_on_seed_and_index_alone(scenes):
 
 def test_every_pixel_has_an_answer(scenes):
     assert scenes.images.shape == (900, 64, 64, 3) and scenes.images.dtype == np.uint8
-    assert scenes.depth.dtype == np.float32 and 0.3 < scenes.depth.min() and scenes.depth.max() == FAR
+    assert scenes.depth.dtype == np.float32 and 0.1 < scenes.depth.min() and scenes.depth.max() == FAR
     assert (scenes.depth[scenes.masks == 0] == FAR).all()
     assert set(np.unique(scenes.masks)) == set(range(len(MASK_CLASSES)))
     for masks, label in zip(scenes.masks, scenes.labels):

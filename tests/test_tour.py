@@ -94,7 +94,7 @@ def test_patch_truth_takes_the_commonest_class_and_the_harmonic_depth():
     depth[0, :2, :2] = [[1, 1], [4, 4]]
     classes, metres = patch_truth(masks, depth, 2)
     assert classes.tolist() == [[4, 0, 0, 0]]
-    assert metres.tolist() == pytest.approx([[1 / 0.625, 2, 2, 2]])
+    assert metres[0].tolist() == pytest.approx([1 / 0.625, 2, 2, 2])
 
 
 def test_some_rows_are_spread_evenly():
