@@ -183,7 +183,11 @@ def tables() -> dict[str, str]:
 
 
 def _scenes_table(stored: dict[str, Any]) -> str:
-    s, said = stored["summary"], lambda v: f"{v['mean']:.3f} ± {v['sd']:.3f}"
+    s = stored["summary"]
+
+    def said(v: dict[str, float]) -> str:
+        return f"{v['mean']:.3f} ± {v['sd']:.3f}" if v["sd"] else f"{v['mean']:.3f}"  # no spread: not trained
+
     lines = ["| features | k-NN, k = 20 | k-NN, best of six readings | linear probe |", "|---|---|---|---|"]
     for name, readings in s["knn_readings"].items():
         linear = said(s["linear"][name]) if name in s["linear"] else ""
@@ -210,16 +214,13 @@ def _ablations_table(stored: dict[str, Any]) -> str:
 
 
 def draw() -> None:
-    """The README's tables and figure from the stored results."""
+    """Put the tables of the stored results into the README."""
     readme = (ROOT / "README.md").read_text()
     for name, table in tables().items():
         first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(first)
         readme = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
     (ROOT / "README.md").write_text(readme)
-    stored = json.loads((RESULTS / "recipe-scenes.json").read_text())
-    bars = {name: (s["mean"], s["sd"]) for name, s in stored["summary"]["knn"].items()}
-    pictures.baselines_bar(bars, DOCS / "knn.png")
 
 
 def main() -> None:
