@@ -135,14 +135,14 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     config, folder, training = run.config(), run.folder, results["training"]
     machine = results["environment"]["machine"]
     sections = [
-        Section("What happened", f"A Vision Transformer of {_n_parameters(config)} parameters looked at "
-                f"{training['images']:,} crops-of-images without a label, in {training['seconds'] / 60:.1f} minutes on "
-                f"{machine}. It was trained by the full DINOv2 objective (DINO on class tokens, iBOT on hidden "
-                f"patches, KoLeo) on {results['n_train']:,} images of {results['data']}.")]  # fmt: skip
+        Section("What happened", f"A Vision Transformer of {_n_parameters(config)} parameters learned from "
+                f"{results['n_train']:,} images ({results['data']}) without a label, {training['images']:,} looks in "
+                f"{training['seconds'] / 60:.1f} minutes on {machine}, by the full DINOv2 objective: DINO on class "
+                "tokens, iBOT on hidden patches, KoLeo.")]  # fmt: skip
     if world.train_scenes is not None:
         sections.append(Section("The drawn scenes", "Image, mask and depth.", folder / "scenes.png"))
     sections.append(Section("What the student sees", "Global crops with holes, local crops.", folder / "crops.png"))
-    doctor_says = " ".join(f"{f['title']}: {f['evidence']}." for f in training["doctor"])
+    doctor_says = " ".join(f"{f['title']}: {f['evidence']}" for f in training["doctor"])
     sections.append(Section("How it learned", f"The doctor: {doctor_says}", folder / "curves.png"))
     if world.test is not None:
         sections += _result_sections(results, folder)
