@@ -1,6 +1,9 @@
 """What frozen features are worth: baselines and backbones under the same probes."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
 from minidino.runs import Run, environment, pick_device
 from minidino.stages import K, World, open_world
 
+CHUNK = 512  # images described at a time
 BASELINES = ("pixels", "gray_pixels", "color_histogram", "hog")
 
 
@@ -41,19 +45,25 @@ def class_tokens(world: World, config: RunConfig, backbones: dict[str, VisionTra
     return {name: tuple(features.extract(net, part)["cls"] for part in images) for name, net in backbones.items()}
 
 
-def hand_made(world: World, config: RunConfig) -> Rows:
-    """Baselines that nobody trained, from the stored images, which are at least as sharp as what a network sees."""
+def hand_made(world: World, config: RunConfig) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Baselines that nobody trained, from the stored images, which are at least as sharp as what a network sees.
+
+    One after the other and in small chunks: raw pixels of all images are the largest thing in a run.
+    """
     images = world.train.squares(config.data.short_side), world.test.squares(config.data.short_side)
-    return {name: tuple(getattr(features, name)(part) for part in images) for name in BASELINES}
+    mean = sum(chunk.float().sum(0) for chunk in images[0].split(CHUNK)) / (255 * len(images[0]))
+    for name in BASELINES:
+        describe = partial(features.pixels, mean=mean) if name == "pixels" else getattr(features, name)
+        yield name, tuple(torch.cat([describe(chunk) for chunk in part.split(CHUNK)]) for part in images)
 
 
-def judge_knn(world: World, rows: Rows) -> dict[str, dict[str, float]]:
+def judge_knn(world: World, rows: Iterable[tuple[str, tuple[Tensor, Tensor]]]) -> dict[str, dict[str, float]]:
     """k-NN on the held-out images: {name: {"k=20": ..., "best": ...}}.
 
     Every descriptor, ours included, is read twice, as it is and with the bank's mean taken away, at k = 5, 20 and
     100; "best" is the best of the six, "k=20" the published way.
     """
-    return {name: _readings(*pair, world.train.labels, world.test.labels) for name, pair in rows.items()}
+    return {name: _readings(*pair, world.train.labels, world.test.labels) for name, pair in rows}
 
 
 def _readings(bank: Tensor, queries: Tensor, bank_y: np.ndarray, queries_y: np.ndarray) -> dict[str, float]:
@@ -133,7 +143,7 @@ def judge(run: Run, world: World) -> dict[str, Any]:
     }  # fmt: skip
     if world.test is not None:
         rows = class_tokens(world, config, nets)
-        results["knn_readings"] = judge_knn(world, hand_made(world, config) | rows)
+        results["knn_readings"] = judge_knn(world, chain(hand_made(world, config), rows.items()))
         results["knn"] = {name: reading["best"] for name, reading in results["knn_readings"].items()}
         results["linear"] = judge_linear(world, rows)
         if world.test_scenes is not None:
@@ -169,8 +179,8 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
     world = open_world(config, Path("runs/probe/pixels"))
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")
-    judges = {"knn": judge_knn, "linear": judge_linear}
-    found = judges[task](world, class_tokens(world, config, {"trained": backbone}))
+    rows = class_tokens(world, config, {"trained": backbone})
+    found = judge_knn(world, rows.items()) if task == "knn" else judge_linear(world, rows)
     return {"data": world.name, "task": task, "n_test": len(world.test), **found}
 
 

@@ -59,6 +59,14 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(name, value) for name, value in settings)
 
 
+def give_back_memory() -> None:
+    """Return to glibc's own ways after training, and hand what is free to the kernel."""
+    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for name, value in ((-4, 65536), (-1, 128 << 10), (-2, 128 << 10)):  # the defaults of mallopt(3)
+            libc.mallopt(name, value)
+        libc.malloc_trim(0)
+
+
 def peak_memory_mb() -> float | None:
     """The most memory that this process has held so far, MiB; None where the system does not tell."""
     try:

@@ -19,7 +19,7 @@ from minidino.model.vit import VisionTransformer
 from minidino.model.weights import save_backbone
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, atomic_path, keep_freed_memory, pick_device
+from minidino.runs import Run, atomic_path, give_back_memory, keep_freed_memory, pick_device
 
 TEST_WORLD = 1000  # added to the scene seed: scenes that no training ever sees
 K = 20  # neighbours; "20 is usually working the best" [released]
@@ -95,6 +95,7 @@ def pretrain(config: RunConfig, folder: Path, world: World | None = None, resume
                 run.save(state.step, state.save(), config.run.keep_checkpoints)
             bar.update(config.optim.batch_size)
     finish(run, state)
+    give_back_memory()
     return run, world
 
 
