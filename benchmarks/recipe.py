@@ -179,7 +179,20 @@ def tables() -> dict[str, str]:
         found["scenes"] = _scenes_table(json.loads(path.read_text()))
     if (path := RESULTS / "recipe-ablations.json").exists():
         found["ablations"] = _ablations_table(json.loads(path.read_text()))
+    if (path := RESULTS / "tour-imagenette.json").exists():
+        found["photographs"] = _photographs_table(json.loads(path.read_text()))
     return found
+
+
+def _photographs_table(stored: dict[str, Any]) -> str:
+    lines = ["| features | k-NN, k = 20 | k-NN, best of six readings |", "|---|---|---|"]
+    lines += [f"| {name} | {r['k=20']:.3f} | {r['best']:.3f} |" for name, r in stored["knn_readings"].items()]
+    e, training = stored["environment"], stored["training"]
+    lines += ["", f"One run, one seed: {training['seconds'] / 60:.1f} minutes of training ({training['steps']} steps of "
+              f"{training['batch_size']}), {stored['minutes']} minutes in all, {stored['peak_memory_mb']:.0f} MiB at most; "
+              f"{stored['n_train']:,} training and {stored['n_test']:,} held-out images; {e['machine']}, "
+              f"{e['threads']} threads; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _scenes_table(stored: dict[str, Any]) -> str:

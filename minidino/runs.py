@@ -93,7 +93,7 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "seed": seed,
         "commit": _commit(),
         "versions": versions,
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
