@@ -188,10 +188,10 @@ def _photographs_table(stored: dict[str, Any]) -> str:
     lines = ["| features | k-NN, k = 20 | k-NN, best of six readings |", "|---|---|---|"]
     lines += [f"| {name} | {r['k=20']:.3f} | {r['best']:.3f} |" for name, r in stored["knn_readings"].items()]
     e, training = stored["environment"], stored["training"]
-    lines += ["", f"One run, one seed: {training['seconds'] / 60:.1f} minutes of training ({training['steps']} steps of "
-              f"{training['batch_size']}), {stored['minutes']} minutes in all, {stored['peak_memory_mb']:.0f} MiB at most; "
-              f"{stored['n_train']:,} training and {stored['n_test']:,} held-out images; {e['machine']}, "
-              f"{e['threads']} threads; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    lines += ["", f"One run, one seed: {training['seconds'] / 60:.1f} minutes of training ({training['steps']} steps "
+              f"of {training['batch_size']}), {stored['minutes']} minutes in all, {stored['peak_memory_mb']:.0f} MiB "
+              f"at most; {stored['n_train']:,} training and {stored['n_test']:,} held-out images; {e['machine']}, "
+              f"{e['threads']} threads; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]
     return "\n".join(lines)
 
 

@@ -49,9 +49,8 @@ def exercise(name: str, attempt: Callable, oracle: Callable, *cases: tuple, hint
             return
         if not _close(got, expected):
             told = f"\n  hint:     {hint}" if hint else ""
-            raise AssertionError(
-                f"{name}, case {number} of {len(cases)}\n  got:      {_short(got)}\n  expected: {_short(expected)}{told}"
-            )
+            answers = f"  got:      {_short(got)}\n  expected: {_short(expected)}"
+            raise AssertionError(f"{name}, case {number} of {len(cases)}\n{answers}{told}")
     print(f"ok   {name}")
 
 

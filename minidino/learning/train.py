@@ -135,7 +135,7 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
     good = len(norms) > 0 and all(map(math.isfinite, norms.values()))
     state.skipped = 0 if good else state.skipped + 1
     if state.skipped >= PATIENCE:
-        raise FloatingPointError(f"loss or gradients not finite in {PATIENCE} steps up to step {state.step}: see doctor")
+        raise FloatingPointError(f"no finite loss or gradient in {PATIENCE} steps up to step {state.step}: see doctor")
     if good:
         update_teacher(state.teacher, state.student, now["momentum"])
         state.center = center
