@@ -6,13 +6,12 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minidino import pictures
 from minidino.config import RunConfig, difference, preset
@@ -59,7 +58,7 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     results = judge(run, world)
     for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
         say(f"  k-NN {name:16} {value:.3f}")
-    say(doctor.prescription(doctor.diagnose(run.records(), asdict(config))))
+    say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
     draw(world, config, run)
     report(run, world, results)
     results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
@@ -95,7 +94,7 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     index = torch.arange(2)
     images, sizes = world.train.batch(index.numpy())
     batch = make_batch(config, 0, images.to(device), sizes, index)
-    first = batch.masks[:, :, :].any(-1).any(0).int().argmax()
+    first = batch.masks.any(-1).any(0).int().argmax()
     pictures.crops_and_masks(world.train.image(int(first)), batch.crops_global[:, first].cpu(),
                              batch.crops_local[:, first].cpu(), batch.masks[:, first].cpu(), patch,
                              folder / "crops.png")  # fmt: skip
@@ -110,15 +109,11 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     pictures.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
     squares, grid = shown.squares(size), (size // patch, size // patch)
     with torch.no_grad():
-        normalised = (squares[:6].to(device) / 255 - _column(features.IMAGENET_MEAN)) / _column(features.IMAGENET_STD)
-        attention = trained.attention_maps(normalised)[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()
+        maps = trained.attention_maps(features.normalise(squares[:6].to(device)))
+        attention = maps[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()
     pictures.attention_maps(squares[:6], attention, folder / "attention.png")
     if world.test is not None:
         _draw_neighbours(world, size, trained, folder / "neighbours.png")
-
-
-def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
 
 
 def _draw_neighbours(world: World, size: int, backbone: VisionTransformer, path: Path) -> None:

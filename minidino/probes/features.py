@@ -58,12 +58,10 @@ def extract(
     """
     _expect_pixels(images)
     device = next(vit.parameters()).device
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
     found: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} | ({"patch": []} if patches else {})
     with _frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
-            tokens = vit.forward_features((batch.to(device).float() / 255 - mean) / std)
+            tokens = vit.forward_features(normalise(batch.to(device)))
             patch = tokens.x_norm_patchtokens.float()  # (B, N, D)
             found["cls"].append(tokens.x_norm_clstoken.float().cpu())
             found["mean_patch"].append(patch.mean(1).cpu())
@@ -71,6 +69,12 @@ def extract(
                 found["patch"].append(patch.cpu())
             bar.update(len(batch))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def normalise(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+    """Bring pixels, 0 to 255, to what a network was trained on: ImageNet's mean and deviation; on their device."""
+    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
 
 
 def dense_patches(
