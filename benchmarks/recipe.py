@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ import numpy as np
 from minidino.config import RunConfig, flatten, override, preset
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import GRAIN, KINDS, draw_scenes
-from minidino.judge import hand_made, judge, judge_knn
+from minidino.judge import class_tokens, hand_made, judge, judge_knn, trained_backbone
 from minidino.learning import doctor
 from minidino.learning.train import start, train
-from minidino.runs import Run, environment, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, environment, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
 from minidino.stages import TEST_WORLD, OnlineKnn, World, open_world, pretrain
 from minidino.tour import draw as draw_run
 from minidino.tour import fit_steps
@@ -161,15 +161,23 @@ def grain() -> None:
 
 
 def photographs(data: str, minutes: float, changes: list[str]) -> None:
-    """The preset imagenette-cpu for as long as asked, with baselines and the curve."""
+    """The preset imagenette-cpu for as long as asked, one seed: every baseline, the curve and the pictures."""
     config = override(preset("imagenette-cpu"), [f"data.source={data}", *changes])
-    with tempfile.TemporaryDirectory() as folder:
-        world = open_world(config, Path(folder) / "pixels")
-        config = fit_steps(config, world, pick_device(config.run.device), minutes, print)
-        run, world = pretrain(config, Path(folder) / "run", world)
-        found = judge(run, world) | {"curve": curve(run.records())}
-    print(found["knn"])
+    folder, device = ROOT / "runs" / "recipe-imagenette", pick_device(config.run.device)
+    world = open_world(config, folder / "pixels")
+    config = fit_steps(config, world, device, minutes, print)
+    config = replace(config, run=replace(config.run, knn_every=max(config.run.steps // 24, 1)))
+    run, world = pretrain(config, folder, world)
+    found = judge(run, world)
+    whole = replace(config, crops=replace(config.crops, global_size=config.data.short_side))
+    seen = class_tokens(world, whole, {f"trained, seen at {config.data.short_side} px": trained_backbone(run, device)})
+    found["knn_readings"] |= judge_knn(world, seen.items())
+    print(found["knn_readings"])
+    found |= {"curve": curve(run.records()), "peak_memory_mb": peak_memory_mb()}
     store("recipe-imagenette", {"config": flatten(config), "runs": [found]})
+    draw_run(world, config, run)
+    for name in ("curves.png", "pca.png"):
+        shutil.copy(folder / name, DOCS / f"photographs-{name}")
 
 
 def tables() -> dict[str, str]:

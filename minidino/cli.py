@@ -44,6 +44,7 @@ def _tour(stages) -> None:
 
 def _train(stages) -> None:
     def run(options) -> None:
+        from minidino.runs import Run, pick_device, pick_precision
         from minidino.stages import pretrain
 
         if options.resume:
@@ -52,13 +53,17 @@ def _train(stages) -> None:
             pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)
             return
         config = override(preset(options.preset), options.changes)
+        folder = Path(options.out or f"runs/{options.preset}")
+        if Run(folder).config_path.exists():
+            raise FileExistsError(f"{folder} holds a run: go on with --resume {folder}, or choose another with --out")
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
-        o, t = config.optim, config.teacher
-        print(f"resolved: lr {o.lr:.2e}, weight decay {o.weight_decay} to {o.final_weight_decay}, "
-              f"EMA horizon {1 / max(1 - t.momentum, 1e-9):.0f} steps at the start")  # fmt: skip
-        pretrain(config, Path(options.out or f"runs/{options.preset}"))
+        o, t, device = config.optim, config.teacher, pick_device(config.run.device)
+        horizon = 1 / max(1 - t.momentum, 1e-9)
+        print(f"resolved: {pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay "
+              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start")  # fmt: skip
+        pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
     parser.add_argument("--preset", default="scenes-cpu", help=", ".join(PRESETS))

@@ -43,6 +43,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """The named precision, or for "auto" bf16 where the device multiplies it natively and fp32 where not.
+
+    A CPU without bf16 instructions emulates them: a step of `imagenette-cpu` takes 4,573 ms instead of 369 ms on two
+    cores of an AMD EPYC with AVX2 alone (torch 2.14.1).
+    """
+    if name != "auto":
+        return name
+    native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+    return "bf16" if device.type in native and native[device.type]() else "fp32"
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory instead of giving it back to the kernel; True where that worked.
 

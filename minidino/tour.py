@@ -77,7 +77,8 @@ def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: fl
             break
     per_step = (seconds[-1] - seconds[3]) / (len(seconds) - 4)
     fitting = int(60 * (minutes or 4) / per_step)
-    say(f"a step takes {per_step * 1000:.0f} ms here: {fitting} steps fit into {minutes or 4:g} minutes")
+    say(f"a step takes {per_step * 1000:.0f} ms here in {trial.precision}: "
+        f"{fitting} steps fit into {minutes or 4:g} minutes")  # fmt: skip
     steps = max(fitting if minutes else min(config.run.steps, fitting), 20)
     return replace(config, run=replace(config.run, steps=steps, knn_every=max(steps // 8, 1)))
 

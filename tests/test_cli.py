@@ -119,9 +119,12 @@ def test_doctor_of_a_run_that_has_just_begun(tmp_path, capsys):
 def test_train_prints_what_it_is_and_runs(capsys):
     sizes = ["data.n_scenes=16", "data.n_test_scenes=8", "data.short_side=32", "crops.global_size=32",
              "crops.local_size=16", "vit.width=16", "vit.depth=1", "vit.heads=1", "optim.batch_size=4",
-             "heads.hidden_dim=8", "heads.bottleneck_dim=8", "run.steps=2", "run.device=cpu"]  # fmt: skip
+             "heads.hidden_dim=8", "heads.bottleneck_dim=8", "run.steps=2", "run.device=cpu",
+             "run.precision=fp32"]  # fmt: skip
     assert main(["train", "--out", "run", *sizes]) == 0
     told = capsys.readouterr().out
     assert "vit.depth = 1  (published: None)" in told and "optim.batch_size = 4  (published: 3072)" in told
-    assert "resolved: lr 5.00e-04" in told  # 8e-3 * sqrt(4 / 1024)
+    assert "resolved: fp32 on cpu, lr 5.00e-04" in told  # 8e-3 * sqrt(4 / 1024)
+    assert main(["train", "--out", "run", *sizes]) == 2  # an hour of training is not replaced without a word
+    assert "run holds a run: go on with --resume run" in capsys.readouterr().err
     assert main(["doctor", "run"]) == 0

@@ -187,6 +187,18 @@ def test_half_precision_stays_near_full(precision, pixels):
     assert all(p.dtype == torch.float32 for p in state.student.parameters())  # master weights
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_is_bf16_only_where_the_cpu_multiplies_it_natively(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    state = start(tiny("run.precision=auto"), CPU)
+    assert state.precision == ("bf16" if native else "fp32")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not native)
+    elsewhere = start(tiny("run.precision=auto"), CPU)
+    elsewhere.load(state.save())  # a run that goes on on another machine
+    assert elsewhere.precision == state.precision
+    assert start(tiny("run.precision=fp16"), CPU).precision == "fp16"
+
+
 def test_fp16_finds_a_scale_that_does_not_overflow(pixels):
     config = tiny("run.precision=fp16")
     records, state = run(config, pixels, 30)

@@ -32,6 +32,7 @@ from minidino.learning.objective import (
 from minidino.learning.optim import Schedule, clip_gradients, cosine_schedule, last_layer_lr, linear_schedule
 from minidino.learning.optim import parameter_groups
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
+from minidino.runs import pick_precision
 
 DROPS = -3  # stands in for an image index in the seed of a step's stochastic depth
 PATIENCE = 20  # steps in a row whose loss or gradients may be NaN before the run stops
@@ -46,6 +47,7 @@ class State:
     teacher: Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    precision: str  # fp32, bf16 or fp16; a resumed run goes on in the one it began with
     center: Center | None = None
     step: int = 0  # updates done
     skipped: int = 0  # updates left out in a row, because loss or gradients were not numbers
@@ -55,15 +57,16 @@ class State:
         return {
             "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "center": None if self.center is None else tuple(self.center), "step": self.step, "skipped": self.skipped,
-            "seconds": self.seconds,
+            "precision": self.precision, "center": None if self.center is None else tuple(self.center),
+            "step": self.step, "skipped": self.skipped, "seconds": self.seconds,
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center = None if saved["center"] is None else Center(*saved["center"])
-        self.step, self.skipped, self.seconds = saved["step"], saved["skipped"], saved["seconds"]
+        for name in ("precision", "step", "skipped", "seconds"):
+            setattr(self, name, saved[name])
 
 
 def start(config: RunConfig, device: torch.device) -> State:
@@ -74,8 +77,9 @@ def start(config: RunConfig, device: torch.device) -> State:
     groups = parameter_groups(student, o.layerwise_decay, o.patch_embed_lr_mult, decay_tokens=o.decay_tokens)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16")
-    return State(student, make_teacher(student), optimizer, scaler)
+    precision = pick_precision(config.run.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return State(student, make_teacher(student), optimizer, scaler, precision)
 
 
 def schedules(config: RunConfig) -> dict[str, Schedule]:
@@ -157,7 +161,7 @@ def _backward(
     w, n_parts = config.loss, config.optim.accumulate
     weights = {"dino": w.dino, "ibot": now["ibot_weight"], "koleo": w.koleo}
     device = batch.crops_global.device
-    autocast = torch.autocast(device.type, DTYPES[config.run.precision], enabled=config.run.precision != "fp32")
+    autocast = torch.autocast(device.type, DTYPES[state.precision], enabled=state.precision != "fp32")
     parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
     with autocast:
         logits = [teacher_logits(state.teacher, part, ibot=weights["ibot"] > 0) for part in parts]
