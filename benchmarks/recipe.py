@@ -2,6 +2,7 @@
 
     python benchmarks/recipe.py report                     three seeds of the preset on scenes never used for choosing
     python benchmarks/recipe.py ablate [--seeds 3]         one setting changed at a time, on the scenes of choosing
+    python benchmarks/recipe.py ladder [--seeds 3]         from the published settings to the preset, step by step
     python benchmarks/recipe.py grain                      hand-made descriptors against the grain of the scenes
     python benchmarks/recipe.py photographs --data PATH    one longer run of imagenette-cpu with its curve
     python benchmarks/recipe.py draw                       the README's tables of the stored results
@@ -12,14 +13,20 @@ Results go to data/results/recipe-*.json with machine, versions and commit; no r
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from minidino.config import RunConfig, flatten, override, preset
 from minidino.images.pixels import Pixels
@@ -35,12 +42,25 @@ from minidino.tour import fit_steps
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
-PUBLISHED_TEMPS = (
-    "teacher.warmup_temp=0.04", "teacher.temp=0.07", "teacher.warmup_frac=0.3", "teacher.patch_temp=none",
-)  # fmt: skip
+PUBLISHED: dict[str, tuple[str, ...]] = {  # what the preset changes besides sizes, in the order of the ladder
+    "teacher temperatures": (
+        "teacher.warmup_temp=0.04", "teacher.temp=0.07", "teacher.warmup_frac=0.3", "teacher.patch_temp=none"),
+    "first weights": (
+        "vit.init_std=0.02", "vit.layerscale=1e-5", "heads.mlp_gain=none", "heads.prototype_std=none",
+        "heads.weight_g=released"),
+    "teacher momentum": ("teacher.momentum=0.992",),
+    "optimizer": (
+        "optim.base_lr=0.004", "optim.final_lr=1e-6", "optim.warmup_frac=0.1", "optim.warmup_start=released",
+        "optim.final_weight_decay=0.4", "optim.layerwise_decay=0.9", "optim.patch_embed_lr_mult=0.2",
+        "optim.freeze_last_layer_frac=0.01", "vit.drop_path_rate=0.3"),
+    "iBOT": ("loss.ibot=1.0", "loss.ibot_start_frac=0.0", "loss.ibot_full_frac=0.0", "loss.ibot_divisor=released"),
+    "colours of the crops": (
+        "crops.brightness=0.4", "crops.contrast=0.4", "crops.saturation=0.2", "crops.hue=0.1",
+        "crops.grayscale_probability=0.2", "crops.solarize_probability=0.2", "crops.blur=released"),
+}  # fmt: skip
 FACTORS: dict[str, tuple[str, ...]] = {
     "the preset": (),
-    "published teacher temperatures": PUBLISHED_TEMPS,
+    "published teacher temperatures": PUBLISHED["teacher temperatures"],
     "published teacher momentum 0.992": ("teacher.momentum=0.992",),
     "published weight init 0.02": ("vit.init_std=0.02",),
     "published LayerScale 1e-5": ("vit.layerscale=1e-5",),
@@ -56,6 +76,23 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "teacher momentum 0.9": ("teacher.momentum=0.9",),
     "teacher temperature 0.03": ("teacher.warmup_temp=0.03", "teacher.temp=0.03"),
 }
+
+
+def ladder() -> dict[str, tuple[str, ...]]:
+    """From all settings as published to the preset, one group after the other; and what else may help the published.
+
+    The sizes of net, heads, crops and batch are the preset's on every rung.
+    """
+    left = dict(PUBLISHED)
+    everything = tuple(chain.from_iterable(left.values()))
+    rungs = {"all as published": everything}
+    for group in PUBLISHED:
+        del left[group]
+        rungs[f"+ our {group}"] = tuple(chain.from_iterable(left.values()))
+    return rungs | {
+        "all as published, four times the steps": (*everything, "run.steps=2000"),
+        "all as published, four times the batch": (*everything, "optim.batch_size=256"),
+    }
 
 
 def store(name: str, payload: dict[str, Any]) -> Path:
@@ -118,33 +155,46 @@ def curve(records: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {key: [record.get(key) for record in read] for key in ("step", "seconds", "knn", "dino", "teacher_entropy")}
 
 
-def short_run(config: RunConfig, world: World, watch: OnlineKnn) -> dict[str, Any]:
+def open_study(steps: int) -> None:
+    """What a process of a study keeps: the world of choosing, and one core."""
+    global WORLD, BASE
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    BASE = override(preset("scenes-cpu"), [f"run.steps={steps}", f"data.scene_seed={CHOOSING}"])
+    WORLD = open_world(BASE, Path("unused"))
+
+
+def short_run(changes: tuple[str, ...], seed: int) -> dict[str, Any]:
     """Train without a folder; the end's k-NN and entropy."""
-    state, records = start(config, pick_device(config.run.device)), []
-    for record in train(config, world.train, state):
+    config, records = override(BASE, [*changes, f"run.seed={seed}"]), []
+    state = start(config, pick_device(config.run.device))
+    for record in train(config, WORLD.train, state):
         records += [record] if "loss" in record else []
     last = records[-1]
     return {
-        "knn": watch(state.teacher.backbone), "teacher_entropy": last["teacher_entropy"], "rankme": last["rankme"],
-        "seconds": last["seconds"], "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
+        "knn": OnlineKnn(WORLD, config.crops.global_size)(state.teacher.backbone),
+        "teacher_entropy": last["teacher_entropy"], "rankme": last["rankme"], "seconds": last["seconds"],
+        "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
     }  # fmt: skip
 
 
-def ablate(seeds: int, steps: int, only: str | None) -> None:
-    """Each factor alone, over seeds, at the same number of steps; the world of choosing."""
-    base = override(preset("scenes-cpu"), [f"run.steps={steps}", f"data.scene_seed={CHOOSING}"])
-    world = open_world(base, Path("unused"))
-    watch = OnlineKnn(world, base.crops.global_size)
-    path = RESULTS / "recipe-ablations.json"
+def study(name: str, rows: dict[str, tuple[str, ...]], seeds: int, steps: int, only: str | None) -> None:
+    """Each row over seeds, at the same number of steps, in the world of choosing; one run a core, none is timed."""
+    path = RESULTS / f"{name}.json"
     stored = json.loads(path.read_text()) if path.exists() else {"steps": None}
-    rows: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
-    for name, changes in FACTORS.items():
-        if name in rows or (only and only not in name):
-            continue
-        runs = [short_run(override(base, [*changes, f"run.seed={seed}"]), world, watch) for seed in range(seeds)]
-        rows[name] = {"changes": changes, "knn": spread([run["knn"] for run in runs]), "runs": runs}
-        print(f"{name:40} {rows[name]['knn']}  entropy {runs[0]['teacher_entropy']:.2f}", flush=True)
-        store("recipe-ablations", {"steps": steps, "ln_k": float(np.log(base.heads.n_prototypes)), "rows": rows})
+    done: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
+    todo = [row for row in rows if row not in done and (not only or only in row)]
+    jobs = [(rows[row], seed) for row in todo for seed in range(seeds)]
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), open_study, (steps,)) as pool:
+        results = pool.map(short_run, *zip(*jobs, strict=True)) if jobs else iter(())
+        for row in tqdm(todo, desc=name, unit="row"):
+            runs = [next(results) for _ in range(seeds)]
+            done[row] = {"changes": rows[row], "knn": spread([run["knn"] for run in runs]), "runs": runs}
+            tqdm.write(f"{row:40} {done[row]['knn']}  entropy {runs[0]['teacher_entropy']:.2f}")
+            ordered = {key: done[key] for key in rows if key in done}
+            ln_k = float(np.log(preset("scenes-cpu").heads.n_prototypes))
+            store(name, {"steps": steps, "ln_k": ln_k, "rows": ordered})
 
 
 def grain() -> None:
@@ -161,7 +211,7 @@ def grain() -> None:
 
 
 def photographs(data: str, minutes: float, changes: list[str]) -> None:
-    """The preset imagenette-cpu for as long as asked, one seed: every baseline, the curve and the pictures."""
+    """The preset imagenette-cpu for as long as asked, one seed: every baseline and the curve."""
     config = override(preset("imagenette-cpu"), [f"data.source={data}", *changes])
     folder, device = ROOT / "runs" / "recipe-imagenette", pick_device(config.run.device)
     world = open_world(config, folder / "pixels")
@@ -176,30 +226,37 @@ def photographs(data: str, minutes: float, changes: list[str]) -> None:
     found |= {"curve": curve(run.records()), "peak_memory_mb": peak_memory_mb()}
     store("recipe-imagenette", {"config": flatten(config), "runs": [found]})
     draw_run(world, config, run)
-    for name in ("curves.png", "pca.png"):
-        shutil.copy(folder / name, DOCS / f"photographs-{name}")
+    shutil.copy(folder / "curves.png", DOCS / "photographs-curves.png")
 
 
 def tables() -> dict[str, str]:
     """The README's tables, written from the stored results; a test holds the README to them."""
-    found = {}
-    if (path := RESULTS / "recipe-scenes.json").exists():
-        found["scenes"] = _scenes_table(json.loads(path.read_text()))
-    if (path := RESULTS / "recipe-ablations.json").exists():
-        found["ablations"] = _ablations_table(json.loads(path.read_text()))
-    if (path := RESULTS / "tour-imagenette.json").exists():
-        found["photographs"] = _photographs_table(json.loads(path.read_text()))
-    return found
+    stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    tour, hour = stored["tour-imagenette"], stored["recipe-imagenette"]["runs"][0]
+    return {
+        "scenes": _scenes_table(stored["recipe-scenes"]),
+        "photographs": _photographs_table({"4 minutes": tour, "an hour": hour}),
+        "ablations": _study_table(stored["recipe-ablations"], "changed"),
+    }
 
 
-def _photographs_table(stored: dict[str, Any]) -> str:
-    lines = ["| features | k-NN, k = 20 | k-NN, best of six readings |", "|---|---|---|"]
-    lines += [f"| {name} | {r['k=20']:.3f} | {r['best']:.3f} |" for name, r in stored["knn_readings"].items()]
-    e, training = stored["environment"], stored["training"]
-    lines += ["", f"One run, one seed: {training['seconds'] / 60:.1f} minutes of training ({training['steps']} steps "
-              f"of {training['batch_size']}), {stored['minutes']} minutes in all, {stored['peak_memory_mb']:.0f} MiB "
-              f"at most; {stored['n_train']:,} training and {stored['n_test']:,} held-out images; {e['machine']}, "
-              f"{e['threads']} threads; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]
+def _photographs_table(runs: dict[str, dict[str, Any]]) -> str:
+    """Judged runs side by side; what was not read in one of them stays empty."""
+    lines = ["| features | " + " | ".join(f"{name}: k = 20 | best of six" for name in runs) + " |"]
+    lines += ["|---|" + "---|---|" * len(runs)]
+    readings = [run["knn_readings"] for run in runs.values()]
+    for name in dict.fromkeys(chain.from_iterable(readings)):
+        cells = [f"{r[name][key]:.3f}" if name in r else "" for r in readings for key in ("k=20", "best")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    run = next(iter(runs.values()))
+    lines += ["", f"One run and one seed each; {run['n_train']:,} training and {run['n_test']:,} held-out images, of "
+              "which a share has a standard error of at most 0.008."]  # fmt: skip
+    for name, run in runs.items():
+        e, training = run["environment"], run["training"]
+        lines[-1] += (f" {name[0].upper()}{name[1:]}: {training['seconds'] / 60:.1f} minutes of training, "
+                      f"{training['steps']} steps of {training['batch_size']} in {training['precision']}, "
+                      f"{run['peak_memory_mb']:.0f} MiB at most; {e['machine']}, torch {e['versions']['torch']}, "
+                      f"{e['date'][:10]}, commit {e['commit']}.")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -223,14 +280,15 @@ def _scenes_table(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ablations_table(stored: dict[str, Any]) -> str:
-    lines = ["| changed | k-NN | last teacher entropy |", "|---|---|---|"]
+def _study_table(stored: dict[str, Any], what: str) -> str:
+    lines = [f"| {what} | k-NN | last teacher entropy |", "|---|---|---|"]
     for name, row in stored["rows"].items():
         entropy = np.mean([run["teacher_entropy"] for run in row["runs"]])
         lines.append(f"| {name} | {row['knn']['mean']:.3f} ± {row['knn']['sd']:.3f} | {entropy:.2f} |")
     n, e = next(iter(stored["rows"].values()))["knn"]["n"], stored["environment"]
-    lines += ["", f"One setting changed at a time: {stored['steps']} steps, {n} seeds, world of choosing, 500 queries "
-              f"against 2,000 scenes; ln K = {stored['ln_k']:.2f}; {e['machine']}, {e['threads']} thread."]  # fmt: skip
+    lines += ["", f"{stored['steps']} steps, mean ± standard deviation over {n} seeds, world of choosing, 500 queries "
+              f"against 2,000 scenes; ln K = {stored['ln_k']:.2f}; {e['machine']}, one of them a run; torch "
+              f"{e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -246,9 +304,9 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("report", "ablate", "grain", "photographs", "draw"))
+    parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "photographs", "draw"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="of each ablation run")
+    parser.add_argument("--steps", type=int, default=500, help="of each ablation run")
     parser.add_argument("--only", help="factors whose name holds this text")
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=60)
@@ -259,7 +317,9 @@ def main() -> None:
     if options.what == "report":
         report(options.seeds)
     elif options.what == "ablate":
-        ablate(options.seeds, options.steps, options.only)
+        study("recipe-ablations", FACTORS, options.seeds, options.steps, options.only)
+    elif options.what == "ladder":
+        study("recipe-ladder", ladder(), options.seeds, options.steps, options.only)
     elif options.what == "grain":
         grain()
     elif options.what == "photographs":

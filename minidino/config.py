@@ -178,8 +178,7 @@ class RunSettings:
     steps: int = 125_000  # optimizer updates
     seed: int = 0
     device: str = "auto"  # auto: cuda, then mps, then cpu
-    # of the matrix products; losses are always fp32; auto: bf16 where the device multiplies it natively, else fp32
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native; losses are fp32
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between lines of metrics.jsonl
