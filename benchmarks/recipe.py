@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -155,24 +156,22 @@ def curve(records: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {key: [record.get(key) for record in read] for key in ("step", "seconds", "knn", "dino", "teacher_entropy")}
 
 
-def open_study(steps: int) -> None:
-    """What a process of a study keeps: the world of choosing, and one core."""
-    global WORLD, BASE
+@cache  # once in each process
+def world_of_choosing() -> World:
+    return open_world(override(preset("scenes-cpu"), [f"data.scene_seed={CHOOSING}"]), Path("unused"))
+
+
+def short_run(changes: tuple[str, ...]) -> dict[str, Any]:
+    """Train on one core, without a folder; the end's k-NN and entropy."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    BASE = override(preset("scenes-cpu"), [f"run.steps={steps}", f"data.scene_seed={CHOOSING}"])
-    WORLD = open_world(BASE, Path("unused"))
-
-
-def short_run(changes: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """Train without a folder; the end's k-NN and entropy."""
-    config, records = override(BASE, [*changes, f"run.seed={seed}"]), []
+    world, config, records = world_of_choosing(), override(preset("scenes-cpu"), list(changes)), []
     state = start(config, pick_device(config.run.device))
-    for record in train(config, WORLD.train, state):
+    for record in train(config, world.train, state):
         records += [record] if "loss" in record else []
     last = records[-1]
     return {
-        "knn": OnlineKnn(WORLD, config.crops.global_size)(state.teacher.backbone),
+        "knn": OnlineKnn(world, config.crops.global_size)(state.teacher.backbone),
         "teacher_entropy": last["teacher_entropy"], "rankme": last["rankme"], "seconds": last["seconds"],
         "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
     }  # fmt: skip
@@ -184,17 +183,16 @@ def study(name: str, rows: dict[str, tuple[str, ...]], seeds: int, steps: int, o
     stored = json.loads(path.read_text()) if path.exists() else {"steps": None}
     done: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
     todo = [row for row in rows if row not in done and (not only or only in row)]
-    jobs = [(rows[row], seed) for row in todo for seed in range(seeds)]
-    torch.set_num_threads(1)
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), open_study, (steps,)) as pool:
-        results = pool.map(short_run, *zip(*jobs, strict=True)) if jobs else iter(())
+    jobs = [(f"run.steps={steps}", *rows[row], f"run.seed={seed}") for row in todo for seed in range(seeds)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        results = pool.map(short_run, jobs)
         for row in tqdm(todo, desc=name, unit="row"):
             runs = [next(results) for _ in range(seeds)]
             done[row] = {"changes": rows[row], "knn": spread([run["knn"] for run in runs]), "runs": runs}
             tqdm.write(f"{row:40} {done[row]['knn']}  entropy {runs[0]['teacher_entropy']:.2f}")
             ordered = {key: done[key] for key in rows if key in done}
             ln_k = float(np.log(preset("scenes-cpu").heads.n_prototypes))
-            store(name, {"steps": steps, "ln_k": ln_k, "rows": ordered})
+            store(name, {"steps": steps, "cores_per_run": 1, "ln_k": ln_k, "rows": ordered})
 
 
 def grain() -> None:
@@ -237,6 +235,7 @@ def tables() -> dict[str, str]:
         "scenes": _scenes_table(stored["recipe-scenes"]),
         "photographs": _photographs_table({"4 minutes": tour, "an hour": hour}),
         "ablations": _study_table(stored["recipe-ablations"], "changed"),
+        "ladder": _study_table(stored["recipe-ladder"], "settings"),
     }
 
 
