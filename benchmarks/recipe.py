@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {  # what the preset changes besides siz
 FACTORS: dict[str, tuple[str, ...]] = {
     "the preset": (),
     "published teacher temperatures": PUBLISHED["teacher temperatures"],
-    "published teacher momentum 0.992": ("teacher.momentum=0.992",),
+    "published teacher momentum 0.992": PUBLISHED["teacher momentum"],
     "published weight init 0.02": ("vit.init_std=0.02",),
     "published LayerScale 1e-5": ("vit.layerscale=1e-5",),
     "published colour jitter": ("crops.brightness=0.4", "crops.contrast=0.4", "crops.saturation=0.2", "crops.hue=0.1"),
@@ -173,7 +173,7 @@ def short_run(changes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "knn": OnlineKnn(world, config.crops.global_size)(state.teacher.backbone),
         "teacher_entropy": last["teacher_entropy"], "rankme": last["rankme"], "seconds": last["seconds"],
-        "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
+        "precision": state.precision, "doctor": [f.title for f in doctor.diagnose(records, asdict(config))],
     }  # fmt: skip
 
 
