@@ -21,7 +21,7 @@ from minidino.model.weights import load_weights, read_state, to_hub_layout
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
-from minidino.runs import Run, environment, pick_device
+from minidino.runs import Run, environment, pick_device, pick_precision
 from minidino.stages import K, World, open_world
 
 CHUNK = 512  # images described at a time
@@ -135,7 +135,7 @@ def judge(run: Run, world: World) -> dict[str, Any]:
         "n_test": 0 if world.test is None else len(world.test),
         "training": {
             "preset": config.preset, "steps": config.run.steps, "batch_size": config.optim.batch_size,
-            "precision": config.run.precision,
+            "precision": pick_precision(config.run.precision, device),
             "seconds": records[-1]["seconds"], "images": records[-1]["images"],
             "largest_teacher_entropy": max(r["teacher_entropy"] for r in records if "teacher_entropy" in r),
             "ln_k": float(np.log(config.heads.n_prototypes)), "doctor": [asdict(finding) for finding in findings],

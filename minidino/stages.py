@@ -3,7 +3,7 @@
     open_world -> pretrain: metrics, checkpoints, online k-NN, weights
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,6 @@ def pretrain(config: RunConfig, folder: Path, world: World | None = None, resume
     device = pick_device(config.run.device)
     state = start(config, device)  # first, so that an impossible config leaves the folder as it was
     if not resume:
-        config = replace(config, run=replace(config.run, precision=state.precision))  # the folder says what ran
         run = Run.create(folder, config, device)
     world = world or open_world(config, run.folder / "pixels")
     if resume and (saved := run.load(device)) is not None:
