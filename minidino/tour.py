@@ -29,6 +29,7 @@ from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, w
 from minidino.stages import K, World, open_world, pretrain, some
 
 Say = Callable[[str], None]
+TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up
 
 
 def tour(data: str | None = None, minutes: float | None = None, out: str = "runs/tour", say: Say = print) -> dict:
@@ -44,7 +45,7 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     """
     folder, begun = Path(out), time.perf_counter()
     keep_freed_memory()
-    config = preset("scenes-cpu" if data is None else "imagenette-cpu")
+    config = preset("scenes-cpu" if data is None else "imagenette-tour")
     if data is not None:
         config = replace(config, data=replace(config.data, source=str(data)))
     say(f"minidino tour: {'drawing scenes' if data is None else f'reading {data}'}")
@@ -69,15 +70,17 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
 
 
 def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: float | None, say: Say) -> RunConfig:
-    """Choose the number of steps: a few are timed and thrown away."""
-    trial, seconds = start(config, device), []
-    for record in train(config, world.train, trial):
-        seconds.append(record["seconds"])
-        if len(seconds) == 16:
-            break
-    per_step = (seconds[-1] - seconds[3]) / (len(seconds) - 4)
-    fitting = int(60 * (minutes or 4) / per_step)
-    say(f"a step takes {per_step * 1000:.0f} ms here in {trial.precision}: "
+    """Choose the number of steps that fit: a whole run of a few steps is timed and thrown away.
+
+    Its schedule is the real one in small, so steps with and without iBOT count as often as they will. A twentieth of
+    the time is kept back for a machine that slows down.
+    """
+    trial = replace(config, run=replace(config.run, steps=TRIAL_STEPS))
+    state = start(trial, device)
+    seconds = [record["seconds"] for record in train(trial, world.train, state)]
+    per_step = (seconds[-1] - seconds[COLD_STEPS - 1]) / (TRIAL_STEPS - COLD_STEPS)
+    fitting = int(0.95 * 60 * (minutes or 4) / per_step)
+    say(f"a step takes {per_step * 1000:.0f} ms here in {state.precision}: "
         f"{fitting} steps fit into {minutes or 4:g} minutes")  # fmt: skip
     steps = max(fitting if minutes else min(config.run.steps, fitting), 20)
     return replace(config, run=replace(config.run, steps=steps, knn_every=max(steps // 8, 1)))
