@@ -235,11 +235,13 @@ def _scenes_cpu() -> RunConfig:
     )  # fmt: skip
 
 
-def _imagenette_tour() -> RunConfig:
-    """Photographs in a few minutes on two cores: a wider net, a slower teacher, natural hues."""
+def _imagenette_cpu() -> RunConfig:
+    """Photographs in an hour on two cores: a wider net, a slower teacher, natural hues."""
     small = _scenes_cpu()
     return replace(
-        small, preset="imagenette-tour", data=DataConfig(source="imagenette"),
+        small,
+        preset="imagenette-cpu",
+        data=DataConfig(source="imagenette"),
         crops=replace(small.crops, global_scale=(0.32, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
                       grayscale_probability=0.2, solarize_probability=0.2),
         vit=replace(small.vit, width=96, heads=3, init_std=0.05), teacher=replace(small.teacher, momentum=0.9),
@@ -247,33 +249,28 @@ def _imagenette_tour() -> RunConfig:
     )  # fmt: skip
 
 
-def _imagenette_cpu() -> RunConfig:
-    """Photographs in an hour on two cores: a net that is wider still, since one of width 96 is full after half of it."""
-    small = _imagenette_tour()
-    return replace(
-        small, preset="imagenette-cpu", vit=replace(small.vit, width=128, heads=4, init_std=0.045),
-        run=replace(small.run, steps=6000),
-    )  # fmt: skip
-
-
 def _imagenette_gpu() -> RunConfig:
     """Photographs on one GPU, not yet measured: ViT-S/16 with the published crops and a head that fits 9,469 images."""
     return RunConfig(
-        preset="imagenette-gpu", data=DataConfig(source="imagenette", short_side=256),
-        vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1), heads=HeadConfig(tied=False, n_prototypes=4096),
+        preset="imagenette-gpu",
+        data=DataConfig(source="imagenette", short_side=256),
+        heads=HeadConfig(tied=False, n_prototypes=4096),
+        vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1),
         optim=OptimConfig(batch_size=256, layerwise_decay=1.0, final_weight_decay=0.2),
         run=RunSettings(steps=15_000, workers=8),
-    )  # fmt: skip
+    )
 
 
 def _imagenet100_gpu() -> RunConfig:
     """ImageNet-100 (127k images in folders) on one GPU, not yet measured."""
     small = _imagenette_gpu()
     return replace(
-        small, preset="imagenet100-gpu", data=DataConfig(source="imagenet100", short_side=256),
-        heads=HeadConfig(tied=False, n_prototypes=16384), optim=replace(small.optim, batch_size=512),
-        run=replace(small.run, steps=50_000),
-    )  # fmt: skip
+        small,
+        preset="imagenet100-gpu",
+        data=DataConfig(source="imagenet100", short_side=256),
+        heads=HeadConfig(tied=False, n_prototypes=16384),
+        optim=replace(small.optim, batch_size=512), run=replace(small.run, steps=50_000),
+    )
 
 
 def _vits16_in1k() -> RunConfig:
@@ -284,18 +281,22 @@ def _vits16_in1k() -> RunConfig:
 def _vitl16_short() -> RunConfig:
     """configs/train/vitl16_short.yaml: ImageNet-1k, 125k steps of 2,048 images, centring, tied heads [released]."""
     return RunConfig(
-        preset="vitl16-short", data=DataConfig(source="imagenet1k", short_side=256),
-        vit=VitConfig(name="vit_large"), masks=MaskConfig(max_patches="released"),
+        preset="vitl16-short",
+        data=DataConfig(source="imagenet1k", short_side=256),
+        vit=VitConfig(name="vit_large"),
+        masks=MaskConfig(max_patches="released"),
         loss=LossConfig(targets="centering", dino_divisor="released"),
         run=RunSettings(precision="fp16"),
-    )  # fmt: skip
+    )
 
 
 def _vitl14_lvd() -> RunConfig:
     """configs/train/vitl14.yaml: 625k steps of 3,072 images, Sinkhorn, untied heads of 131,072 [released]."""
     short = _vitl16_short()
     return replace(
-        short, preset="vitl14-lvd", data=DataConfig(source="lvd142m", short_side=256),
+        short,
+        preset="vitl14-lvd",
+        data=DataConfig(source="lvd142m", short_side=256),
         crops=CropConfig(local_size=98),
         vit=VitConfig(name="vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
         heads=HeadConfig(tied=False, n_prototypes=131_072, bottleneck_dim=384, ibot_bottleneck_dim=256),
@@ -309,7 +310,6 @@ def _vitl14_lvd() -> RunConfig:
 
 PRESETS = {
     "scenes-cpu": _scenes_cpu,
-    "imagenette-tour": _imagenette_tour,
     "imagenette-cpu": _imagenette_cpu,
     "imagenette-gpu": _imagenette_gpu,
     "imagenet100-gpu": _imagenet100_gpu,

@@ -45,7 +45,7 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     """
     folder, begun = Path(out), time.perf_counter()
     keep_freed_memory()
-    config = preset("scenes-cpu" if data is None else "imagenette-tour")
+    config = preset("scenes-cpu" if data is None else "imagenette-cpu")
     if data is not None:
         config = replace(config, data=replace(config.data, source=str(data)))
     say(f"minidino tour: {'drawing scenes' if data is None else f'reading {data}'}")

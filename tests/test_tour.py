@@ -68,7 +68,7 @@ def test_a_tour_of_photographs_without_labels_judges_nothing(tmp_path, monkeypat
         noise = np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)
         Image.fromarray(noise).save(flat / f"{i}.png")
     (flat / "broken.jpg").write_bytes(b"no picture")
-    config = override(preset("imagenette-tour"), [*SMALL, "data.short_side=48"])
+    config = override(preset("imagenette-cpu"), [*SMALL, "data.short_side=48"])
     monkeypatch.setattr(tour_module, "preset", lambda name: preset(name) if name == "vitl14-lvd" else config)
     said = []
     results = tour(str(flat), minutes=0.01, out=str(tmp_path / "run"), say=said.append)
