@@ -5,6 +5,7 @@
     python benchmarks/recipe.py ladder [--seeds 3]         from the published settings to the preset, step by step
     python benchmarks/recipe.py grain                      hand-made descriptors against the grain of the scenes
     python benchmarks/recipe.py photographs --data PATH    one longer run of imagenette-cpu with its curve
+    python benchmarks/recipe.py adapt --minutes 8          the same network, gone on with at 64 px
     python benchmarks/recipe.py draw                       the README's tables of the stored results
 
 Scenes of choosing: world 1, judged on world 1001. Scenes of reporting: world 11, judged on world 1011.
@@ -34,14 +35,17 @@ from minidino.images.pixels import Pixels
 from minidino.images.scenes import GRAIN, KINDS, draw_scenes
 from minidino.judge import class_tokens, hand_made, judge, judge_knn, trained_backbone
 from minidino.learning import doctor
+from minidino.learning.adapt import adapted
 from minidino.learning.train import start, train
 from minidino.runs import Run, environment, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
-from minidino.stages import TEST_WORLD, OnlineKnn, World, open_world, pretrain
+from minidino.stages import TEST_WORLD, OnlineKnn, World, adapt, open_world, pretrain
 from minidino.tour import draw as draw_run
 from minidino.tour import fit_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
+HOUR = ROOT / "runs" / "recipe-imagenette"  # of `photographs`
+HIGH = 64  # px of a global crop in the high-resolution phase
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
 PUBLISHED: dict[str, tuple[str, ...]] = {  # what the preset changes besides sizes, in the order of the ladder
     "teacher temperatures": (
@@ -211,29 +215,45 @@ def grain() -> None:
 def photographs(data: str, minutes: float, changes: list[str]) -> None:
     """The preset imagenette-cpu for as long as asked, one seed: every baseline and the curve."""
     config = override(preset("imagenette-cpu"), [f"data.source={data}", *changes])
-    folder, device = ROOT / "runs" / "recipe-imagenette", pick_device(config.run.device)
-    world = open_world(config, folder / "pixels")
-    config = fit_steps(config, world, device, minutes, print)
+    world = open_world(config, HOUR / "pixels")
+    config = fit_steps(config, world, pick_device(config.run.device), minutes, print)
     config = replace(config, run=replace(config.run, knn_every=max(config.run.steps // 24, 1)))
-    run, world = pretrain(config, folder, world)
-    found = judge(run, world)
-    whole = replace(config, crops=replace(config.crops, global_size=config.data.short_side))
-    seen = class_tokens(world, whole, {f"trained, seen at {config.data.short_side} px": trained_backbone(run, device)})
+    run, world = pretrain(config, HOUR, world)
+    store_photographs(run, world)
+    shutil.copy(run.folder / "curves.png", DOCS / "photographs-curves.png")
+
+
+def adapt_photographs(minutes: float, changes: list[str]) -> None:
+    """The high-resolution phase after `photographs`, as long as asked."""
+    config = override(adapted(Run(HOUR).config(), HIGH, 1), changes)
+    folder = HOUR.with_name(f"{HOUR.name}-{HIGH}px")
+    world = open_world(config, folder / "pixels")
+    steps = fit_steps(config, world, pick_device(config.run.device), minutes, print).run.steps
+    store_photographs(*adapt(HOUR, folder, HIGH, steps, [f"run.knn_every={max(steps // 8, 1)}", *changes]))
+
+
+def store_photographs(run: Run, world: World) -> None:
+    """Judge a run at the size of its crops and at the size that is stored, and keep numbers and pictures."""
+    config, device = run.config(), pick_device()
+    found, size = judge(run, world), config.data.short_side
+    whole = replace(config, crops=replace(config.crops, global_size=size))
+    seen = class_tokens(world, whole, {f"trained, seen at {size} px": trained_backbone(run, device)})
     found["knn_readings"] |= judge_knn(world, seen.items())
     print(found["knn_readings"])
     found |= {"curve": curve(run.records()), "peak_memory_mb": peak_memory_mb()}
-    store("recipe-imagenette", {"config": flatten(config), "runs": [found]})
+    store(run.folder.name, {"config": flatten(config), "runs": [found]})
     draw_run(world, config, run)
-    shutil.copy(folder / "curves.png", DOCS / "photographs-curves.png")
 
 
 def tables() -> dict[str, str]:
     """The README's tables, written from the stored results; a test holds the README to them."""
     stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    tour, hour = stored["tour-imagenette"], stored["recipe-imagenette"]["runs"][0]
+    hour, high = (stored[name]["runs"][0] for name in (HOUR.name, f"{HOUR.name}-{HIGH}px"))
+    high["knn_readings"][f"trained, seen at {HIGH} px"] = high["knn_readings"].pop("trained")
+    photographs = {"4 minutes": stored["tour-imagenette"], "an hour": hour, f"and then at {HIGH} px": high}
     return {
         "scenes": _scenes_table(stored["recipe-scenes"]),
-        "photographs": _photographs_table({"4 minutes": tour, "an hour": hour}),
+        "photographs": _photographs_table(photographs),
         "ablations": _study_table(stored["recipe-ablations"], "changed"),
         "ladder": _study_table(stored["recipe-ladder"], "settings"),
     }
@@ -303,14 +323,14 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "photographs", "draw"))
+    parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "photographs", "adapt", "draw"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="of each ablation run")
     parser.add_argument("--only", help="factors whose name holds this text")
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("changes", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # key=value may stand after options
     keep_freed_memory()
     begun = time.perf_counter()
     if options.what == "report":
@@ -323,6 +343,8 @@ def main() -> None:
         grain()
     elif options.what == "photographs":
         photographs(options.data, options.minutes, options.changes)
+    elif options.what == "adapt":
+        adapt_photographs(options.minutes, options.changes)
     else:
         draw()
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes")

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _train, _probe, _doctor, _data):
+    for add in (_tour, _train, _adapt, _probe, _doctor, _data):
         add(stages)
     options = parser.parse_args(argv)
     try:
@@ -44,7 +44,7 @@ def _tour(stages) -> None:
 
 def _train(stages) -> None:
     def run(options) -> None:
-        from minidino.runs import Run, pick_device, pick_precision
+        from minidino.runs import pick_device, pick_precision
         from minidino.stages import pretrain
 
         if options.resume:
@@ -53,9 +53,7 @@ def _train(stages) -> None:
             pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)
             return
         config = override(preset(options.preset), options.changes)
-        folder = Path(options.out or f"runs/{options.preset}")
-        if Run(folder).config_path.exists():
-            raise FileExistsError(f"{folder} holds a run: go on with --resume {folder}, or choose another with --out")
+        folder = _new_folder(options.out or f"runs/{options.preset}")
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
@@ -70,6 +68,31 @@ def _train(stages) -> None:
     parser.add_argument("--out", help="run folder (default runs/PRESET)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _adapt(stages) -> None:
+    def run(options) -> None:
+        from minidino.stages import adapt
+
+        source = Path(options.source)
+        folder = _new_folder(options.out or source.with_name(f"{source.name}-{options.size}px"))
+        adapt(source, folder, options.size, options.steps, options.changes)
+
+    parser = _stage(stages, "adapt", "go on with a finished run at a higher resolution",
+                    "minidino adapt runs/scenes-cpu --size 96 --steps 300", run)  # fmt: skip
+    parser.add_argument("source", metavar="RUN", help="a finished run folder")
+    parser.add_argument("--size", type=int, required=True, help="px of a global crop, a multiple of the patch")
+    parser.add_argument("--steps", type=int, required=True, help="updates; the paper takes 2 %% of pretraining")
+    parser.add_argument("--out", help="run folder (default RUN-SIZEpx); train --resume goes on with it")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _new_folder(path: str | Path) -> Path:
+    from minidino.runs import Run
+
+    if Run(path).config_path.exists():
+        raise FileExistsError(f"{path} holds a run: go on with train --resume {path}, or choose another with --out")
+    return Path(path)
 
 
 def _probe(stages) -> None:

@@ -160,9 +160,14 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
 
     @classmethod
-    def create(cls, folder: str | Path, config: RunConfig, device: torch.device) -> "Run":
+    def create(
+        cls, folder: str | Path, config: RunConfig, device: torch.device, first: dict[str, Any] | None = None
+    ) -> "Run":
         """Start a run folder; what an earlier run left there is replaced.
 
+        Args:
+            first: the state to start from, where that is not a fresh one: saved before the folder becomes a run, so
+                that none which was killed early goes on from fresh weights.
         Raises:
             FileExistsError: the folder holds something that is not a run.
         """
@@ -174,6 +179,8 @@ class Run:
         left = [path for _, path in run.saved()] + [run.folder / name for name in RESULTS]
         for path in [run.metrics_path, *left]:
             path.unlink(missing_ok=True)
+        if first is not None:
+            run.save(0, first, 1)
         write_atomically(run.config_path, to_json(config).encode())
         run.write_environment(config, device)
         return run

@@ -1,19 +1,23 @@
 """The watcher of a run: images are opened, `learning/train.py` learns, and what it tells is written down.
 
-    open_world -> pretrain: metrics, checkpoints, online k-NN, weights
+    open_world -> pretrain: metrics, checkpoints, online k-NN, weights -> adapt: the same at a higher resolution
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minidino.config import RunConfig
+from minidino.config import RunConfig, override
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, Scenes, draw_scenes
+from minidino.learning.adapt import adapted, start_adapted
 from minidino.learning.train import State, start, train
 from minidino.model.vit import VisionTransformer
 from minidino.model.weights import save_backbone
@@ -61,7 +65,9 @@ def open_world(config: RunConfig, folder: Path) -> World:
     return World(images.name, train_pixels, test_pixels if labelled else None)
 
 
-def pretrain(config: RunConfig, folder: Path, world: World | None = None, resume: bool = False) -> tuple[Run, World]:
+def pretrain(
+    config: RunConfig, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
+) -> tuple[Run, World]:
     """Run a config to its end in a run folder: metrics, checkpoints, online k-NN, weights.
 
     Args:
@@ -69,14 +75,16 @@ def pretrain(config: RunConfig, folder: Path, world: World | None = None, resume
         folder: the run folder.
         world: images that are open already.
         resume: go on from the newest checkpoint; what was measured after it is measured again, the same to the bit.
+        state: start from this instead of fresh weights.
     """
     keep_freed_memory()
     run = Run(folder)
     config = run.config() if resume else config
     device = pick_device(config.run.device)
-    state = start(config, device)  # first, so that an impossible config leaves the folder as it was
+    first = None if state is None else state.save()
+    state = state or start(config, device)  # an impossible config leaves the folder as it was
     if not resume:
-        run = Run.create(folder, config, device)
+        run = Run.create(folder, config, device, first)
     world = world or open_world(config, run.folder / "pixels")
     if resume and (saved := run.load(device)) is not None:
         state.load(saved[1])
@@ -97,6 +105,31 @@ def pretrain(config: RunConfig, folder: Path, world: World | None = None, resume
     finish(run, state)
     give_back_memory()
     return run, world
+
+
+def adapt(source: Path, folder: Path, size: int, steps: int, changes: Sequence[str] = ()) -> tuple[Run, World]:
+    """The high-resolution phase of a finished run, in a folder of its own; see `minidino.learning.adapt`.
+
+    Args:
+        source: the finished run.
+        folder: of the new run; `pretrain(..., resume=True)` goes on with it after a kill.
+        size: px of a global crop, a multiple of the patch.
+        steps: updates.
+        changes: "key=value" texts, on top of the config of the phase.
+    Raises:
+        ValueError: the source has not reached its last step, or the config is impossible.
+    """
+    config = override(adapted(Run(source).config(), size, steps), list(changes))
+    device = pick_device(config.run.device)
+    return pretrain(config, folder, state=start_adapted(config, device, last_state(Run(source), device)))
+
+
+def last_state(run: Run, device: torch.device) -> dict[str, Any]:
+    """The saved state at the end of a run. Raises ValueError when it has not come there."""
+    step, saved = run.load(device) or (0, {})
+    if step < run.config().run.steps:
+        raise ValueError(f"{run.folder} is at step {step} of {run.config().run.steps}; finish it with train --resume")
+    return saved
 
 
 def finish(run: Run, state: State) -> None:

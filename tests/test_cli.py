@@ -126,5 +126,5 @@ def test_train_prints_what_it_is_and_runs(capsys):
     assert "vit.depth = 1  (published: None)" in told and "optim.batch_size = 4  (published: 3072)" in told
     assert "resolved: fp32 on cpu, lr 5.00e-04" in told  # 8e-3 * sqrt(4 / 1024)
     assert main(["train", "--out", "run", *sizes]) == 2  # an hour of training is not replaced without a word
-    assert "run holds a run: go on with --resume run" in capsys.readouterr().err
+    assert "run holds a run: go on with train --resume run" in capsys.readouterr().err
     assert main(["doctor", "run"]) == 0

@@ -273,6 +273,16 @@ def test_centering_uses_the_center_of_the_step_before():
     assert (ours[1] - ours[0]).abs().max() > 1e-3
 
 
+def test_the_center_of_patches_begins_when_ibot_enters():
+    _, _, teacher, batch = scene()
+    logits = teacher_logits(teacher, batch)
+    none, center = make_targets(logits._replace(ibot=None), 0.05, targets="centering")
+    assert none.ibot is None and center.ibot is None and center.dino.shape == (1, 12)
+    targets, center = make_targets(logits, 0.05, targets="centering", center=center)
+    torch.testing.assert_close(targets.ibot, torch.softmax(logits.ibot / 0.05, -1))
+    torch.testing.assert_close(center.ibot, 0.1 * logits.ibot.mean(0, keepdim=True))
+
+
 def test_sinkhorn_balances_the_views_together_and_keeps_its_temperatures_apart():
     _, _, teacher, batch = scene()
     logits = teacher_logits(teacher, batch)

@@ -30,8 +30,8 @@ Temperatures = float | tuple[float, float]  # of class tokens and of patches
 class Center(NamedTuple):
     """Running means of the teacher's logits, for targets="centering"."""
 
-    dino: Float[Tensor, "1 K"]
-    ibot: Float[Tensor, "1 K"]
+    dino: Float[Tensor, "1 K"] | None  # None: nothing has been seen yet
+    ibot: Float[Tensor, "1 K"] | None
 
 
 class Targets(NamedTuple):
@@ -75,15 +75,17 @@ def make_targets(
         return Targets(dino, ibot), None
     if targets != "centering":
         raise ValueError(f"expected targets 'sinkhorn' or 'centering', got {targets!r}")
-    patches = logits.dino.new_zeros(0, 1) if logits.ibot is None else logits.ibot
-    if center is None:
-        center = Center(logits.dino.new_zeros(1, logits.dino.shape[-1]), patches.new_zeros(1, patches.shape[-1]))
-    ibot = None if logits.ibot is None else softmax_center(logits.ibot, center.ibot, temps[1])
-    following = Center(
-        update_center(center.dino, logits.dino.flatten(0, 1), all_reduce=all_reduce),
-        center.ibot if logits.ibot is None else update_center(center.ibot, logits.ibot, all_reduce=all_reduce),
-    )
-    return Targets(softmax_center(logits.dino, center.dino, temps[0]), ibot), following
+
+    def centred(rows: Tensor, before: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
+        before = rows.new_zeros(1, rows.shape[-1]) if before is None else before
+        return softmax_center(rows, before, temp), update_center(before, rows, all_reduce=all_reduce)
+
+    before = center or Center(None, None)
+    dino, dino_center = centred(logits.dino, before.dino, temps[0])
+    if logits.ibot is None:
+        return Targets(dino, None), Center(dino_center, before.ibot)
+    ibot, ibot_center = centred(logits.ibot, before.ibot, temps[1])
+    return Targets(dino, ibot), Center(dino_center, ibot_center)
 
 
 def student_losses(
