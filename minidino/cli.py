@@ -15,7 +15,11 @@ def main(argv: list[str] | None = None) -> int:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for add in (_tour, _train, _adapt, _probe, _doctor, _data):
         add(stages)
-    options = parser.parse_args(argv)
+    options, later = parser.parse_known_args(argv)
+    if later and not (hasattr(options, "changes") and all("=" in word and not word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:  # argparse takes key=value words before an option only
+        options.changes += later
     try:
         return options.run(options) or 0
     except (ValueError, OSError, FloatingPointError) as error:

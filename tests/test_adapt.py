@@ -124,3 +124,6 @@ def test_the_command_writes_a_run_beside_the_source(finished, capsys):
     assert main(command) == 2
     assert "holds a run" in capsys.readouterr().err
     assert open_world(config, run.folder).train.squares(8).shape[0] == 32
+    with pytest.raises(SystemExit):
+        main([*command, "--base_lr=0.001"])
+    assert "unrecognized arguments: --base_lr=0.001" in capsys.readouterr().err
