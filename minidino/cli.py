@@ -16,9 +16,11 @@ def main(argv: list[str] | None = None) -> int:
     for add in (_tour, _train, _adapt, _probe, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
-    if later and not (hasattr(options, "changes") and all("=" in word and not word.startswith("-") for word in later)):
-        parser.error(f"unrecognized arguments: {' '.join(later)}")
-    if later:  # argparse takes key=value words before an option only
+    takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
+    unknown = [word for word in later if not takes_changes or "=" not in word or word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if later:
         options.changes += later
     try:
         return options.run(options) or 0
