@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 HOUR = ROOT / "runs" / "recipe-imagenette"  # of `photographs`
 PHOTOGRAPHS = {  # columns of the README's table
-    "35 minutes": "recipe-imagenette-35min", "44 minutes": "recipe-imagenette-44min", "an hour": "recipe-imagenette",
+    "34 minutes": "recipe-imagenette-34min", "48 minutes": "recipe-imagenette-48min", "an hour": HOUR.name,
 }  # fmt: skip
 HIGH = 64  # px of a global crop in the high-resolution phase
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
