@@ -45,10 +45,11 @@ from minidino.tour import fit_steps
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 HOUR = ROOT / "runs" / "recipe-imagenette"  # of `photographs`
-PHOTOGRAPHS = {  # columns of the README's table
-    "34 minutes": "recipe-imagenette-34min", "48 minutes": "recipe-imagenette-48min", "an hour": HOUR.name,
-}  # fmt: skip
 HIGH = 64  # px of a global crop in the high-resolution phase
+PHOTOGRAPHS = (  # rows of the README's table, each run by itself but the last, which goes on where the one before ends
+    "tour-imagenette", "recipe-imagenette-34min", "recipe-imagenette-48min", "recipe-imagenette-52min", HOUR.name,
+    f"{HOUR.name}-{HIGH}px",
+)  # fmt: skip
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
 PUBLISHED: dict[str, tuple[str, ...]] = {  # what the preset changes besides sizes, in the order of the ladder
     "teacher temperatures": (
@@ -251,33 +252,41 @@ def store_photographs(run: Run, world: World) -> None:
 def tables() -> dict[str, str]:
     """The README's tables, written from the stored results; a test holds the README to them."""
     stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    photographs = {"4 minutes": stored["tour-imagenette"]}
-    photographs |= {name: stored[file]["runs"][0] for name, file in PHOTOGRAPHS.items()}
     return {
         "scenes": _scenes_table(stored["recipe-scenes"]),
-        "photographs": _photographs_table(photographs),
+        "photographs": _photographs_table([stored[name] for name in PHOTOGRAPHS]),
         "ablations": _study_table(stored["recipe-ablations"], "changed"),
         "ladder": _study_table(stored["recipe-ladder"], "settings"),
     }
 
 
-def _photographs_table(runs: dict[str, dict[str, Any]]) -> str:
-    """Judged runs side by side; what was not read in one of them stays empty."""
-    lines = ["| features | " + " | ".join(f"{name}: k = 20 | best of six" for name in runs) + " |"]
-    lines += ["|---|" + "---|---|" * len(runs)]
-    readings = [run["knn_readings"] for run in runs.values()]
-    for name in dict.fromkeys(chain.from_iterable(readings)):
-        cells = [f"{r[name][key]:.3f}" if name in r else "" for r in readings for key in ("k=20", "best")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    run = next(iter(runs.values()))
-    lines += ["", f"One run and one seed each; {run['n_train']:,} training and {run['n_test']:,} held-out images, of "
-              "which a share has a standard error of at most 0.008."]  # fmt: skip
-    for name, run in runs.items():
-        e, training = run["environment"], run["training"]
-        lines[-1] += (f" {name[0].upper()}{name[1:]}: {training['seconds'] / 60:.1f} minutes of training, "
-                      f"{training['steps']} steps of {training['batch_size']} in {training['precision']}, "
-                      f"{run['peak_memory_mb']:.0f} MiB at most; {e['machine']}, torch {e['versions']['torch']}, "
-                      f"{e['date'][:10]}, commit {e['commit']}.")  # fmt: skip
+def _photographs_table(stored: list[dict[str, Any]]) -> str:
+    """What needs no training, then the judged runs one below the other; what was not read in a run stays empty."""
+
+    def cells(reading: dict[str, float]) -> str:
+        return " | ".join(f"{reading[key]:.3f}" if reading else "" for key in ("k=20", "best"))
+
+    runs = [one.get("runs", [one])[0] for one in stored]
+    lines = ["| not trained | k = 20 | best of six |", "|---|---|---|"]
+    untrained = {name: r for name, r in runs[0]["knn_readings"].items() if not name.startswith("trained")}
+    lines += [f"| {name} | {cells(reading)} |" for name, reading in untrained.items()]
+    lines += ["", "| minutes of training | steps | crops, px | k = 20 | best of six | whole images, px | k = 20 | best of six |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    notes = []
+    for one, run in zip(stored, runs, strict=True):
+        training, seen = run["training"], run["knn_readings"]
+        config = one.get("config") or flatten(preset(training["preset"]))
+        whole = f"trained, seen at {config['data.short_side']} px"
+        minutes, size = f"{training['seconds'] / 60:.1f}", config["data.short_side"] if whole in seen else ""
+        minutes = f"then {minutes} more" if one is stored[-1] else minutes
+        lines.append(f"| {minutes} | {training['steps']:,} | {config['crops.global_size']} | {cells(seen['trained'])} | "
+                     f"{size} | {cells(seen.get(whole, {}))} |")  # fmt: skip
+        e = run["environment"]
+        notes.append(f"{minutes}: {e['machine']}, torch {e['versions']['torch']}, {training['precision']}, "
+                     f"{run['peak_memory_mb']:.0f} MiB at most, {e['date'][:10]}, commit {e['commit']}")  # fmt: skip
+    lines += ["", f"One run and one seed each, batches of {runs[0]['training']['batch_size']}; {runs[0]['n_train']:,} "
+              f"training and {runs[0]['n_test']:,} held-out images, of which a share has a standard error of at most "
+              f"0.008. Minutes {'; '.join(notes)}."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -72,14 +72,14 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
 def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: float | None, say: Say) -> RunConfig:
     """Choose the number of steps that fit: a whole run of a few steps is timed and thrown away.
 
-    Its schedule is the real one in small, so steps with and without iBOT count as often as they will. A twentieth of
-    the time is kept back for a machine that slows down.
+    Its schedule is the real one in small, so steps with and without iBOT count as often as they will. A tenth of the
+    time is kept back for a machine that slows down.
     """
     trial = replace(config, run=replace(config.run, steps=TRIAL_STEPS))
     state = start(trial, device)
     seconds = [record["seconds"] for record in train(trial, world.train, state)]
     per_step = (seconds[-1] - seconds[COLD_STEPS - 1]) / (TRIAL_STEPS - COLD_STEPS)
-    fitting = int(0.95 * 60 * (minutes or 4) / per_step)
+    fitting = int(0.9 * 60 * (minutes or 4) / per_step)
     say(f"a step takes {per_step * 1000:.0f} ms here in {state.precision}: "
         f"{fitting} steps fit into {minutes or 4:g} minutes")  # fmt: skip
     steps = max(fitting if minutes else min(config.run.steps, fitting), 20)
