@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from minidino.curation.search import CHUNK, Rows, unit_rows
 
 POINTS_PER_CLUSTER = 256  # rows for each cluster that its centre is learned from
+SEED_ROUNDS = 64
 
 
 class Level(NamedTuple):
@@ -31,7 +32,7 @@ Tree = list[Level]  # from the many to the few
 
 
 def kmeans(x: Rows, n_clusters: int, seed: int = 0, n_iterations: int = 25, unit: bool = False) -> Level:
-    """Find clusters by Lloyd's algorithm, from at most 256 rows for each; every row is assigned.
+    """Find clusters by Lloyd's algorithm from spread first centres, on at most 256 rows for each; all are assigned.
 
     Args:
         x: (n, D), in memory or memory-mapped; read in chunks.
@@ -50,8 +51,36 @@ def kmeans(x: Rows, n_clusters: int, seed: int = 0, n_iterations: int = 25, unit
     points = np.sort(np.random.default_rng(seed).choice(len(x), n_points, replace=False))
     search = faiss.Kmeans(x.shape[1], n_clusters, niter=n_iterations, seed=seed + 1, min_points_per_centroid=1,
                           max_points_per_centroid=POINTS_PER_CLUSTER)  # fmt: skip
-    search.train(_read(x[points], unit))
+    rows = _read(x[points], unit)
+    search.train(rows, init_centroids=rows[first_centers(rows, n_clusters, seed)])
     return assign(x, search.centroids, unit)
+
+
+def first_centers(x: Float[np.ndarray, "n D"], n_centers: int, seed: int = 0) -> Int[np.ndarray, "n_centers"]:
+    """Choose rows far from each other to begin with, each with a chance that grows with the distance to those before.
+
+        P(row) ~ min over centres so far of ||x_row - centre||^2
+
+    Args:
+        x: the rows.
+        n_centers: up to 65 are drawn one by one; more in 64 rounds, so that it costs no more than moving them once.
+        seed: of the draws.
+    Source: Arthur and Vassilvitskii 2007, k-means++; the rounds follow Bahmani et al. 2012, k-means||.
+    """
+    import faiss
+
+    rng = np.random.default_rng(seed)
+    new = chosen = np.array([rng.integers(len(x))])
+    nearest = np.full(len(x), np.inf)
+    for some in np.array_split(np.arange(n_centers - 1), min(n_centers - 1, SEED_ROUNDS) or 1):
+        distance, _ = faiss.knn(x, x[new], 1)
+        nearest = np.minimum(nearest, distance[:, 0].clip(1e-30))  # equal rows have a chance when nothing else is left
+        nearest[new] = 0
+        with np.errstate(divide="ignore"):
+            key = rng.exponential(size=len(x)) / nearest  # the smallest keys are a draw without replacement
+        new = np.argsort(key, kind="stable")[: len(some)]
+        chosen = np.append(chosen, new)
+    return chosen
 
 
 def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> Level:
@@ -93,7 +122,7 @@ def hierarchical_kmeans(
     Raises:
         ValueError: no level, counts that do not fall, or not one sample size for each.
     Source: Vo et al. 2024 (arXiv 2405.15613), sections 3.2 and 3.3.
-    Differs: centres begin at random rows, not by k-means++; turns end early when fewer members than clusters are left.
+    Differs: turns end early when fewer members than clusters are left.
     """
     counts, sizes = list(n_clusters), list(sample_sizes or [10, *[3] * (len(n_clusters) - 1)])
     if not counts or any(below <= above for below, above in zip(counts, counts[1:])):
