@@ -53,7 +53,7 @@ def _curate(stages) -> None:
         from minidino.curate import curate
 
         print(curate(options.pool, options.out, options.queries, options.protect, options.budget, options.features,
-                     options.copies, options.neighbours, options.clusters, options.seed))  # fmt: skip
+                     options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed))  # fmt: skip
 
     parser = _stage(stages, "curate", "choose the pictures of a pool that are worth learning from",
                     "minidino curate pool.zip --protect testset --queries good-ones --features runs/tour --out chosen",
@@ -68,6 +68,7 @@ def _curate(stages) -> None:
     parser.add_argument("--copies", metavar="FILE", help="TorchScript copy-detection model; without it one is trained")
     parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")
     parser.add_argument("--clusters", type=int, help="retrieve whole clusters of the pool, of so many")
+    parser.add_argument("--copy-steps", type=int, default=300, help="of training that model (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -36,6 +36,7 @@ def curate(
     copies: str | Path | None = None,
     n_neighbours: int = 4,
     n_clusters: int | None = None,
+    copy_steps: int = COPY_STEPS,
     seed: int = 0,
 ) -> Path:
     """Choose the pictures of a pool that are worth learning from, and show why.
@@ -50,6 +51,7 @@ def curate(
         copies: a TorchScript copy-detection model such as SSCD; None trains a small one on the pool.
         n_neighbours: pool pictures for each query.
         n_clusters: of the pool; given, whole clusters with more than 3 queries are retrieved.
+        copy_steps: of training the small one.
         seed: of everything left to chance.
     Returns:
         Where the manifest is.
@@ -63,7 +65,7 @@ def curate(
     curation = Curation(pool, out, seed=seed)
     curation.drop_same()
     distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-    describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, seed)
+    describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
     curation.drop_copies(describer)
     for protected in protect:
         curation.drop_leaks(protected)
@@ -76,7 +78,7 @@ def curate(
     return manifest
 
 
-def trained_describer(pixels: Pixels, folder: Path, seed: int = 0, steps: int = COPY_STEPS) -> Describer:
+def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, seed: int = 0) -> Describer:
     """A small copy-detection network, taught on these pictures; kept in the folder for the next time."""
     path = folder / f"copies-{len(pixels)}-{steps}-{seed}.safetensors"
     torch.manual_seed(seed)

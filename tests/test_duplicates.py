@@ -188,8 +188,8 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 def pictures(n, seed=0):
     """Smooth thumbnails, 8 x 8 x 3."""
-    coarse = np.random.default_rng(seed).integers(0, 256, size=(n, 3, 2, 2)).astype(np.uint8)
-    return coarse.repeat(4, 2).repeat(4, 3).reshape(n, -1)
+    coarse = np.random.default_rng(seed).integers(0, 256, size=(n, 3, 4, 4)).astype(np.uint8)
+    return coarse.repeat(2, 2).repeat(2, 3).reshape(n, -1)
 
 
 def test_hash_names_equal_pictures_alike_and_others_not():

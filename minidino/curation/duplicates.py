@@ -156,7 +156,8 @@ def pca_hash(thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64) -> UInt64[n
     step = max(len(thumbnails) // PCA_ROWS, 1)
     sample = thumbnails[::step].astype(np.float64)
     mean = sample.mean(0)
-    _, directions = np.linalg.eigh((sample - mean).T @ (sample - mean))  # rising
+    variance, directions = np.linalg.eigh((sample - mean).T @ (sample - mean))  # rising
+    directions[:, variance <= 1e-7 * variance[-1]] = 0  # where nothing varies, rounding would decide
     bits = np.zeros((len(thumbnails), 64), dtype=np.uint8)
     for start in range(0, len(thumbnails), CHUNK):
         part = slice(start, start + CHUNK)

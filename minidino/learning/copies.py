@@ -29,6 +29,8 @@ VIEW = {"scale": (0.3, 1.0), "ratio": (0.6, 1.67), "brightness": 0.5, "contrast"
 class CopyNet(nn.Module):
     """A small convolutional net: four stages of one residual block, generalised mean, a linear layer, length 1.
 
+    Each number of the descriptor is standardised before, so that strangers are near cosine 0 from the first step on.
+
     Args:
         width: channels of the first stage; each stage has twice as many on a quarter of the places.
         dim: D, of the descriptor.
@@ -42,7 +44,7 @@ class CopyNet(nn.Module):
         stages = [Residual(below, here, 1 if below == here else 2) for below, here in zip([width, *widths], widths)]
         self.stages = nn.Sequential(*stages)
         self.power = nn.Parameter(torch.tensor(3.0))
-        self.project = nn.Linear(widths[-1], dim)
+        self.project = nn.Sequential(nn.Linear(widths[-1], dim), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         maps = self.stages(self.stem(images)).clamp(min=1e-6)
