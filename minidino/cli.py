@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _train, _adapt, _probe, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _probe, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -46,6 +46,30 @@ def _tour(stages) -> None:
     parser.add_argument("--data", help="folder, archive or torchvision name; without it scenes are drawn")
     parser.add_argument("--minutes", type=float, help="of training; without it what the preset asks, at most 4")
     parser.add_argument("--out", default="runs/tour", help="run folder (default %(default)s)")
+
+
+def _curate(stages) -> None:
+    def run(options) -> None:
+        from minidino.curate import curate
+
+        print(curate(options.pool, options.out, options.queries, options.protect, options.budget, options.features,
+                     options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed))  # fmt: skip
+
+    parser = _stage(stages, "curate", "choose the pictures of a pool that are worth learning from",
+                    "minidino curate pool.zip --protect testset --queries good-ones --features runs/tour --out chosen",
+                    run)  # fmt: skip
+    parser.add_argument("pool", metavar="POOL", help="folder, archive or torchvision name")
+    parser.add_argument("--out", default="runs/curated", help="folder of manifest.csv and report (default %(default)s)")
+    parser.add_argument("--queries", metavar="DIR", help="a curated set: keep what is like its pictures")
+    parser.add_argument("--protect", metavar="DIR", action="append", default=[], help="an evaluation set: drop what is "
+                        "too close to its pictures; may be given again")  # fmt: skip
+    parser.add_argument("--budget", type=int, help="pictures to keep, balanced over clusters, where there are no queries")
+    parser.add_argument("--features", metavar="RUN|WEIGHTS", help="semantic network, for --queries and --budget")
+    parser.add_argument("--copies", metavar="FILE", help="TorchScript copy-detection model; without it one is trained")
+    parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")
+    parser.add_argument("--clusters", type=int, help="retrieve whole clusters of the pool, of so many")
+    parser.add_argument("--copy-steps", type=int, default=300, help="of training that model (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _train(stages) -> None:

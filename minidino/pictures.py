@@ -238,6 +238,19 @@ def baselines_bar(
     return {"names": names, "means": means, "sds": sds}
 
 
+def funnel(counts: dict[str, int], path: str | Path | None = None) -> dict:
+    """Draw how many pictures each stage of curation left; returns the share of the first that is left at each."""
+    names, left = list(counts), np.array(list(counts.values()))
+    title = f"{left[-1]:,} of {left[0]:,} files are worth learning from"
+    figure, axes = _figure(1, 1, 0.45 * len(names) + 1.2, title)
+    bars = axes[0, 0].barh(names, left, color=COLORS["trained"])
+    axes[0, 0].bar_label(bars, [f"{n:,}" for n in left], padding=4)
+    axes[0, 0].set(xlabel="pictures left", xlim=(0, 1.12 * left[0]))
+    axes[0, 0].invert_yaxis()
+    _save(figure, path)
+    return {"share": (left / left[0]).tolist()}
+
+
 # ---------------------------------------------------------------- what the features know
 
 
@@ -396,3 +409,12 @@ def neighbours_wall(
     axes[0, 0].set_title("query", fontsize=8)
     _save(figure, path)
     return {"right": right, "share": float(right.mean())}
+
+
+def wall(images: Array, title: str, path: str | Path | None = None, columns: int = 10) -> dict:
+    """Draw many pictures side by side, row by row; returns how many."""
+    figure, axes = _wall(math.ceil(len(images) / columns), columns, f"{title}: {len(images)} of them")
+    for ax, picture in zip(axes.flat, _colors_last(images)):
+        ax.imshow(picture, interpolation="nearest")
+    _save(figure, path)
+    return {"n": len(images)}

@@ -16,6 +16,7 @@ import torch
 from minidino import pictures
 from minidino.config import RunConfig, difference, preset
 from minidino.images.batches import make_batch
+from minidino.images.crops import normalise
 from minidino.images.scenes import KINDS
 from minidino.judge import judge, random_backbone, trained_backbone
 from minidino.learning import doctor
@@ -113,7 +114,7 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     pictures.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
     squares, grid = shown.squares(size), (size // patch, size // patch)
     with torch.no_grad():
-        maps = trained.attention_maps(features.normalise(squares[:6].to(device)))
+        maps = trained.attention_maps(normalise(squares[:6].to(device)))
         attention = maps[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()
     pictures.attention_maps(squares[:6], attention, folder / "attention.png")
     if world.test is not None:

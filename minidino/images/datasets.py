@@ -88,7 +88,8 @@ class ImageSet:
 def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root: str | Path | None = None) -> ImageSet:
     """List every file of a folder, archive or named set, and read labels and splits off its layout.
 
-    Recognised by looking: a folder of files (nested or not); a folder per class, also under train/ and val/; a zip or
+    Recognised by looking: a manifest.csv of `minidino curate`, of which the kept pictures are taken; a folder of files
+    (nested or not); a folder per class, also under train/ and val/; a zip or
     tar(.gz) of either; a folder that holds only archives, opened as one set; webdataset shards
     (`000000.tar` with `key.jpg` and `key.cls` or `key.json`). The rule for labels is `folder_labels`.
 
@@ -108,6 +109,8 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
     if not root.exists():
         raise FileNotFoundError(f"no file or folder {root}; give a path, or one of {dataset_names()}")
     root = root.resolve()
+    if root.suffix == ".csv":
+        return _open_manifest(root, cache_dir, data_root)
     found = _walk(root)
     if not found:
         raise FileNotFoundError(f"no files in {root}")
@@ -126,6 +129,24 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
         classes=classes,
         splits=np.array([row[3] for row in rows], dtype="<U5"),
     )
+
+
+def _open_manifest(path: Path, cache_dir: str | Path | None, data_root: str | Path | None) -> ImageSet:
+    """The pictures that a curation kept, from the pool that curation.json beside the manifest names."""
+    note = path.with_name("curation.json")
+    if not note.exists():
+        raise FileNotFoundError(f"no {note}: a manifest is read together with the curation.json written beside it")
+    images = open_images(json.loads(note.read_bytes())["pool"], cache_dir, data_root)
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"file", "kept"} <= rows[0].keys():
+        raise ValueError(f"{path} is no manifest: expected columns file and kept")
+    number = {name: i for i, name in enumerate(images.files)}
+    kept = [row["file"] for row in rows if row["kept"] == "1"]
+    lost = [name for name in kept if name not in number]
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(kept)} kept files are no longer in {images.name}, such as {lost[0]!r}")
+    return images.select([number[name] for name in kept])
 
 
 def folder_labels(files: Sequence[str]) -> tuple[list[str | None], list[str]]:

@@ -28,12 +28,13 @@ class Pixels:
     """Decoded pictures of any size in one flat uint8 array, in memory or memory-mapped.
 
     Picture i is data[offsets[i] : offsets[i] + 3 H W] as (3, H, W), with (H, W) = sizes[i].
-    labels: (n,) int64, -1 = unknown. files: n names.
+    originals: (n, 2) height and width before it was shrunk. labels: (n,) int64, -1 = unknown. files: n names.
     """
 
     data: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    originals: np.ndarray
     labels: np.ndarray
     classes: list[str]
     files: list[str]
@@ -50,6 +51,7 @@ class Pixels:
             data=np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1),
             offsets=np.arange(n, dtype=np.int64) * (3 * height * width),
             sizes=np.full((n, 2), (height, width), dtype=np.int64),
+            originals=np.full((n, 2), (height, width), dtype=np.int64),
             labels=np.asarray(labels, dtype=np.int64),
             classes=list(classes),
             files=[f"{i:06d}" for i in range(n)],
@@ -81,6 +83,7 @@ class Pixels:
             self,
             offsets=self.offsets[rows],
             sizes=self.sizes[rows],
+            originals=self.originals[rows],
             labels=self.labels[rows],
             files=[self.files[i] for i in rows],
         )
@@ -95,6 +98,14 @@ class Pixels:
                 picture = square(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size)
                 image = np.asarray(picture).transpose(2, 0, 1)
             row[:] = image
+        return torch.from_numpy(result)
+
+    def whole(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
+        """Every picture squeezed into a square of `size` px, with nothing cut off (bicubic, antialiased)."""
+        result = np.empty((len(self), 3, size, size), dtype=np.uint8)
+        for row, i in zip(result, range(len(self)), strict=True):
+            picture = Image.fromarray(np.ascontiguousarray(self.image(i).transpose(1, 2, 0)))
+            row[:] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         return torch.from_numpy(result)
 
 
@@ -113,50 +124,60 @@ def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = N
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
     if folder is None:
         memory = io.BytesIO()
-        kept, sizes = _fill(memory, images, short_side, progress)
-        return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, images.select(kept))
+        kept, sizes, originals = _fill(memory, images, short_side, progress)
+        return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, originals, images.select(kept))
     folder = Path(folder)
     key = _pixels_key(images, short_side)
     if stored := _open_pixels(folder, key, images):
         return stored
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
-        kept, sizes = _fill(file, images, short_side, progress, folder / "quarantine.csv")
+        kept, sizes, originals = _fill(file, images, short_side, progress, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
-    write_atomically(folder / "pixels.json", json.dumps({"key": key, "kept": kept, "sizes": sizes}).encode())
+    note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
+    write_atomically(folder / "pixels.json", json.dumps(note).encode())
     return _open_pixels(folder, key, images)
 
 
 def _fill(
     file: IO[bytes], images: ImageSet, short_side: int, progress: bool, quarantine: Path | None = None
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Append each decoded picture to the file, list the others in the quarantine; numbers and sizes of the decoded."""
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Append each decoded picture to the file, list the others in the quarantine.
 
-    def small(picture: Image.Image) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
+    Returns: numbers of the decoded, their stored and their original (height, width).
+    """
 
-    kept, sizes, bad = [], [], []
+    def small(picture: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        pixels = np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
+        return pixels, (picture.height, picture.width)
+
+    kept, sizes, originals, bad = [], [], [], []
     for i, result in decode_each(images, small, progress):
         if isinstance(result, BadImage):
             bad.append({"file": images.files[i], "reason": str(result)})
             continue
-        file.write(result.data)
+        pixels, original = result
+        file.write(pixels.data)
         kept.append(i)
-        sizes.append(result.shape[1:])
+        sizes.append(pixels.shape[1:])
+        originals.append(original)
     if quarantine:
         write_quarantine(quarantine, bad)
     if not kept:
         first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
         raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
-    return kept, sizes
+    return kept, sizes, originals
 
 
-def _laid_out(data: np.ndarray, sizes: Sequence[Sequence[int]], images: ImageSet) -> Pixels:
+def _laid_out(
+    data: np.ndarray, sizes: Sequence[Sequence[int]], originals: Sequence[Sequence[int]], images: ImageSet
+) -> Pixels:
     """Pixels of a flat array that holds the pictures end to end."""
     shapes = np.array(sizes, dtype=np.int64)
     n_bytes = 3 * shapes.prod(axis=1)
     if n_bytes.sum() != data.size:
         raise ValueError(f"expected {n_bytes.sum():,} bytes of pixels, got {data.size:,}")
-    return Pixels(data, np.cumsum(n_bytes) - n_bytes, shapes, images.labels, images.classes, images.files)
+    before = np.array(originals, dtype=np.int64)
+    return Pixels(data, np.cumsum(n_bytes) - n_bytes, shapes, before, images.labels, images.classes, images.files)
 
 
 def _pixels_key(images: ImageSet, short_side: int) -> str:
@@ -177,6 +198,6 @@ def _open_pixels(folder: Path, key: str, images: ImageSet) -> Pixels | None:
         if record["key"] != key:
             return None
         data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
-        return _laid_out(data, record["sizes"], images.select(record["kept"]))
+        return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]))
     except (OSError, ValueError, KeyError):
         return None

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidino.images.crops import IMAGENET_MEAN, IMAGENET_STD, luminance
+from minidino.images.crops import luminance, normalise
 
 # ---------------------------------------------------------------- frozen features
 
@@ -69,12 +69,6 @@ def extract(
                 found["patch"].append(patch.cpu())
             bar.update(len(batch))
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def normalise(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-    """Bring pixels, 0 to 255, to what a network was trained on: ImageNet's mean and deviation; on their device."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
 
 
 def dense_patches(

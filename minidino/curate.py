@@ -1,0 +1,151 @@
+"""The curation stage: the networks that the pipeline asks for, then its pictures and its report.
+
+    pool -> CopyNet, trained on it -> curation/pipeline.py -> manifest.csv, funnel.png, walls, report.html
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from minidino import pictures
+from minidino.curation.embeddings import network
+from minidino.curation.pipeline import Curation, Describer
+from minidino.images.pixels import Pixels
+from minidino.judge import backbone_of, trained_backbone
+from minidino.learning.copies import CopyNet, train_copies
+from minidino.probes.features import state_hash
+from minidino.report import Section, write_report
+from minidino.runs import Run, atomic_path, pick_device
+
+COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 300, 96
+SSCD_SIZE = 288  # px, what the published models were trained at
+
+
+def curate(
+    pool: str | Path,
+    out: str | Path,
+    queries: str | Path | None = None,
+    protect: Sequence[str | Path] = (),
+    budget: int | None = None,
+    features: str | Path | None = None,
+    copies: str | Path | None = None,
+    n_neighbours: int = 4,
+    n_clusters: int | None = None,
+    copy_steps: int = COPY_STEPS,
+    seed: int = 0,
+) -> Path:
+    """Choose the pictures of a pool that are worth learning from, and show why.
+
+    Args:
+        pool: folder, archive or named set.
+        out: folder of the manifest, the pictures and the report.
+        queries: a curated set; pictures like these are kept.
+        protect: evaluation sets; what is too close to one of their pictures goes.
+        budget: pictures to keep where there are no queries, balanced over clusters; None keeps all that are left.
+        features: the semantic network: a run folder or a weights file. Needed for queries and a budget.
+        copies: a TorchScript copy-detection model such as SSCD; None trains a small one on the pool.
+        n_neighbours: pool pictures for each query.
+        n_clusters: of the pool; given, whole clusters with more than 3 queries are retrieved.
+        copy_steps: of training the small one.
+        seed: of everything left to chance.
+    Returns:
+        Where the manifest is.
+    Raises:
+        ValueError: queries and a budget, or one of them without features.
+    """
+    if queries is not None and budget is not None:
+        raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
+    if features is None and (queries is not None or budget is not None):
+        raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
+    curation = Curation(pool, out, seed=seed)
+    curation.drop_same()
+    distinct = curation.pixels.select(np.flatnonzero(curation.kept))
+    describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
+    curation.drop_copies(describer)
+    for protected in protect:
+        curation.drop_leaks(protected)
+    if queries is not None:
+        curation.retrieve(queries, semantic_describer(features), n_neighbours, n_clusters)
+    elif budget is not None:
+        curation.balance(budget, semantic_describer(features))
+    manifest = curation.write()
+    draw(curation, manifest)
+    return manifest
+
+
+def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, seed: int = 0) -> Describer:
+    """A small copy-detection network, taught on these pictures; kept in the folder for the next time."""
+    path = folder / f"copies-{len(pixels)}-{steps}-{seed}.safetensors"
+    torch.manual_seed(seed)
+    net = CopyNet().to(pick_device())
+    if path.exists():
+        net.load_state_dict(load_file(path))
+    elif len(pixels) > 1:
+        batch_size = min(COPY_BATCH, len(pixels))
+        with tqdm(total=steps * batch_size, unit="images", desc="learning to know copies") as bar:
+            for record in train_copies(pixels, net, steps, batch_size, COPY_SIZE, seed=seed):
+                bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
+                bar.update(batch_size)
+        with atomic_path(path) as beside:
+            save_file({key: value.cpu().contiguous() for key, value in net.state_dict().items()}, beside)
+    return Describer("copy", network(net.eval()), COPY_SIZE, f"CopyNet {state_hash(net)[:16]}")
+
+
+def copy_model(path: str | Path) -> Describer:
+    """A published copy-detection model in TorchScript, such as sscd_disc_mixup."""
+    module = torch.jit.load(str(path), map_location=pick_device()).eval()
+    return Describer("copy", network(module), SSCD_SIZE, f"{Path(path).name} {state_hash(module)[:16]}")
+
+
+def semantic_describer(source: str | Path) -> Describer:
+    """The class token of a run's backbone, or of a weights file, looking at its own training size."""
+    run = Run(source)
+    if run.config_path.exists():
+        vit, size = trained_backbone(run, pick_device()), run.config().crops.global_size
+    else:
+        vit, size = backbone_of(Path(source)).to(pick_device()).eval(), 224
+        size -= size % vit.patch_size
+    return Describer("semantic", network(vit), size, f"ViT {state_hash(vit)[:16]}")
+
+
+def draw(curation: Curation, manifest: Path) -> None:
+    """The funnel, walls of what was found, and report.html."""
+    folder, funnel = curation.folder, curation.funnel
+    pictures.funnel(funnel, folder / "funnel.png")
+    sections = [Section("What was left", f"{funnel['files']:,} files of {curation.pool}; a line for each of them, with "
+                        "its reason, stands in manifest.csv.", folder / "funnel.png",
+                        [("stage", "pictures left"), *funnel.items()])]  # fmt: skip
+    with open(manifest, newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    walls = {
+        "Copies that were found": ("copies.png", ("copy",)),
+        "Too close to the examination": ("leaks.png", ("too close",)),
+        "What else was thrown out": ("thrown-out.png", ("like no query", "its cluster has enough")),
+        "What was kept": ("kept.png", ("distinct", "like a query", "balanced")),
+    }
+    for heading, (name, reasons) in walls.items():
+        shown = [row for row in rows if row["reason"].startswith(reasons)]
+        if shown:
+            _wall(curation, shown, heading, folder / name)
+            sections.append(Section(heading, f"{len(shown):,} pictures.", folder / name))
+    reasons, counts = np.unique([row["reason"].split(":")[0] for row in rows], return_counts=True)
+    table = [("reason", "files"), *sorted(zip(reasons.tolist(), counts.tolist()), key=lambda pair: -pair[1])]
+    sections.append(Section("Why", "", table=table))
+    write_report(folder / "report.html", f"minidino curate: {Path(curation.pool).name}", sections)
+
+
+def _wall(curation: Curation, rows: list[dict[str, str]], title: str, path: Path) -> None:
+    """Forty pictures of these rows; a copy beside the picture that was kept in its place."""
+    number = {name: i for i, name in enumerate(curation.pixels.files)}
+    pairs = [[row["file"], row["duplicate_of"]] for row in rows if row["duplicate_of"] in number]
+    names = [name for pair in pairs for name in pair] or [row["file"] for row in rows]
+    step = max(len(names) // 40, 1)
+    step += step % 2 if pairs else 0  # pairs stay together
+    chosen = [names[i] for start in range(0, len(names), max(step, 2)) for i in range(start, min(start + 2, len(names)))]
+    images = curation.pixels.select([number[name] for name in chosen[:40]]).whole(64)
+    pictures.wall(images, title, path)

@@ -1,0 +1,127 @@
+"""Pictures become descriptors: one row each in a memory-mapped file, of a kind that says what they are good for.
+
+    hash       a thumbnail                          the same picture in other bytes
+    copy       a copy-detection network             copies: cropped, recoloured, written upon
+    semantic   any network that knows what it sees  pictures of the same thing
+
+The kinds are not interchangeable. Two photographs of one dog are near for a semantic network, and would be deleted as
+copies; a copy and its original may be far apart for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidino.images.crops import normalise
+from minidino.images.pixels import Pixels
+from minidino.runs import write_atomically
+
+KINDS = ("hash", "copy", "semantic")
+Describe = Callable[[UInt8[Tensor, "n 3 S S"]], Float[Tensor, "n D"]]
+
+
+class Descriptors(NamedTuple):
+    """Rows of one kind, made by one describer."""
+
+    rows: np.ndarray  # (N, D), memory-mapped
+    kind: str
+    made_by: str
+
+    def expect(self, kind: str) -> np.ndarray:
+        """The rows, where they are of the kind that a step needs.
+
+        Raises:
+            ValueError: they are of another kind.
+        """
+        if self.kind != kind:
+            raise ValueError(f"expected {kind!r} descriptors, got {self.kind!r} ones made by {self.made_by}: semantic "
+                             "ones would delete different pictures of one thing, copy ones do not know what is alike")  # fmt: skip
+        return self.rows
+
+
+def embed(
+    pixels: Pixels,
+    describe: Describe,
+    size: int,
+    path: str | Path,
+    kind: str,
+    made_by: str,
+    dtype: str = "float16",
+    chunk: int = 256,
+    progress: bool = True,
+) -> Descriptors:
+    """Describe every picture once; a run that was stopped goes on where it was.
+
+    Args:
+        pixels: decoded pictures.
+        describe: (n, 3, size, size) uint8 -> (n, D) float, row by row: the answer for a picture does not depend on
+            the others.
+        size: px; whole pictures are squeezed into a square, since a copy may have lost any border.
+        path: of the .npy file; how far it has come stands beside it in a .json.
+        kind: "hash", "copy" or "semantic".
+        made_by: what fixes the describer, such as the hash of its weights.
+        dtype: of the file, "float16", "float32" or "uint8".
+        chunk: pictures at a time.
+    Raises:
+        ValueError: another kind, or a descriptor that is not finite.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
+    path, note = Path(path), Path(path).with_suffix(".json")
+    key = _key(pixels, size, kind, made_by, dtype)
+    done = _done(path, note, key)
+    with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
+        for start in range(done, len(pixels), chunk):
+            rows = np.arange(start, min(start + chunk, len(pixels)))
+            found = describe(pixels.select(rows).whole(size)).numpy()
+            if not np.isfinite(found).all():
+                raise ValueError(f"{made_by} gives NaN or infinity for a picture of {pixels.files[start]!r} and after")
+            if start == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(path, "w+", dtype, (len(pixels), found.shape[1])).flush()
+            store = np.load(path, mmap_mode="r+")
+            store[rows] = found
+            store.flush()
+            write_atomically(note, json.dumps({"key": key, "kind": kind, "done": int(rows[-1]) + 1}).encode())
+            bar.update(len(rows))
+    return Descriptors(np.load(path, mmap_mode="r"), kind, made_by)
+
+
+def thumbnails(images: UInt8[Tensor, "n 3 S S"]) -> UInt8[Tensor, "n F"]:
+    """Describe a small picture by its pixels: what `pca_hash` takes."""
+    return images.flatten(1)
+
+
+def network(module: nn.Module, batch_size: int = 64) -> Describe:
+    """Describe pictures by what a network makes of them; a backbone gives its class token."""
+
+    def describe(images: Tensor) -> Tensor:
+        device = next(module.parameters()).device
+        with torch.no_grad():
+            return torch.cat([module(normalise(part.to(device))).float().cpu() for part in images.split(batch_size)])
+
+    return describe
+
+
+def _key(pixels: Pixels, *made_from: object) -> str:
+    digest = hashlib.sha256(repr(made_from).encode())
+    digest.update(repr(pixels.files).encode("utf-8", "surrogateescape"))
+    digest.update(pixels.sizes.tobytes())
+    return digest.hexdigest()
+
+
+def _done(path: Path, note: Path, key: str) -> int:
+    """Rows that are safely in the file and belong to this key."""
+    try:
+        told = json.loads(note.read_bytes())
+        return int(told["done"]) if told["key"] == key and path.exists() else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,268 @@
+"""The stages of curation end to end, and what became of every file.
+
+    pool -> decoded -> distinct -> without copies -> unlike the examination -> chosen        manifest.csv
+
+Each stage keeps its result in the folder, under a key of all that went before: a run that was killed goes on where it
+was and ends with the same manifest, byte for byte.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from minidino.curation.clusters import balanced_sample, hierarchical_kmeans
+from minidino.curation.duplicates import (
+    COPY,
+    LEAK,
+    Components,
+    find_duplicates,
+    hash_duplicates,
+    relative_duplicates,
+    similarity_to,
+)
+from minidino.curation.embeddings import Describe, Descriptors, embed, thumbnails
+from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
+from minidino.curation.search import Index
+from minidino.images.datasets import open_images
+from minidino.images.pixels import Pixels, load_pixels
+from minidino.runs import atomic_path, write_atomically
+
+COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
+THUMBNAIL = 16  # px
+SHARPNESS = 64  # px, of the square that sharpness is measured on
+
+
+class Describer(NamedTuple):
+    """How pictures become descriptors of one kind."""
+
+    kind: str  # "copy" or "semantic"
+    describe: Describe
+    size: int  # px
+    made_by: str  # fixes the answer, such as the hash of the weights
+
+
+class Curation:
+    """One pool on its way from files to chosen pictures; the stages are called in the order they stand here.
+
+    pixels: the decoded pictures; all row numbers count these.
+    kept: (n,) bool, the pictures that are still in.
+    funnel: {stage: pictures left}, in order.
+    """
+
+    def __init__(
+        self,
+        pool: str | Path,
+        folder: str | Path,
+        short_side: int = 112,
+        seed: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        """Decode the pool; what is no picture is in the quarantine.
+
+        Args:
+            pool: anything that `open_images` opens.
+            folder: for manifest.csv, decoded pictures and the results of the stages.
+            short_side: px, of decoded pictures.
+            seed: of clusters and chance.
+            say: where a line after each stage goes.
+        Raises:
+            FileNotFoundError, ValueError: no file, or none that decodes.
+        """
+        self.pool, self.folder, self.short_side, self.seed, self.say = pool, Path(folder), short_side, seed, say
+        images = open_images(pool)
+        self.files = images.files
+        self.pixels = load_pixels(images, short_side, self.folder / "pixels")
+        n = len(self.pixels)
+        self.kept, self.reason = np.ones(n, dtype=bool), np.full(n, "", dtype=object)
+        self.component, self.cluster = np.full(n, -1), np.full(n, -1)
+        self.duplicate_of, self.query = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
+        self.similarity = np.full(n, np.nan)
+        self.funnel: dict[str, int] = {"files": len(images)}
+        self._key = hashlib.sha256(repr((self.pixels.files, self.pixels.sizes.tolist(), seed)).encode()).hexdigest()
+        self._count("decoded")
+
+    def drop_same(self) -> None:
+        """Keep one of each group of files that show the same picture, by a hash of thumbnails."""
+        rows = embed(self.pixels, thumbnails, THUMBNAIL, self._path("hash.npy"), "hash", "thumbnails", "uint8").rows
+        quality = self._stage("quality", (), lambda: {"quality": picture_quality(self.pixels)})["quality"]
+        groups = self._stage("same", (), lambda: hash_duplicates(rows, quality=quality)._asdict())
+        self._drop_members(np.arange(len(rows)), Components(**groups), "same picture", np.ones(len(rows)))
+        self._quality = quality
+        self._count("distinct")
+
+    def drop_copies(self, describer: Describer, threshold: float = COPY) -> None:
+        """Keep the best of each group of copies; members unlike the one that is kept form groups of their own."""
+        self._distinct = np.flatnonzero(self.kept)
+        self._describer = describer
+        self._copies = rows = self._embed(self.pixels.select(self._distinct), describer, "copy")
+        quality, floor = self._quality[self._distinct], min(LEAK, threshold)
+        groups = self._stage("copies", (threshold, describer.made_by), lambda: find_duplicates(
+            rows, threshold, quality=quality, floor=floor)._asdict())  # fmt: skip
+        self._groups = Components(**groups)
+        similarity = similarity_to(rows, self._groups.representatives[self._groups.labels])
+        self._drop_members(self._distinct, self._groups, "copy", similarity)
+        self.component[self._distinct] = self._groups.labels
+        self._count("without copies")
+
+    def drop_leaks(self, protected: str | Path, threshold: float = LEAK) -> None:
+        """Drop every group of copies with a member too close to a picture of an evaluation set."""
+        images = open_images(protected)
+        pixels = load_pixels(images, self.short_side, self._path(f"protected-{_short(protected)}"))
+        reference = self._embed(pixels, self._describer, f"copy-{_short(protected)}")
+
+        def near() -> dict[str, np.ndarray]:
+            similarity, rows = Index(reference, 1).search(self._copies)
+            leaks = relative_duplicates(self._copies, reference, threshold)
+            return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0]}
+
+        found = self._stage(f"leaks-{_short(protected)}", (threshold, pixels.files), near)
+        whole = np.isin(self._groups.labels, self._groups.labels[found["leaks"]])
+        rows = self._distinct[whole]
+        self.kept[rows], self.reason[rows] = False, f"too close to {images.name}"
+        self.duplicate_of[rows] = [f"@{images.name}/{pixels.files[i]}" for i in found["nearest"][whole]]
+        self.similarity[rows] = found["similarity"][whole]
+        self._count(f"unlike {images.name}")
+
+    def retrieve(self, queries: str | Path, describer: Describer, n: int = 4, n_clusters: int | None = None) -> None:
+        """Keep what is like the pictures of a curated set.
+
+        Args:
+            queries: the set.
+            describer: of the semantic kind.
+            n: pool pictures for each query.
+            n_clusters: given, whole clusters with more than 3 queries are taken instead.
+        """
+        left = np.flatnonzero(self.kept)
+        pixels = load_pixels(open_images(queries), self.short_side, self._path(f"queries-{_short(queries)}"))
+        pool = self._embed(self.pixels.select(left), describer, "semantic")
+        query = self._embed(pixels, describer, f"semantic-{_short(queries)}")
+
+        def ask() -> dict[str, np.ndarray]:
+            if n_clusters is None:
+                return retrieve_by_sample(query, pool, n)._asdict()
+            return retrieve_by_cluster(query, pool, min(n_clusters, len(pool)), seed=self.seed)._asdict()
+
+        found = self._stage("retrieved", (n, n_clusters, describer.made_by, pixels.files), ask) if len(left) else {}
+        rows = left[found.get("rows", [])]
+        if n_clusters is None:
+            self.query[rows] = [pixels.files[i] for i in found.get("source", [])]
+        else:
+            self.cluster[rows] = found.get("source", [])
+        self.similarity[rows] = found.get("similarity", [])
+        self._keep_only(rows, "like a query", "like no query")
+        self.say(f"{int(found.get('requested', 0)):,} requested, {len(rows):,} unique")
+        self._count("retrieved")
+
+    def balance(self, budget: int, describer: Describer, n_clusters: Sequence[int] | None = None) -> None:
+        """Keep exactly `budget` pictures, spread evenly over a tree of clusters.
+
+        Args:
+            budget: at most what is left.
+            describer: of the semantic kind.
+            n_clusters: of the levels; None takes one for 10 pictures, and one for 10 of those.
+        """
+        left = np.flatnonzero(self.kept)
+        if budget > len(left):
+            raise ValueError(f"expected a budget of at most the {len(left)} pictures left, got {budget}")
+        counts = list(n_clusters or [count for count in (len(left) // 10, len(left) // 100) if count] or [1])
+        pool = self._embed(self.pixels.select(left), describer, "semantic")
+
+        def choose() -> dict[str, np.ndarray]:
+            tree = hierarchical_kmeans(pool, counts, seed=self.seed, unit=True)
+            rows = balanced_sample(tree, budget, torch.Generator().manual_seed(self.seed))
+            return {"rows": rows, "labels": tree[0].labels}
+
+        found = self._stage("balanced", (budget, counts, describer.made_by), choose)
+        self.cluster[left] = found["labels"]
+        self._keep_only(left[found["rows"]], "balanced over clusters", "its cluster has enough")
+        self._count("balanced")
+
+    def write(self) -> Path:
+        """Write manifest.csv, one row for each file of the pool, and curation.json beside it."""
+        self.reason[self.kept & (self.reason == "")] = "distinct"
+        with open(self.folder / "pixels" / "quarantine.csv", newline="", errors="surrogateescape") as file:
+            bad = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+        number = {name: row for row, name in enumerate(self.pixels.files)}
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(COLUMNS)
+        for name in self.files:
+            row = number.get(name)
+            table.writerow([name, 0, f"quarantined: {bad[name]}", *[""] * 5] if row is None else self._row(row))
+        path = self.folder / "manifest.csv"
+        note = {"pool": str(Path(self.pool).expanduser().resolve()), "funnel": self.funnel, "seed": self.seed}
+        write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())
+        write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        return path
+
+    def _row(self, row: int) -> list[object]:
+        numbers = ["" if value < 0 else int(value) for value in (self.component[row], self.cluster[row])]
+        similarity = "" if np.isnan(self.similarity[row]) else f"{self.similarity[row]:.4f}"
+        return [self.pixels.files[row], int(self.kept[row]), self.reason[row], numbers[0], self.duplicate_of[row],
+                similarity, numbers[1], self.query[row]]  # fmt: skip
+
+    def _drop_members(self, rows: np.ndarray, groups: Components, reason: str, similarity: np.ndarray) -> None:
+        """Of each group only the representative stays."""
+        kept = groups.representatives[groups.labels]
+        gone = np.flatnonzero(kept != np.arange(len(rows)))
+        self.kept[rows[gone]], self.reason[rows[gone]] = False, reason
+        self.duplicate_of[rows[gone]] = [self.pixels.files[i] for i in rows[kept[gone]]]
+        self.similarity[rows[gone]] = similarity[gone]
+
+    def _keep_only(self, rows: np.ndarray, reason: str, otherwise: str) -> None:
+        gone = np.setdiff1d(np.flatnonzero(self.kept), rows)
+        self.kept[gone], self.reason[gone] = False, otherwise
+        self.reason[rows] = reason
+
+    def _embed(self, pixels: Pixels, describer: Describer, name: str) -> np.ndarray:
+        return embed(pixels, describer.describe, describer.size, self._path(f"{name}.npy"), describer.kind,
+                     describer.made_by).expect(name.split("-")[0])  # fmt: skip
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "stages" / name
+
+    def _count(self, stage: str) -> None:
+        self.funnel[stage] = int(self.kept.sum())
+        self.say(f"{stage}: {self.funnel[stage]:,} of {self.funnel['files']:,}")
+
+    def _stage(
+        self, name: str, settings: Sequence[object], compute: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """What an earlier run found under the same key, or compute it."""
+        self._key = hashlib.sha256(repr((self._key, name, settings)).encode()).hexdigest()
+        path = self._path(f"{name}.npz")
+        try:
+            with np.load(path) as stored:
+                if str(stored["key"]) == self._key:
+                    return {key: stored[key] for key in stored.files if key != "key"}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass
+        found = compute()
+        with atomic_path(path) as beside, open(beside, "wb") as file:
+            np.savez(file, key=self._key, **found)
+        return found
+
+
+def picture_quality(pixels: Pixels) -> Float[np.ndarray, "n 2"]:
+    """What makes a picture worth keeping: pixels of the original, then sharpness (mean length of the Laplacian)."""
+    sharpness = np.empty(len(pixels))
+    for start in range(0, len(pixels), 256):
+        rows = np.arange(start, min(start + 256, len(pixels)))
+        gray = pixels.select(rows).whole(SHARPNESS).float().mean(1)
+        laplacian = 4 * gray[:, 1:-1, 1:-1] - gray[:, :-2, 1:-1] - gray[:, 2:, 1:-1] - gray[:, 1:-1, :-2]
+        sharpness[rows] = (laplacian - gray[:, 1:-1, 2:]).abs().mean((1, 2))
+    return np.stack([pixels.originals.prod(axis=1), sharpness], axis=1)
+
+
+def _short(path: str | Path) -> str:
+    """A set's own name for files."""
+    return f"{Path(path).stem}-{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]}"

@@ -1,0 +1,204 @@
+"""Nearest neighbours by cosine at every size: exact while that is cheap, approximate and measured beyond.
+
+    plan_index(n, D)                   which kind of index, and how fine
+    Index(bank, k).search(queries)  -> the k most similar rows of the bank for each query
+
+faiss does the work. The bank may be a memory map: no kind of index but `ivf-flat` holds it in memory, and that one
+only where it fits. What an approximate index loses is measured against the exact answer before its first use.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Rows = np.ndarray  # (n, D), float16, float32 or float64; in memory or memory-mapped
+EXACT_ROWS = 100_000  # up to here every pair is compared: 2 minutes for all against all of 256 numbers on 2 cores
+CHUNK = 16_384  # rows held as float32 at a time
+SAMPLE = 1_000  # queries that recall is measured on
+POINTS_PER_LIST = 64  # rows for each list that the lists are learned from
+RERANK = 4  # candidates for each wanted neighbour, compared again by their true rows, where codes are kept
+
+
+class Plan(NamedTuple):
+    """What is built over a bank."""
+
+    kind: str  # "flat": every pair; "ivf-flat": the nearest lists; "ivf-pq": lists of codes, then true rows
+    n_lists: int = 0
+    code_bytes: int = 0  # of a row
+
+
+class Neighbours(NamedTuple):
+    """Falling along each row; where fewer than k were found, similarity -inf and row -1."""
+
+    similarity: Float[np.ndarray, "n k"]
+    rows: Int[np.ndarray, "n k"]
+
+
+def plan_index(n: int, width: int, memory_mb: int = 2048) -> Plan:
+    """Choose an index by the size of the bank.
+
+        n <= 100,000                     flat
+        n * D * 4 bytes <= memory_mb     ivf-flat, 4 sqrt(n) lists
+        more                             ivf-pq, the same lists, at most one byte for 4 numbers
+
+    Args:
+        n, width: rows of the bank and their length D.
+        memory_mb: what the rows may take in memory.
+    """
+    if n <= EXACT_ROWS:
+        return Plan("flat")
+    n_lists = int(4 * n**0.5)
+    if n * width * 4 <= memory_mb * 2**20:
+        return Plan("ivf-flat", n_lists)
+    return Plan("ivf-pq", n_lists, max(b for b in range(1, max(width // 4, 1) + 1) if width % b == 0))
+
+
+class Index:
+    """Find neighbours in one bank, always k of them."""
+
+    def __init__(
+        self,
+        bank: Rows,
+        k: int,
+        recall: float = 0.95,
+        plan: Plan | None = None,
+        seed: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        """Build what the plan says and measure it.
+
+        Args:
+            bank: rows of any length; they are brought to length 1 here.
+            k: neighbours of each query; at most the rows of the bank are found.
+            recall: share of the true neighbours that an approximate index must find on a sample of the bank; it looks
+                into as many lists as that takes.
+            plan: None asks `plan_index`.
+            seed: of the sample and the lists.
+            say: where the measured recall goes; an exact index says nothing.
+        Raises:
+            ValueError: an empty bank, k below 1, or a row that is not finite.
+        """
+        if bank.ndim != 2 or not len(bank) or k < 1:
+            raise ValueError(f"expected a bank (n, D) with n > 0 and k >= 1, got {bank.shape} and k = {k}")
+        self.bank, self.k, self.recall = bank, k, 1.0
+        self.plan = plan or plan_index(*bank.shape)
+        self._faiss = None
+        if self.plan.kind != "flat":
+            self._faiss = _build(bank, self.plan, seed)
+            self._tune(recall, seed)
+            say(f"{self.plan.kind} over {len(bank):,} rows: looking into {self._faiss.nprobe} of {self.plan.n_lists} "
+                f"lists finds {self.recall:.3f} of the true {k} neighbours of {SAMPLE} rows")  # fmt: skip
+
+    def search(self, queries: Rows) -> Neighbours:
+        """The most similar rows of the bank for each query, by cosine."""
+        if queries.ndim != 2 or queries.shape[1] != self.bank.shape[1]:
+            raise ValueError(f"expected queries (n, {self.bank.shape[1]}) like the bank, got {queries.shape}")
+        if self._faiss is None:
+            return exact_neighbours(self.bank, queries, self.k)
+        found = [self._approximate(chunk) for _, chunk in unit_chunks(queries)]
+        return Neighbours(*map(np.concatenate, zip(*found))) if found else _nothing(0, self.k)
+
+    def graph(self) -> Neighbours:
+        """The k - 1 nearest rows of every row of the bank itself, which is not its own neighbour."""
+        similarity, rows = self.search(self.bank)
+        own = rows == np.arange(len(rows))[:, None]
+        own[~own.any(1), -1] = True  # so many equal rows that it did not find itself: the last one goes
+        kept = np.argsort(own, axis=1, kind="stable")[:, :-1]
+        return Neighbours(np.take_along_axis(similarity, kept, 1), np.take_along_axis(rows, kept, 1))
+
+    def _approximate(self, queries: np.ndarray) -> Neighbours:
+        if self.plan.kind == "ivf-flat":
+            return Neighbours(*self._faiss.search(queries, self.k))
+        _, rows = self._faiss.search(queries, RERANK * self.k)
+        return _ranked_again(self.bank, queries, rows, self.k)
+
+    def _tune(self, wanted: float, seed: int) -> None:
+        """Look into twice as many lists until the sample says that it is enough."""
+        n_sample = min(SAMPLE, len(self.bank))
+        sample = np.sort(np.random.default_rng(seed).choice(len(self.bank), n_sample, replace=False))
+        queries = unit_rows(self.bank[sample])
+        truth = exact_neighbours(self.bank, queries, self.k).rows
+        truth[truth == sample[:, None]] = -1  # a row finds itself: that says nothing
+        n_probe = 1
+        while True:
+            self._faiss.nprobe = min(n_probe, self.plan.n_lists)
+            found = self._approximate(queries).rows
+            hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth, found))
+            self.recall = hits / max((truth >= 0).sum(), 1)
+            if self.recall >= wanted or n_probe >= self.plan.n_lists:
+                return
+            n_probe *= 2
+
+
+def exact_neighbours(bank: Rows, queries: Rows, k: int) -> Neighbours:
+    """Compare every query with every row of the bank, both in chunks; what approximate answers are measured by."""
+    import faiss
+
+    parts = []
+    for _, some in unit_chunks(queries):
+        best = _nothing(len(some), k)
+        for start, chunk in unit_chunks(bank):
+            similarity, rows = faiss.knn(some, chunk, min(k, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
+            best = _best_of(best, Neighbours(similarity, rows + start), k)
+        parts.append(best)
+    return Neighbours(*map(np.concatenate, zip(*parts))) if parts else _nothing(0, k)
+
+
+def unit_rows(x: Rows) -> Float[np.ndarray, "n D"]:
+    """Rows of length 1 as float32; rows of zeros stay zeros. Raises ValueError for NaN or infinity."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    if not np.isfinite(length).all():
+        raise ValueError(f"descriptor {int(np.flatnonzero(~np.isfinite(length))[0])} of {len(x)} holds NaN or infinity")
+    return x / np.maximum(length, 1e-12)
+
+
+def unit_chunks(x: Rows) -> Iterator[tuple[int, Float[np.ndarray, "c D"]]]:
+    """First row and unit rows of each chunk, in order: a memory map is never read whole."""
+    for start in range(0, len(x), CHUNK):
+        yield start, unit_rows(x[start : start + CHUNK])
+
+
+def _build(bank: Rows, plan: Plan, seed: int):
+    """Lists learned from a sample, then every row added."""
+    import faiss
+
+    width = bank.shape[1]
+    coarse = faiss.IndexFlatIP(width)
+    if plan.kind == "ivf-flat":
+        index = faiss.IndexIVFFlat(coarse, width, plan.n_lists, faiss.METRIC_INNER_PRODUCT)
+    else:
+        index = faiss.IndexIVFPQ(coarse, width, plan.n_lists, plan.code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed + 1  # faiss takes 0 for "any"
+    index.cp.max_points_per_centroid = POINTS_PER_LIST
+    n_points = min(len(bank), POINTS_PER_LIST * plan.n_lists)
+    points = np.sort(np.random.default_rng(seed).choice(len(bank), n_points, replace=False))
+    index.train(unit_rows(bank[points]))
+    for _, chunk in unit_chunks(bank):
+        index.add(chunk)
+    return index
+
+
+def _ranked_again(bank: Rows, queries: np.ndarray, rows: np.ndarray, k: int) -> Neighbours:
+    """The k best of some candidates by their true rows; row -1 is no candidate."""
+    best = _nothing(len(queries), k)
+    for start in range(0, len(queries), 256):  # candidates are many: a few queries at a time
+        part = slice(start, start + 256)
+        true = unit_rows(bank[rows[part].clip(0).ravel()]).reshape(*rows[part].shape, -1)
+        similarity = np.einsum("qcd,qd->qc", true, queries[part])
+        found = Neighbours(np.where(rows[part] < 0, -np.inf, similarity).astype(np.float32), rows[part])
+        best.similarity[part], best.rows[part] = _best_of(_nothing(len(true), k), found, k)
+    return best
+
+
+def _best_of(one: Neighbours, other: Neighbours, k: int) -> Neighbours:
+    """The k best of two findings for the same queries; of equals the one found first."""
+    similarity, rows = (np.concatenate(pair, axis=1) for pair in zip(one, other))
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return Neighbours(np.take_along_axis(similarity, order, 1), np.take_along_axis(rows, order, 1))
+
+
+def _nothing(n: int, k: int) -> Neighbours:
+    return Neighbours(np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64))

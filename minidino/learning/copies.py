@@ -1,0 +1,137 @@
+"""A descriptor that knows a picture again, whatever was done to it, learned from the pool itself in minutes.
+
+    two views of each picture, cropped and attacked -> CopyNet -> InfoNCE + entropy
+
+    InfoNCE   a view is more like its other view than like any other picture
+    entropy   pictures spread over the whole sphere, so that one threshold means the same everywhere
+
+It is the opposite of a semantic descriptor: two photographs of one dog are two pictures.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidino.images.attacks import attack
+from minidino.images.batches import batch_indices
+from minidino.images.crops import CropLaw, crop_seed, multi_crop
+from minidino.images.pixels import Pixels
+from minidino.learning.losses import koleo_loss
+from minidino.learning.optim import cosine_schedule
+
+ATTACKS = -4  # stands in for an image index in the seed of a step's attacks
+VIEW = {"scale": (0.3, 1.0), "ratio": (0.6, 1.67), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
+
+
+class CopyNet(nn.Module):
+    """A small convolutional net: four stages of one residual block, generalised mean, a linear layer, length 1.
+
+    Each number of the descriptor is standardised before, so that strangers are near cosine 0 from the first step on.
+
+    Args:
+        width: channels of the first stage; each stage has twice as many on a quarter of the places.
+        dim: D, of the descriptor.
+    Source: generalised-mean pooling, Radenovic et al. 2018, as in SSCD.
+    """
+
+    def __init__(self, width: int = 24, dim: int = 128):
+        super().__init__()
+        widths = [width * 2**stage for stage in range(4)]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stages = [Residual(below, here, 1 if below == here else 2) for below, here in zip([width, *widths], widths)]
+        self.stages = nn.Sequential(*stages)
+        self.power = nn.Parameter(torch.tensor(3.0))
+        self.project = nn.Sequential(nn.Linear(widths[-1], dim), nn.BatchNorm1d(dim, affine=False))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        maps = self.stages(self.stem(images)).clamp(min=1e-6)
+        pooled = maps.pow(self.power).mean((2, 3)).pow(1 / self.power)
+        return F.normalize(self.project(pooled), dim=1)
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a short cut, the first of them with a stride."""
+
+    def __init__(self, below: int, here: int, stride: int):
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(below, here, 3, stride, 1, bias=False), nn.BatchNorm2d(here), nn.ReLU(),
+            nn.Conv2d(here, here, 3, 1, 1, bias=False), nn.BatchNorm2d(here),
+        )  # fmt: skip
+        plain = below == here and stride == 1
+        self.short = nn.Identity() if plain else nn.Conv2d(below, here, 1, stride, bias=False)
+
+    def forward(self, x: Float[Tensor, "B c h w"]) -> Float[Tensor, "B C H W"]:
+        return F.relu(self.path(x) + self.short(x))
+
+
+def info_nce(one: Float[Tensor, "B D"], other: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
+    """How badly a view knows its other view among all views of the batch.
+
+        mean_i  -log  exp(z_i . z_i' / t)  /  sum_{j != i} exp(z_i . z_j / t)        over all 2B views
+
+    Args:
+        one, other: unit rows; row i of both shows picture i.
+        temperature: t, 0.05 in SSCD.
+    Source: van den Oord et al. 2018; Chen et al. 2020, NT-Xent.
+    """
+    z = torch.cat([one, other])
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    target = torch.arange(len(z), device=z.device).roll(len(one))
+    return F.cross_entropy(logits, target)
+
+
+def train_copies(
+    pixels: Pixels,
+    net: CopyNet,
+    steps: int = 300,
+    batch_size: int = 96,
+    size: int = 64,
+    lr: float = 3e-3,
+    temperature: float = 0.05,
+    entropy: float = 0.5,
+    seed: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Teach the net to know pictures again; one record a step.
+
+    Args:
+        pixels: the pool; its duplicates need not be known.
+        net: changed in place.
+        steps, batch_size: pictures are seen in the order of `batch_indices`; at most as many as there are in a batch.
+        size: px of a view.
+        lr: of AdamW, falling to 0 by a cosine after a tenth of the steps of warm-up.
+        temperature: of InfoNCE.
+        entropy: weight of the KoLeo term on the first views.
+        seed: of order, views and attacks.
+    Yields:
+        {"step", "loss", "info_nce", "koleo"}.
+    Source: Pizzi et al. 2022 (SSCD), section 4; the entropy term is Sablayrolles et al. 2019.
+    Differs: a small net, minutes of training; no mixing of two pictures but pasting one onto another.
+    """
+    if len(pixels) < 2:
+        raise ValueError(f"expected at least 2 pictures to tell apart, got {len(pixels)}")
+    batch_size = min(batch_size, len(pixels))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+    schedule = cosine_schedule(lr, 0.0, steps, steps // 10, lr / 10)
+    laws = [CropLaw(size=size, gray_p=0.2, blur_p=0.3, solarize_p=0.0, **VIEW)] * 2
+    device = next(net.parameters()).device
+    net.train()
+    for step in range(steps):
+        index = batch_indices(len(pixels), batch_size, step, seed)
+        images, sizes = pixels.batch(index.numpy())
+        seeds = [crop_seed(seed, step, int(i)) for i in index]
+        views, _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)
+        chance = torch.Generator().manual_seed(crop_seed(seed, step, ATTACKS))
+        one, other = net(torch.cat([attack(view, chance) for view in views])).chunk(2)
+        parts = {"info_nce": info_nce(one, other, temperature), "koleo": koleo_loss(one)}
+        loss = parts["info_nce"] + entropy * parts["koleo"]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        yield {"step": step, "loss": loss.item()} | {name: part.item() for name, part in parts.items()}
+    net.eval()

@@ -1,0 +1,152 @@
+"""What is done to pictures that travel, and the net that knows them again."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.fft import dctn
+
+from minidino.curate import curate, trained_describer
+from minidino.images import attacks
+from minidino.images.datasets import open_images
+from minidino.images.pixels import Pixels
+from minidino.images.scenes import draw_scenes
+from minidino.learning import copies
+from minidino.learning.copies import CopyNet, info_nce, train_copies
+
+
+def some_crops(n=6, size=32, seed=0):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+
+
+@pytest.mark.parametrize("name", ["turn", "frame", "write", "noise", "compress"])
+@pytest.mark.parametrize("size", [32, 43])
+def test_an_attack_changes_every_row_and_nothing_else(name, size):
+    crops = some_crops(size=size)
+    before = crops.clone()
+    changed = getattr(attacks, name)(crops, generator())
+    assert (crops == before).all() and changed.shape == crops.shape and changed.isfinite().all()
+    assert ((changed - crops).abs().amax((1, 2, 3)) > 0.01).all()
+
+
+def test_attacks_take_their_shares_and_leave_the_rest():
+    crops = some_crops(2000, 8)
+    changed = attacks.attack(crops, generator())
+    untouched = (changed == crops).all(3).all(2).all(1).float().mean()
+    expected = np.prod([1 - share for share in attacks.SHARES.values()])
+    assert abs(untouched - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
+
+
+def test_the_generator_decides_the_attacks():
+    first, again, other = (attacks.attack(some_crops(), generator(seed)) for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+
+
+def test_a_frame_holds_the_picture_smaller():
+    crops = torch.full((200, 3, 40, 40), 9.0)  # no other colour is as bright
+    framed = attacks.frame(crops, generator())
+    pasted = (framed > 8.9).all(1).all(2).all(1)  # another picture, which is as bright here, is the ground
+    assert 0.35 < pasted.float().mean() < 0.65
+    share = (framed[~pasted, 0] > 8.9).float().mean((1, 2)).sqrt()
+    assert share.min() > 0.35 and share.max() < 0.95 and share.std() > 0.1
+
+
+def test_compression_rounds_the_cosine_transform():
+    crops = some_crops(1, 16)
+    changed = attacks.compress(crops, generator())
+    block = dctn(changed[0, 1, 8:, :8].double().numpy(), norm="ortho")
+    step = (1 + np.arange(8)[:, None] + np.arange(8)) * (0.05 + 0.25 * torch.rand(1, generator=generator()).item())
+    np.testing.assert_allclose(block / step, np.round(block / step), atol=1e-3)
+
+
+def test_writing_is_there_in_many_forms():
+    masks = attacks._writing(64)
+    ink = masks.mean((1, 2, 3))
+    assert (ink > 0).float().mean() > 0.95 and ink.max() < 0.6
+    assert len({mask.numpy().tobytes() for mask in masks}) > 0.95 * len(masks)
+
+
+# ------------------------------------------------------------------------------------------------ the net
+
+
+def test_info_nce_is_the_mean_log_share_of_the_other_view():
+    one, other = (torch.nn.functional.normalize(torch.randn(5, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    z, total = torch.cat([one, other]), 0.0
+    for i in range(10):
+        shares = [torch.exp(z[i] @ z[j] / 0.2) for j in range(10) if j != i]
+        total -= torch.log(torch.exp(z[i] @ z[(i + 5) % 10] / 0.2) / sum(shares))
+    torch.testing.assert_close(info_nce(one, other, 0.2), total / 10)
+
+
+def test_the_net_gives_unit_rows_and_every_parameter_learns():
+    net = CopyNet(width=8, dim=16)
+    rows = net(some_crops(4, 40))
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+    (rows * torch.randn(4, 16)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def scenes_pixels(n=64, size=40):
+    scenes = draw_scenes(n, size, 7)
+    return Pixels.from_array(scenes.images, scenes.labels, [str(i) for i in range(10)])
+
+
+def test_training_teaches_to_know_pictures_again(monkeypatch):
+    """A tiny net in 80 steps: from gentle crops alone it learns to be better than a guess among 31 views."""
+    monkeypatch.setattr("minidino.learning.copies.attack", lambda views, generator: views)
+    monkeypatch.setitem(copies.VIEW, "scale", (0.6, 1.0))
+    torch.manual_seed(0)
+    net, settings = CopyNet(width=8, dim=32), {"batch_size": 16, "size": 24, "lr": 1e-2, "temperature": 0.2}
+    losses = [record["info_nce"] for record in train_copies(scenes_pixels(16), net, steps=80, **settings)]
+    assert not net.training and np.mean(losses[:8]) > np.log(31) > np.mean(losses[-8:]) + 0.2
+
+
+def test_training_is_the_same_each_time_and_needs_two_pictures():
+    def run():
+        torch.manual_seed(0)
+        net = CopyNet(width=4, dim=8)
+        return [record["loss"] for record in train_copies(scenes_pixels(), net, steps=3, batch_size=16, size=16)]
+
+    assert run() == run()
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        next(train_copies(scenes_pixels(1), CopyNet(4, 8)))
+
+
+def test_a_describer_is_trained_once(tmp_path):
+    first = trained_describer(scenes_pixels(), tmp_path, steps=2)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = trained_describer(scenes_pixels(), tmp_path, steps=2)
+    assert first.made_by == again.made_by and first.kind == "copy"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+
+
+# ------------------------------------------------------------------------------------------------ the whole stage
+
+
+def test_the_stage_leaves_manifest_pictures_and_report(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pool").mkdir()
+    for i, image in enumerate(draw_scenes(30, 48, 3).images):
+        Image.fromarray(image).save(tmp_path / "pool" / f"{i:02d}.png")
+    Image.open(tmp_path / "pool" / "00.png").save(tmp_path / "pool" / "again.bmp")
+    manifest = curate(tmp_path / "pool", tmp_path / "out", copy_steps=2)
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"manifest.csv", "curation.json", "funnel.png", "kept.png", "report.html"} <= made
+    assert "again.bmp" not in open_images(manifest).files
+    assert "same picture" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("asked", "words"), [
+    ({"budget": 3}, "need --features"), ({"queries": "x"}, "need --features"), ({"queries": "x", "budget": 3}, "got both"),
+])  # fmt: skip
+def test_impossible_requests_are_refused_before_any_work(tmp_path, asked, words):
+    with pytest.raises(ValueError, match=words):
+        curate(tmp_path, tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()

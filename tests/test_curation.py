@@ -1,0 +1,257 @@
+"""The pipeline from a folder of files to its manifest, with descriptors that need no training."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino.curation.embeddings import Descriptors, embed, network, thumbnails
+from minidino.curation.pipeline import COLUMNS, Curation, Describer, picture_quality
+from minidino.images.datasets import open_images
+from minidino.images.pixels import Pixels, load_pixels
+from minidino.images.scenes import draw_scenes
+
+
+def coarse(images):
+    """Grey on 6 x 6 places without its mean: near for the same picture, far for another."""
+    gray = torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), 6).flatten(1)
+    return gray - gray.mean(1, keepdim=True)
+
+
+def colors(images):
+    return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) - 128
+
+
+COPY = Describer("copy", coarse, 24, "coarse grey")
+MEANING = Describer("semantic", colors, 24, "colours")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """40 scenes, then copies of some of them, junk, and two pictures of the examination."""
+    root = tmp_path_factory.mktemp("curation")
+    scenes = [Image.fromarray(image) for image in draw_scenes(46, 48, 3).images]
+    folders = {name: root / name for name in ("pool", "exam", "queries")}
+    for folder in folders.values():
+        folder.mkdir()
+    for i, scene in enumerate(scenes[:40]):
+        scene.save(folders["pool"] / f"{i:02d}.png")
+    for i in range(4):
+        scenes[i].save(folders["pool"] / f"same{i}.bmp")  # the same pixels in other bytes
+        scenes[10 + i].resize((96, 96), Image.Resampling.BICUBIC).save(folders["pool"] / f"big{i}.png")
+        scenes[20 + i].save(folders["pool"] / f"worse{i}.jpg", quality=20)
+    for i, scene in enumerate(scenes[40:]):
+        scene.save(folders["exam"] / f"{i}.png")
+        scenes[30 + i].save(folders["queries"] / f"{i}.png")
+    scenes[40].save(folders["pool"] / "leak.png")
+    scenes[41].save(folders["pool"] / "leak.jpg", quality=30)
+    (folders["pool"] / "notes.txt").write_text("no picture")
+    (folders["pool"] / "cut.jpg").write_bytes((folders["pool"] / "worse0.jpg").read_bytes()[:200])
+    return folders
+
+
+def rows_of(manifest):
+    with open(manifest, newline="") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
+def run_all(pool, out, copy=COPY, meaning=MEANING):
+    curation = Curation(pool["pool"], out, short_side=48, say=lambda words: None)
+    curation.drop_same()
+    curation.drop_copies(copy, 0.9)
+    curation.drop_leaks(pool["exam"], 0.9)
+    curation.retrieve(pool["queries"], meaning, n=2)
+    return curation, curation.write()
+
+
+@pytest.fixture(scope="module")
+def curated(pool, tmp_path_factory):
+    curation, manifest = run_all(pool, tmp_path_factory.mktemp("out"))
+    return curation, rows_of(manifest), manifest
+
+
+# ------------------------------------------------------------------------------------------------ what became of each file
+
+
+def test_every_file_has_one_row_and_one_reason(pool, curated):
+    curation, rows, _ = curated
+    assert sorted(rows) == sorted(os.listdir(pool["pool"])) and len(rows) == 56
+    assert set(next(iter(rows.values()))) == set(COLUMNS) and all(row["reason"] for row in rows.values())
+    kept = sum(row["kept"] == "1" for row in rows.values())
+    assert kept == curation.kept.sum() == curation.funnel["retrieved"]
+    assert list(curation.funnel.values()) == sorted(curation.funnel.values(), reverse=True)
+    assert curation.funnel["files"] == 56 and curation.funnel["decoded"] == 54 and curation.funnel["distinct"] <= 50
+
+
+def test_what_is_no_picture_is_quarantined_with_its_reason(curated):
+    _, rows, _ = curated
+    for name in ("notes.txt", "cut.jpg"):
+        assert rows[name]["kept"] == "0" and rows[name]["reason"].startswith("quarantined: ")
+
+
+def test_the_same_picture_in_other_bytes_is_named(curated):
+    _, rows, _ = curated
+    for i in range(4):
+        assert rows[f"same{i}.bmp"]["reason"] == "same picture" and rows[f"same{i}.bmp"]["duplicate_of"] == f"0{i}.png"
+
+
+def test_the_larger_copy_is_kept(curated):
+    _, rows, _ = curated
+    for i in range(4):
+        small = rows[f"1{i}.png"]
+        assert small["kept"] == "0" and small["duplicate_of"] == f"big{i}.png" and float(small["similarity"]) > 0.9
+
+
+def test_pictures_of_the_examination_go_and_say_which(curated):
+    _, rows, _ = curated
+    for name, of in (("leak.png", "@exam/0.png"), ("leak.jpg", "@exam/1.png")):
+        assert rows[name]["reason"] == "too close to exam" and rows[name]["duplicate_of"] == of
+
+
+def test_what_is_like_a_query_is_kept_and_names_it(curated):
+    _, rows, _ = curated
+    for i in range(6):
+        row = rows[f"3{i}.png"]
+        assert row["kept"] == "1" and row["query"] == f"{i}.png" and row["similarity"] == "1.0000"
+    assert 6 <= sum(row["reason"] == "like a query" for row in rows.values()) <= 12
+
+
+def test_a_manifest_opens_as_the_pictures_that_were_kept(curated):
+    curation, rows, manifest = curated
+    images = open_images(manifest)
+    assert images.files == [name for name in sorted(rows) if rows[name]["kept"] == "1"]
+    assert len(load_pixels(images, 48, progress=False)) == len(images)
+
+
+def test_a_manifest_alone_is_refused(curated, tmp_path):
+    alone = tmp_path / "manifest.csv"
+    alone.write_bytes(curated[2].read_bytes())
+    with pytest.raises(FileNotFoundError, match="curation.json"):
+        open_images(alone)
+
+
+# ------------------------------------------------------------------------------------------------ killed and started again
+
+
+class Killed(Exception):
+    pass
+
+
+def mortal(describer, calls):
+    """A describer that dies at one of its calls."""
+    left = [calls]
+
+    def describe(images):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return describer.describe(images)
+
+    return describer._replace(describe=describe)
+
+
+@pytest.mark.parametrize(("copies", "meanings"), [(0, 9), (1, 9), (9, 0), (9, 1)])
+def test_a_killed_run_ends_with_the_same_manifest(pool, curated, tmp_path, copies, meanings):
+    with pytest.raises(Killed):
+        run_all(pool, tmp_path, mortal(COPY, copies), mortal(MEANING, meanings))
+    _, manifest = run_all(pool, tmp_path)
+    assert manifest.read_bytes() == curated[2].read_bytes()
+
+
+def test_stages_are_not_repeated_and_a_changed_setting_is(pool, tmp_path):
+    run_all(pool, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stages").glob("*.np[yz]")}
+    run_all(pool, tmp_path, mortal(COPY, 0), mortal(MEANING, 0))  # nothing left to describe
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stages").glob("*.np[yz]")} == before
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=lambda words: None)
+    curation.drop_same()
+    curation.drop_copies(COPY, 0.99)
+    assert (tmp_path / "stages" / "copies.npz").stat().st_mtime_ns > before["copies.npz"]
+
+
+def test_descriptors_go_on_where_they_were(tmp_path):
+    scenes = draw_scenes(50, 32, 0)
+    pixels = Pixels.from_array(scenes.images, scenes.labels, ["thing"] * 10)
+    path, settings = tmp_path / "x.npy", {"kind": "copy", "made_by": "coarse", "chunk": 8, "progress": False}
+    with pytest.raises(Killed):
+        embed(pixels, mortal(COPY, 3).describe, 24, path, **settings)
+    found = embed(pixels, mortal(COPY, 4).describe, 24, path, **settings)  # 7 chunks in all
+    whole = embed(pixels, coarse, 24, tmp_path / "y.npy", **settings)
+    assert found.rows.dtype == np.float16 and (found.rows == whole.rows).all()
+    again = embed(pixels, mortal(COPY, 0).describe, 24, path, **settings)
+    assert (again.rows == whole.rows).all()
+    other = embed(pixels.select(np.arange(20)), coarse, 24, path, **settings)  # other pictures: from the start
+    assert other.rows.shape == (20, 36)
+
+
+# ------------------------------------------------------------------------------------------------ refusals and corners
+
+
+def test_kinds_are_not_interchangeable(pool, tmp_path):
+    with pytest.raises(ValueError, match="expected 'copy' descriptors, got 'semantic' ones made by colours"):
+        Descriptors(np.zeros((2, 3)), "semantic", "colours").expect("copy")
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=lambda words: None)
+    curation.drop_same()
+    with pytest.raises(ValueError, match="expected 'copy'"):
+        curation.drop_copies(MEANING)
+
+
+def folder_of(root, pictures):
+    root.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(root / f"{i}.png")
+    return root
+
+
+def short_run(root, out):
+    curation = Curation(root, out, short_side=48, say=lambda words: None)
+    curation.drop_same()
+    curation.drop_copies(COPY)
+    return rows_of(curation.write())
+
+
+def test_one_picture_and_a_folder_of_one_picture_many_times(tmp_path):
+    scene = draw_scenes(1, 48, 0).images[0]
+    assert [r["kept"] for r in short_run(folder_of(tmp_path / "one", [scene]), tmp_path / "a").values()] == ["1"]
+    rows = short_run(folder_of(tmp_path / "same", [scene] * 9), tmp_path / "b")
+    assert [row["kept"] for row in rows.values()] == ["1", *["0"] * 8]
+
+
+def test_no_file_and_no_picture_are_said(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no files"):
+        Curation(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "a.txt").write_text("words")
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        Curation(tmp_path / "empty", tmp_path / "out")
+
+
+def test_budgets_are_met_exactly_or_refused(pool, tmp_path):
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=lambda words: None)
+    curation.drop_same()
+    curation.drop_copies(COPY, 0.9)
+    with pytest.raises(ValueError, match="budget of at most"):
+        curation.balance(500, MEANING)
+    curation.balance(17, MEANING)
+    rows = rows_of(curation.write())
+    assert sum(row["kept"] == "1" for row in rows.values()) == 17
+    assert all(row["cluster"] for row in rows.values() if row["kept"] == "1")
+
+
+def test_quality_counts_the_pixels_of_the_original_then_sharpness(tmp_path):
+    scene = Image.fromarray(draw_scenes(1, 96, 0).images[0])
+    (tmp_path / "q").mkdir()
+    scene.save(tmp_path / "q" / "a.png")
+    scene.resize((24, 24)).resize((96, 96)).save(tmp_path / "q" / "b.png")
+    quality = picture_quality(load_pixels(open_images(tmp_path / "q"), 48, progress=False))
+    assert (quality[:, 0] == 96 * 96).all() and quality[0, 1] > 1.2 * quality[1, 1]
+
+
+def test_describers_look_at_each_picture_alone():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)).eval()
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(network(net, 4)(images), network(net)(images))
+    assert (thumbnails(images).reshape(images.shape) == images).all()
