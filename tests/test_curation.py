@@ -199,6 +199,14 @@ def test_kinds_are_not_interchangeable(pool, tmp_path):
         curation.drop_copies(MEANING)
 
 
+def test_a_describer_that_cannot_tell_pictures_apart_is_noticed(pool, tmp_path):
+    said = []
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=said.append)
+    curation.drop_same()
+    curation.drop_copies(Describer("copy", lambda images: torch.ones(len(images), 4), 24, "a blind one"))
+    assert curation.kept.sum() == 1 and "a blind one cannot tell pictures apart" in said[-2]
+
+
 def folder_of(root, pictures):
     root.mkdir()
     for i, picture in enumerate(pictures):

@@ -39,6 +39,7 @@ from minidino.runs import atomic_path, write_atomically
 COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
 THUMBNAIL = 16  # px
 SHARPNESS = 64  # px, of the square that sharpness is measured on
+SUSPICIOUS = 0.1  # share of the pictures in one group of copies that calls for a word
 
 
 class Describer(NamedTuple):
@@ -111,6 +112,10 @@ class Curation:
         similarity = similarity_to(rows, self._groups.representatives[self._groups.labels])
         self._drop_members(self._distinct, self._groups, "copy", similarity)
         self.component[self._distinct] = self._groups.labels
+        largest = np.bincount(self._groups.labels).max()
+        if largest > max(SUSPICIOUS * len(rows), 10):
+            self.say(f"careful: {largest:,} of {len(rows):,} pictures are copies of one; if they are not, "
+                     f"{describer.made_by} cannot tell pictures apart: train it longer or give another")  # fmt: skip
         self._count("without copies")
 
     def drop_leaks(self, protected: str | Path, threshold: float = LEAK) -> None:
