@@ -21,6 +21,7 @@ from minidino.learning.copies import CopyNet, train_copies
 from minidino.probes.features import state_hash
 from minidino.report import Section, write_report
 from minidino.runs import Run, atomic_path, pick_device
+from minidino.stages import some
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 300, 96
 SSCD_SIZE = 288  # px, what the published models were trained at
@@ -143,9 +144,7 @@ def _wall(curation: Curation, rows: list[dict[str, str]], title: str, path: Path
     """Forty pictures of these rows; a copy beside the picture that was kept in its place."""
     number = {name: i for i, name in enumerate(curation.pixels.files)}
     pairs = [[row["file"], row["duplicate_of"]] for row in rows if row["duplicate_of"] in number]
-    names = [name for pair in pairs for name in pair] or [row["file"] for row in rows]
-    step = max(len(names) // 40, 1)
-    step += step % 2 if pairs else 0  # pairs stay together
-    chosen = [names[i] for start in range(0, len(names), max(step, 2)) for i in range(start, min(start + 2, len(names)))]
-    images = curation.pixels.select([number[name] for name in chosen[:40]]).whole(64)
+    units = pairs or [[row["file"]] for row in rows]
+    chosen = [name for i in some(len(units), 40 // len(units[0])) for name in units[i]]
+    images = curation.pixels.select([number[name] for name in chosen]).whole(64)
     pictures.wall(images, title, path)
