@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -84,6 +84,9 @@ def give_back_memory() -> None:
 
 def peak_memory_mb() -> float | None:
     """The most memory that this process has held so far, MiB; None where the system does not tell."""
+    with suppress(OSError, StopIteration):  # Linux; its ru_maxrss begins with what the parent held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024, 1)
     try:
         import resource
     except ImportError:  # Windows
