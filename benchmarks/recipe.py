@@ -270,8 +270,9 @@ def _photographs_table(stored: list[dict[str, Any]]) -> str:
     lines = ["| not trained | k = 20 | best of six |", "|---|---|---|"]
     untrained = {name: r for name, r in runs[0]["knn_readings"].items() if not name.startswith("trained")}
     lines += [f"| {name} | {cells(reading)} |" for name, reading in untrained.items()]
-    lines += ["", "| minutes of training | steps | crops, px | k = 20 | best of six | whole images, px | k = 20 | best of six |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ["minutes of training", "steps", "crops, px", "k = 20", "best of six", "whole images, px", "k = 20",
+               "best of six"]  # fmt: skip
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     notes = []
     for one, run in zip(stored, runs, strict=True):
         training, seen = run["training"], run["knn_readings"]
@@ -279,8 +280,8 @@ def _photographs_table(stored: list[dict[str, Any]]) -> str:
         whole = f"trained, seen at {config['data.short_side']} px"
         minutes, size = f"{training['seconds'] / 60:.1f}", config["data.short_side"] if whole in seen else ""
         minutes = f"then {minutes} more" if one is stored[-1] else minutes
-        lines.append(f"| {minutes} | {training['steps']:,} | {config['crops.global_size']} | {cells(seen['trained'])} | "
-                     f"{size} | {cells(seen.get(whole, {}))} |")  # fmt: skip
+        lines.append(f"| {minutes} | {training['steps']:,} | {config['crops.global_size']} | {cells(seen['trained'])} "
+                     f"| {size} | {cells(seen.get(whole, {}))} |")  # fmt: skip
         e = run["environment"]
         notes.append(f"{minutes}: {e['machine']}, torch {e['versions']['torch']}, {training['precision']}, "
                      f"{run['peak_memory_mb']:.0f} MiB at most, {e['date'][:10]}, commit {e['commit']}")  # fmt: skip

@@ -52,18 +52,20 @@ def _curate(stages) -> None:
     def run(options) -> None:
         from minidino.curate import curate
 
-        print(curate(options.pool, options.out, options.queries, options.protect, options.budget, options.features,
-                     options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed))  # fmt: skip
+        print(curate(
+            options.pool, options.out, options.queries, options.protect, options.budget, options.features,
+            options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed,
+        ))  # fmt: skip
 
     parser = _stage(stages, "curate", "choose the pictures of a pool that are worth learning from",
                     "minidino curate pool.zip --protect testset --queries good-ones --features runs/tour --out chosen",
                     run)  # fmt: skip
     parser.add_argument("pool", metavar="POOL", help="folder, archive or torchvision name")
-    parser.add_argument("--out", default="runs/curated", help="folder of manifest.csv and report (default %(default)s)")
+    parser.add_argument("--out", default="runs/curated", help="of manifest.csv and report (default %(default)s)")
     parser.add_argument("--queries", metavar="DIR", help="a curated set: keep what is like its pictures")
     parser.add_argument("--protect", metavar="DIR", action="append", default=[], help="an evaluation set: drop what is "
                         "too close to its pictures; may be given again")  # fmt: skip
-    parser.add_argument("--budget", type=int, help="pictures to keep, balanced over clusters, where there are no queries")
+    parser.add_argument("--budget", type=int, help="pictures to keep, balanced over clusters, without queries")
     parser.add_argument("--features", metavar="RUN|WEIGHTS", help="semantic network, for --queries and --budget")
     parser.add_argument("--copies", metavar="FILE", help="TorchScript copy-detection model; without it one is trained")
     parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")

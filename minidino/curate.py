@@ -3,7 +3,7 @@
     pool -> CopyNet, trained on it -> curation/pipeline.py -> manifest.csv, funnel.png, walls, report.html
 """
 
-import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,13 +75,13 @@ def curate(
     elif budget is not None:
         curation.balance(budget, semantic_describer(features))
     manifest = curation.write()
-    draw(curation, manifest)
+    draw(curation)
     return manifest
 
 
 def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, seed: int = 0) -> Describer:
     """A small copy-detection network, taught on these pictures; kept in the folder for the next time."""
-    path = folder / f"copies-{len(pixels)}-{steps}-{seed}.safetensors"
+    path = folder / f"copies-{pixels.fingerprint()[:16]}-{steps}-{seed}.safetensors"
     torch.manual_seed(seed)
     net = CopyNet().to(pick_device())
     if path.exists():
@@ -114,15 +114,13 @@ def semantic_describer(source: str | Path) -> Describer:
     return Describer("semantic", network(vit), size, f"ViT {state_hash(vit)[:16]}")
 
 
-def draw(curation: Curation, manifest: Path) -> None:
+def draw(curation: Curation) -> None:
     """The funnel, walls of what was found, and report.html."""
     folder, funnel = curation.folder, curation.funnel
     pictures.funnel(funnel, folder / "funnel.png")
     sections = [Section("What was left", f"{funnel['files']:,} files of {curation.pool}; a line for each of them, with "
                         "its reason, stands in manifest.csv.", folder / "funnel.png",
                         [("stage", "pictures left"), *funnel.items()])]  # fmt: skip
-    with open(manifest, newline="", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
     walls = {
         "Copies that were found": ("copies.png", ("copy",)),
         "Too close to the examination": ("leaks.png", ("too close",)),
@@ -130,21 +128,19 @@ def draw(curation: Curation, manifest: Path) -> None:
         "What was kept": ("kept.png", ("distinct", "like a query", "balanced")),
     }
     for heading, (name, reasons) in walls.items():
-        shown = [row for row in rows if row["reason"].startswith(reasons)]
-        if shown:
-            _wall(curation, shown, heading, folder / name)
-            sections.append(Section(heading, f"{len(shown):,} pictures.", folder / name))
-    reasons, counts = np.unique([row["reason"].split(":")[0] for row in rows], return_counts=True)
-    table = [("reason", "files"), *sorted(zip(reasons.tolist(), counts.tolist()), key=lambda pair: -pair[1])]
-    sections.append(Section("Why", "", table=table))
+        rows = [row for row, reason in enumerate(curation.reason) if reason.startswith(reasons)]
+        if rows:
+            _wall(curation, rows, heading, folder / name)
+            sections.append(Section(heading, f"{len(rows):,} pictures.", folder / name))
+    counts = Counter(curation.reason) + Counter(quarantined=funnel["files"] - funnel["decoded"])
+    sections.append(Section("Why", "", table=[("reason", "files"), *counts.most_common()]))
     write_report(folder / "report.html", f"minidino curate: {Path(curation.pool).name}", sections)
 
 
-def _wall(curation: Curation, rows: list[dict[str, str]], title: str, path: Path) -> None:
+def _wall(curation: Curation, rows: list[int], title: str, path: Path) -> None:
     """Forty pictures of these rows; a copy beside the picture that was kept in its place."""
-    number = {name: i for i, name in enumerate(curation.pixels.files)}
-    pairs = [[row["file"], row["duplicate_of"]] for row in rows if row["duplicate_of"] in number]
-    units = pairs or [[row["file"]] for row in rows]
-    chosen = [name for i in some(len(units), 40 // len(units[0])) for name in units[i]]
-    images = curation.pixels.select([number[name] for name in chosen]).whole(64)
-    pictures.wall(images, title, path)
+    number = {name: row for row, name in enumerate(curation.pixels.files)}
+    pairs = [[row, number[curation.duplicate_of[row]]] for row in rows if curation.duplicate_of[row] in number]
+    units = pairs or [[row] for row in rows]
+    chosen = [row for i in some(len(units), 40 // len(units[0])) for row in units[i]]
+    pictures.wall(curation.pixels.select(chosen).whole(64), title, path)

@@ -144,7 +144,8 @@ def test_the_stage_leaves_manifest_pictures_and_report(tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "words"), [
-    ({"budget": 3}, "need --features"), ({"queries": "x"}, "need --features"), ({"queries": "x", "budget": 3}, "got both"),
+    ({"budget": 3}, "need --features"), ({"queries": "x"}, "need --features"),
+    ({"queries": "x", "budget": 3}, "got both"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused_before_any_work(tmp_path, asked, words):
     with pytest.raises(ValueError, match=words):

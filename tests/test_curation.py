@@ -263,3 +263,11 @@ def test_describers_look_at_each_picture_alone():
     images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(network(net, 4)(images), network(net)(images))
     assert (thumbnails(images).reshape(images.shape) == images).all()
+
+
+def test_a_changed_picture_of_the_same_name_and_size_is_seen(tmp_path):
+    scenes = draw_scenes(3, 48, 0).images
+    root = folder_of(tmp_path / "changed", [scenes[0], scenes[0]])
+    assert [row["reason"] for row in short_run(root, tmp_path / "out").values()] == ["distinct", "same picture"]
+    Image.fromarray(scenes[2]).save(root / "1.png")
+    assert all(row["reason"] != "same picture" for row in short_run(root, tmp_path / "out").values())

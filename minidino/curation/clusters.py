@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from minidino.curation.search import CHUNK, Rows, unit_rows
+from minidino.curation.search import CHUNK, Rows, float_rows, unit_rows
 
 POINTS_PER_CLUSTER = 256  # rows for each cluster that its centre is learned from
 SEED_ROUNDS = 64
@@ -51,7 +51,7 @@ def kmeans(x: Rows, n_clusters: int, seed: int = 0, n_iterations: int = 25, unit
     points = np.sort(np.random.default_rng(seed).choice(len(x), n_points, replace=False))
     search = faiss.Kmeans(x.shape[1], n_clusters, niter=n_iterations, seed=seed + 1, min_points_per_centroid=1,
                           max_points_per_centroid=POINTS_PER_CLUSTER)  # fmt: skip
-    rows = _read(x[points], unit)
+    rows = (unit_rows if unit else float_rows)(x[points])
     search.train(rows, init_centroids=rows[first_centers(rows, n_clusters, seed)])
     return assign(x, search.centroids, unit)
 
@@ -87,10 +87,11 @@ def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> 
     """Give each row to its nearest centre; `unit` as for `kmeans`."""
     import faiss
 
+    prepare = unit_rows if unit else float_rows
     labels, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     for start in range(0, len(x), CHUNK):
         part = slice(start, start + CHUNK)
-        far, nearest = faiss.knn(_read(x[part], unit), centroids, 1)
+        far, nearest = faiss.knn(prepare(x[part]), centroids, 1)
         labels[part], distance[part] = nearest[:, 0], far[:, 0]
     return Level(centroids, labels, distance)
 
@@ -197,7 +198,7 @@ def balanced_sample(
 def split_budget(sizes: Int[np.ndarray, "C"], budget: int, generator: torch.Generator) -> Int[np.ndarray, "C"]:
     """Share a budget as evenly as sizes allow.
 
-        share_i = min(cut, size_i), the cut as high as the budget allows; what is left goes one each to random larger ones
+        share_i = min(cut, size_i), the cut as high as the budget allows; what is left goes singly to random larger ones
 
     Args:
         sizes: what each can give at most.
@@ -215,9 +216,3 @@ def split_budget(sizes: Int[np.ndarray, "C"], budget: int, generator: torch.Gene
     lucky = torch.randperm(len(larger), generator=generator).numpy()[: budget - int(shares.sum())]
     shares[larger[lucky]] += 1
     return shares
-
-
-def _read(x: np.ndarray, unit: bool) -> Float[np.ndarray, "n D"]:
-    """Rows as faiss wants them. Raises ValueError for NaN or infinity."""
-    rows = unit_rows(x)
-    return rows if unit else np.ascontiguousarray(x, dtype=np.float32)

@@ -182,7 +182,10 @@ def hash_duplicates(
     """
     _, bucket = np.unique(pca_hash(thumbnails, n_bits), return_inverse=True)
     first = representatives(bucket)[bucket]
-    apart = np.abs(thumbnails.astype(np.int16) - thumbnails[first]).mean(1)
+    apart = np.empty(len(thumbnails))
+    for start in range(0, len(thumbnails), CHUNK):
+        part = slice(start, start + CHUNK)
+        apart[part] = np.abs(thumbnails[part].astype(np.int16) - thumbnails[first[part]]).mean(1)
     same = np.flatnonzero(apart <= tolerance)
     labels = connect(len(thumbnails), Pairs(same, first[same]))
     return Components(labels, representatives(labels, quality))

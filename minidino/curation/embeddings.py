@@ -8,7 +8,6 @@ The kinds are not interchangeable. Two photographs of one dog are near for a sem
 copies; a copy and its original may be far apart for it.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +41,10 @@ class Descriptors(NamedTuple):
             ValueError: they are of another kind.
         """
         if self.kind != kind:
-            raise ValueError(f"expected {kind!r} descriptors, got {self.kind!r} ones made by {self.made_by}: semantic "
-                             "ones would delete different pictures of one thing, copy ones do not know what is alike")  # fmt: skip
+            raise ValueError(
+                f"expected {kind!r} descriptors, got {self.kind!r} ones made by {self.made_by}: semantic ones would "
+                "delete different pictures of one thing, copy ones do not know what is alike"
+            )
         return self.rows
 
 
@@ -76,7 +77,7 @@ def embed(
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
     path, note = Path(path), Path(path).with_suffix(".json")
-    key = _key(pixels, size, kind, made_by, dtype)
+    key = repr((pixels.fingerprint(), size, kind, made_by, dtype))
     done = _done(path, note, key)
     with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
         for start in range(done, len(pixels), chunk):
@@ -109,13 +110,6 @@ def network(module: nn.Module, batch_size: int = 64) -> Describe:
             return torch.cat([module(normalise(part.to(device))).float().cpu() for part in images.split(batch_size)])
 
     return describe
-
-
-def _key(pixels: Pixels, *made_from: object) -> str:
-    digest = hashlib.sha256(repr(made_from).encode())
-    digest.update(repr(pixels.files).encode("utf-8", "surrogateescape"))
-    digest.update(pixels.sizes.tobytes())
-    return digest.hexdigest()
 
 
 def _done(path: Path, note: Path, key: str) -> int:

@@ -88,7 +88,7 @@ class Curation:
         self.duplicate_of, self.query = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
         self.similarity = np.full(n, np.nan)
         self.funnel: dict[str, int] = {"files": len(images)}
-        self._key = hashlib.sha256(repr((self.pixels.files, self.pixels.sizes.tolist(), seed)).encode()).hexdigest()
+        self._key = f"{self.pixels.fingerprint()} {seed}"
         self._count("decoded")
 
     def drop_same(self) -> None:
@@ -104,7 +104,7 @@ class Curation:
         """Keep the best of each group of copies; members unlike the one that is kept form groups of their own."""
         self._distinct = np.flatnonzero(self.kept)
         self._describer = describer
-        self._copies = rows = self._embed(self.pixels.select(self._distinct), describer, "copy")
+        self._copies = rows = self._embed(self.pixels.select(self._distinct), describer, "copy", "copy")
         quality, floor = self._quality[self._distinct], min(LEAK, threshold)
         groups = self._stage("copies", (threshold, describer.made_by), lambda: find_duplicates(
             rows, threshold, quality=quality, floor=floor)._asdict())  # fmt: skip
@@ -120,22 +120,21 @@ class Curation:
 
     def drop_leaks(self, protected: str | Path, threshold: float = LEAK) -> None:
         """Drop every group of copies with a member too close to a picture of an evaluation set."""
-        images = open_images(protected)
-        pixels = load_pixels(images, self.short_side, self._path(f"protected-{_short(protected)}"))
-        reference = self._embed(pixels, self._describer, f"copy-{_short(protected)}")
+        name, pixels = self._outside(protected)
+        reference = self._embed(pixels, self._describer, "copy", f"copy-{name}")
 
         def near() -> dict[str, np.ndarray]:
             similarity, rows = Index(reference, 1).search(self._copies)
             leaks = relative_duplicates(self._copies, reference, threshold)
             return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0]}
 
-        found = self._stage(f"leaks-{_short(protected)}", (threshold, pixels.files), near)
+        found = self._stage(f"leaks-{name}", (threshold, pixels.fingerprint()), near)
         whole = np.isin(self._groups.labels, self._groups.labels[found["leaks"]])
         rows = self._distinct[whole]
-        self.kept[rows], self.reason[rows] = False, f"too close to {images.name}"
-        self.duplicate_of[rows] = [f"@{images.name}/{pixels.files[i]}" for i in found["nearest"][whole]]
+        self.kept[rows], self.reason[rows] = False, f"too close to {Path(protected).name}"
+        self.duplicate_of[rows] = [f"@{Path(protected).name}/{pixels.files[i]}" for i in found["nearest"][whole]]
         self.similarity[rows] = found["similarity"][whole]
-        self._count(f"unlike {images.name}")
+        self._count(f"unlike {Path(protected).name}")
 
     def retrieve(self, queries: str | Path, describer: Describer, n: int = 4, n_clusters: int | None = None) -> None:
         """Keep what is like the pictures of a curated set.
@@ -147,24 +146,27 @@ class Curation:
             n_clusters: given, whole clusters with more than 3 queries are taken instead.
         """
         left = np.flatnonzero(self.kept)
-        pixels = load_pixels(open_images(queries), self.short_side, self._path(f"queries-{_short(queries)}"))
-        pool = self._embed(self.pixels.select(left), describer, "semantic")
-        query = self._embed(pixels, describer, f"semantic-{_short(queries)}")
+        if not len(left):
+            self._count("retrieved")
+            return
+        name, pixels = self._outside(queries)
+        pool = self._embed(self.pixels.select(left), describer, "semantic", "semantic")
+        query = self._embed(pixels, describer, "semantic", f"semantic-{name}")
 
         def ask() -> dict[str, np.ndarray]:
             if n_clusters is None:
                 return retrieve_by_sample(query, pool, n)._asdict()
             return retrieve_by_cluster(query, pool, min(n_clusters, len(pool)), seed=self.seed)._asdict()
 
-        found = self._stage("retrieved", (n, n_clusters, describer.made_by, pixels.files), ask) if len(left) else {}
-        rows = left[found.get("rows", [])]
+        found = self._stage("retrieved", (n, n_clusters, describer.made_by, pixels.fingerprint()), ask)
+        rows = left[found["rows"]]
         if n_clusters is None:
-            self.query[rows] = [pixels.files[i] for i in found.get("source", [])]
+            self.query[rows] = [pixels.files[i] for i in found["source"]]
         else:
-            self.cluster[rows] = found.get("source", [])
-        self.similarity[rows] = found.get("similarity", [])
+            self.cluster[rows] = found["source"]
+        self.similarity[rows] = found["similarity"]
         self._keep_only(rows, "like a query", "like no query")
-        self.say(f"{int(found.get('requested', 0)):,} requested, {len(rows):,} unique")
+        self.say(f"{int(found['requested']):,} requested, {len(rows):,} unique")
         self._count("retrieved")
 
     def balance(self, budget: int, describer: Describer, n_clusters: Sequence[int] | None = None) -> None:
@@ -179,7 +181,7 @@ class Curation:
         if budget > len(left):
             raise ValueError(f"expected a budget of at most the {len(left)} pictures left, got {budget}")
         counts = list(n_clusters or [count for count in (len(left) // 10, len(left) // 100) if count] or [1])
-        pool = self._embed(self.pixels.select(left), describer, "semantic")
+        pool = self._embed(self.pixels.select(left), describer, "semantic", "semantic")
 
         def choose() -> dict[str, np.ndarray]:
             tree = hierarchical_kmeans(pool, counts, seed=self.seed, unit=True)
@@ -228,9 +230,15 @@ class Curation:
         self.kept[gone], self.reason[gone] = False, otherwise
         self.reason[rows] = reason
 
-    def _embed(self, pixels: Pixels, describer: Describer, name: str) -> np.ndarray:
+    def _outside(self, source: str | Path) -> tuple[str, Pixels]:
+        """A name for the files made of another set, and its decoded pictures."""
+        name = f"{Path(source).stem}-{hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]}"
+        return name, load_pixels(open_images(source), self.short_side, self._path(name))
+
+    def _embed(self, pixels: Pixels, describer: Describer, kind: str, name: str) -> np.ndarray:
+        """Descriptors of the kind that the step needs."""
         return embed(pixels, describer.describe, describer.size, self._path(f"{name}.npy"), describer.kind,
-                     describer.made_by).expect(name.split("-")[0])  # fmt: skip
+                     describer.made_by).expect(kind)  # fmt: skip
 
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / name
@@ -266,8 +274,3 @@ def picture_quality(pixels: Pixels) -> Float[np.ndarray, "n 2"]:
         laplacian = 4 * gray[:, 1:-1, 1:-1] - gray[:, :-2, 1:-1] - gray[:, 2:, 1:-1] - gray[:, 1:-1, :-2]
         sharpness[rows] = (laplacian - gray[:, 1:-1, 2:]).abs().mean((1, 2))
     return np.stack([pixels.originals.prod(axis=1), sharpness], axis=1)
-
-
-def _short(path: str | Path) -> str:
-    """A set's own name for files."""
-    return f"{Path(path).stem}-{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]}"

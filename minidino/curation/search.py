@@ -146,13 +146,19 @@ def exact_neighbours(bank: Rows, queries: Rows, k: int) -> Neighbours:
     return Neighbours(*map(np.concatenate, zip(*parts))) if parts else _nothing(0, k)
 
 
+def float_rows(x: Rows) -> Float[np.ndarray, "n D"]:
+    """Rows as faiss takes them, float32. Raises ValueError for NaN or infinity."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    broken = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(broken):
+        raise ValueError(f"descriptor {broken[0]} of {len(x)} holds NaN or infinity")
+    return x
+
+
 def unit_rows(x: Rows) -> Float[np.ndarray, "n D"]:
     """Rows of length 1 as float32; rows of zeros stay zeros. Raises ValueError for NaN or infinity."""
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    if not np.isfinite(length).all():
-        raise ValueError(f"descriptor {int(np.flatnonzero(~np.isfinite(length))[0])} of {len(x)} holds NaN or infinity")
-    return x / np.maximum(length, 1e-12)
+    x = float_rows(x)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def unit_chunks(x: Rows) -> Iterator[tuple[int, Float[np.ndarray, "c D"]]]:

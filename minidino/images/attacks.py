@@ -83,9 +83,8 @@ def compress(crops: Crops, generator: torch.Generator) -> Crops:
     basis = _cosines().to(crops)
     blocks = crops[..., :side, :side].unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2)
     frequency = torch.arange(8.0)
-    step = (1 + frequency[:, None] + frequency).to(crops) * (0.05 + 0.25 * torch.rand(n, generator=generator)).to(
-        crops
-    ).view(n, 1, 1, 1, 1, 1)
+    strength = 0.05 + 0.25 * torch.rand(n, 1, 1, 1, 1, 1, generator=generator)
+    step = ((1 + frequency[:, None] + frequency) * strength).to(crops)
     rounded = ((basis @ blocks @ basis.T) / step).round() * step
     result = crops.clone()
     result[..., :side, :side] = (basis.T @ rounded @ basis).transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
