@@ -122,7 +122,7 @@ def draw(curation: Curation) -> None:
                         "its reason, stands in manifest.csv.", folder / "funnel.png",
                         [("stage", "pictures left"), *funnel.items()])]  # fmt: skip
     walls = {
-        "Copies that were found": ("copies.png", ("copy",)),
+        "Copies, each before the picture that was kept": ("copies.png", ("copy",)),
         "Too close to the examination": ("leaks.png", ("too close",)),
         "What else was thrown out": ("thrown-out.png", ("like no query", "its cluster has enough")),
         "What was kept": ("kept.png", ("distinct", "like a query", "balanced")),

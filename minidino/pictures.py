@@ -241,7 +241,7 @@ def baselines_bar(
 def funnel(counts: dict[str, int], path: str | Path | None = None) -> dict:
     """Draw how many pictures each stage of curation left; returns the share of the first that is left at each."""
     names, left = list(counts), np.array(list(counts.values()))
-    title = f"{left[-1]:,} of {left[0]:,} files are worth learning from"
+    title = f"{left[-1]:,} of {left[0]:,} files are left after {names[-1]!r}"
     figure, axes = _figure(1, 1, 0.45 * len(names) + 1.2, title)
     bars = axes[0, 0].barh(names, left, color=COLORS["trained"])
     axes[0, 0].bar_label(bars, [f"{n:,}" for n in left], padding=4)
