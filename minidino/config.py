@@ -236,14 +236,17 @@ def _scenes_cpu() -> RunConfig:
 
 
 def _imagenette_cpu() -> RunConfig:
-    """Photographs in an hour on two cores: a wider net, a slower teacher, natural hues."""
+    """Photographs in an hour on two cores: a wider net, a slower teacher, natural hues, small crops.
+
+    At equal time crops of 32 px teach more than those of 48 px; `minidino adapt` goes on at 64 px.
+    """
     small = _scenes_cpu()
     return replace(
         small,
         preset="imagenette-cpu",
         data=DataConfig(source="imagenette"),
-        crops=replace(small.crops, global_scale=(0.32, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
-                      grayscale_probability=0.2, solarize_probability=0.2),
+        crops=replace(small.crops, global_size=32, local_size=16, global_scale=(0.32, 1.0), brightness=0.4,
+                      contrast=0.4, saturation=0.4, hue=0.1, grayscale_probability=0.2, solarize_probability=0.2),
         vit=replace(small.vit, width=96, heads=3, init_std=0.05), teacher=replace(small.teacher, momentum=0.9),
         run=replace(small.run, steps=12_000, checkpoint_every=1000, knn_every=500),
     )  # fmt: skip
