@@ -28,7 +28,7 @@ from recipe import spread, store
 from tqdm import tqdm
 
 from minidino.config import override, preset
-from minidino.curate import trained_describer
+from minidino.curate import COPY_STEPS, trained_describer
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans, kmeans
 from minidino.curation.duplicates import COPY, Pairs, connect
 from minidino.curation.embeddings import network
@@ -187,9 +187,8 @@ def judged(describe: Describe, task: Task) -> dict[str, Any]:
     last = np.append(np.diff(flat[order]) < 0, True)  # pairs of equal score are taken together
     good = np.flatnonzero((hits >= PRECISION * np.arange(1, len(hits) + 1)) & last)
     threshold = float(flat[order[good[-1]]]) if len(good) else np.inf
-    own = np.where(task.truth & task.counted, score, -np.inf).max(1)
-    if task.right is task.left:  # a copy counts by its best link to any of its group
-        own = np.where(task.truth & ~np.eye(len(score), dtype=bool), score, -np.inf).max(1)
+    linked = task.truth & ~np.eye(*score.shape, dtype=bool) if task.right is task.left else task.truth
+    own = np.where(linked, score, -np.inf).max(1)  # a copy counts by its best link to any of its group
     found = {"threshold": threshold, "recall": float(hits[good[-1]] / true.sum()) if len(good) else 0.0}
     found["recall_of"] = {name: float((own[task.made == name] >= threshold).mean())
                           for name in dict.fromkeys(task.made) if name}  # fmt: skip
@@ -361,7 +360,7 @@ def entropy(labels: np.ndarray) -> float:
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 
-def helps(data: Path | None, seeds: int, steps: int) -> None:
+def helps(data: Path | None, seeds: int, steps: int, copy_steps: int) -> None:
     """Same net, same steps: on what curation chose and on as many pictures of the raw pool at random."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -370,7 +369,7 @@ def helps(data: Path | None, seeds: int, steps: int) -> None:
             curation = Curation(raw.archive, folder, short_side=64)
             curation.drop_same()
             distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-            curation.drop_copies(trained_describer(distinct, folder))
+            curation.drop_copies(trained_describer(distinct, folder, copy_steps))
             budget = int(curation.kept.sum()) // 2
             net = learn(raw, np.arange(n), steps, 0)
             size = preset(raw.preset).crops.global_size
@@ -408,15 +407,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
     parser.add_argument("--rows", type=int, default=SIZES[-1], help="of the largest bank")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="of training")
+    parser.add_argument("--steps", type=int, default=1000, help="of pretraining")
+    parser.add_argument("--copy-steps", type=int, default=COPY_STEPS, help="of the copy network")
     options = parser.parse_args()
     keep_freed_memory()
     if options.what == "copies":
-        copies(options.data, options.steps, options.seeds)
+        copies(options.data, options.copy_steps, options.seeds)
     elif options.what == "growth":
         growth(options.rows)
+    elif options.what == "balance":
+        balance(options.data, options.seeds, options.steps)
     else:
-        {"balance": balance, "helps": helps}[options.what](options.data, options.seeds, options.steps)
+        helps(options.data, options.seeds, options.steps, options.copy_steps)
 
 
 if __name__ == "__main__":
