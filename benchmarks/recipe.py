@@ -4,6 +4,7 @@
     python benchmarks/recipe.py ablate [--seeds 3]         one setting changed at a time, on the scenes of choosing
     python benchmarks/recipe.py ladder [--seeds 3]         from the published settings to the preset, step by step
     python benchmarks/recipe.py grain                      hand-made descriptors against the grain of the scenes
+    python benchmarks/recipe.py choices --data PATH        imagenette-cpu changed in one thing, at equal time on one core
     python benchmarks/recipe.py photographs --data PATH    one longer run of imagenette-cpu with its curve
     python benchmarks/recipe.py adapt --minutes 8          the same network, gone on with at 64 px
     python benchmarks/recipe.py draw                       the README's tables of the stored results
@@ -46,9 +47,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 HOUR = ROOT / "runs" / "recipe-imagenette"  # of `photographs`
 HIGH = 64  # px of a global crop in the high-resolution phase
-PHOTOGRAPHS = (  # rows of the README's table, each run by itself but the last, which goes on where the one before ends
-    "tour-imagenette", "recipe-imagenette-34min", "recipe-imagenette-48min", "recipe-imagenette-52min", HOUR.name,
-    f"{HOUR.name}-{HIGH}px",
+PHOTOGRAPHS = (  # rows of the README's table; one that ends in 64px goes on where the one before ends
+    "tour-imagenette", "recipe-imagenette-34min", "recipe-imagenette-48min", "recipe-imagenette-52min",
+    "recipe-imagenette-69min", f"recipe-imagenette-69min-{HIGH}px", HOUR.name, f"{HOUR.name}-{HIGH}px",
 )  # fmt: skip
 CHOOSING, REPORTING = 1, 11  # worlds of drawn scenes
 PUBLISHED: dict[str, tuple[str, ...]] = {  # what the preset changes besides sizes, in the order of the ladder
@@ -85,6 +86,13 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "teacher momentum 0.9": ("teacher.momentum=0.9",),
     "teacher temperature 0.03": ("teacher.warmup_temp=0.03", "teacher.temp=0.03"),
 }
+
+CHOICES: dict[str, tuple[str, ...]] = {  # of imagenette-cpu, two at a time: those of a line run side by side
+    "the preset": (), "six local crops": ("crops.n_local=6",),
+    "crops of 48 and 24 px": ("crops.global_size=48", "crops.local_size=24"),
+    "twice the learning rate": ("optim.base_lr=0.016",),
+    "six blocks": ("vit.depth=6",), "teacher momentum 0.97": ("teacher.momentum=0.97",),
+}  # fmt: skip
 
 
 def ladder() -> dict[str, tuple[str, ...]]:
@@ -203,6 +211,29 @@ def study(name: str, rows: dict[str, tuple[str, ...]], seeds: int, steps: int, o
             store(name, {"steps": steps, "cores_per_run": 1, "ln_k": ln_k, "rows": ordered})
 
 
+def timed_run(data: str, minutes: float, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Train imagenette-cpu on one core for as long as asked; k-NN on whole pictures."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    config, device = override(preset("imagenette-cpu"), [f"data.source={data}", *changes]), pick_device()
+    world = open_world(config, HOUR / "pixels")
+    config = fit_steps(config, world, device, minutes, lambda line: None)
+    state = start(config, device)
+    records = [record for record in train(config, world.train, state) if "loss" in record]
+    size = config.data.short_side
+    whole = replace(config, crops=replace(config.crops, global_size=size))
+    found = judge_knn(world, class_tokens(world, whole, {"trained": state.teacher.backbone}).items())
+    return {"steps": config.run.steps, "seconds": records[-1]["seconds"], "size": size} | found["trained"]
+
+
+def choices(data: str, minutes: float) -> None:
+    """Each choice once, one run a core: what is worth its time at the beginning of a run on photographs."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        jobs = {name: pool.submit(timed_run, data, minutes, changes) for name, changes in CHOICES.items()}
+        rows = {name: {"changes": CHOICES[name], **job.result()} for name, job in tqdm(jobs.items())}
+    store("recipe-photograph-choices", {"minutes": minutes, "rows": rows})
+
+
 def grain() -> None:
     """What the grain of the scenes does to hand-made descriptors: 2,000 scenes against 500 of the world of choosing."""
     rows = {}
@@ -254,19 +285,19 @@ def tables() -> dict[str, str]:
     stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return {
         "scenes": _scenes_table(stored["recipe-scenes"]),
-        "photographs": _photographs_table([stored[name] for name in PHOTOGRAPHS]),
+        "photographs": _photographs_table({name: stored[name] for name in PHOTOGRAPHS}),
         "ablations": _study_table(stored["recipe-ablations"], "changed"),
         "ladder": _study_table(stored["recipe-ladder"], "settings"),
     }
 
 
-def _photographs_table(stored: list[dict[str, Any]]) -> str:
+def _photographs_table(stored: dict[str, dict[str, Any]]) -> str:
     """What needs no training, then the judged runs one below the other; what was not read in a run stays empty."""
 
     def cells(reading: dict[str, float]) -> str:
         return " | ".join(f"{reading[key]:.3f}" if reading else "" for key in ("k=20", "best"))
 
-    runs = [one.get("runs", [one])[0] for one in stored]
+    runs = [one.get("runs", [one])[0] for one in stored.values()]
     lines = ["| not trained | k = 20 | best of six |", "|---|---|---|"]
     untrained = {name: r for name, r in runs[0]["knn_readings"].items() if not name.startswith("trained")}
     lines += [f"| {name} | {cells(reading)} |" for name, reading in untrained.items()]
@@ -274,12 +305,12 @@ def _photographs_table(stored: list[dict[str, Any]]) -> str:
                "best of six"]  # fmt: skip
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     notes = []
-    for one, run in zip(stored, runs, strict=True):
+    for (name, one), run in zip(stored.items(), runs, strict=True):
         training, seen = run["training"], run["knn_readings"]
         config = one.get("config") or flatten(preset(training["preset"]))
         whole = f"trained, seen at {config['data.short_side']} px"
         minutes, size = f"{training['seconds'] / 60:.1f}", config["data.short_side"] if whole in seen else ""
-        minutes = f"then {minutes} more" if one is stored[-1] else minutes
+        minutes = f"then {minutes} more" if name.endswith(f"{HIGH}px") else minutes
         lines.append(f"| {minutes} | {training['steps']:,} | {config['crops.global_size']} | {cells(seen['trained'])} "
                      f"| {size} | {cells(seen.get(whole, {}))} |")  # fmt: skip
         e = run["environment"]
@@ -335,7 +366,7 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "photographs", "adapt", "draw"))
+    parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "choices", "photographs", "adapt", "draw"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="of each ablation run")
     parser.add_argument("--only", help="factors whose name holds this text")
@@ -353,6 +384,8 @@ def main() -> None:
         study("recipe-ladder", ladder(), options.seeds, options.steps, options.only)
     elif options.what == "grain":
         grain()
+    elif options.what == "choices":
+        choices(options.data, options.minutes)
     elif options.what == "photographs":
         photographs(options.data, options.minutes, options.changes)
     elif options.what == "adapt":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from minidino.config import PRESETS, difference, override, preset
@@ -80,11 +81,14 @@ def _train(stages) -> None:
         from minidino.stages import pretrain
 
         if options.resume:
-            if options.changes:
-                raise ValueError("a resumed run keeps its config: key=value and --resume exclude each other")
+            if options.changes or options.data:
+                raise ValueError("a resumed run keeps its config: --data, key=value and --resume exclude each other")
             pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)
             return
-        config = override(preset(options.preset), options.changes)
+        config = preset(options.preset)
+        if options.data:
+            config = replace(config, data=replace(config.data, source=options.data))
+        config = override(config, options.changes)
         folder = _new_folder(options.out or f"runs/{options.preset}")
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
@@ -97,6 +101,7 @@ def _train(stages) -> None:
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
     parser.add_argument("--preset", default="scenes-cpu", help=", ".join(PRESETS))
+    parser.add_argument("--data", metavar="PATH", help="folder, archive, torchvision name, or manifest.csv of curate")
     parser.add_argument("--out", help="run folder (default runs/PRESET)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from minidino import pictures
@@ -20,7 +20,7 @@ from minidino.judge import backbone_of, trained_backbone
 from minidino.learning.copies import CopyNet, train_copies
 from minidino.probes.features import state_hash
 from minidino.report import Section, write_report
-from minidino.runs import Run, atomic_path, pick_device
+from minidino.runs import Run, pick_device, write_atomically
 from minidino.stages import some
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 300, 96
@@ -92,8 +92,7 @@ def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, see
             for record in train_copies(pixels, net, steps, batch_size, COPY_SIZE, seed=seed):
                 bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
                 bar.update(batch_size)
-        with atomic_path(path) as beside:
-            save_file({key: value.cpu().contiguous() for key, value in net.state_dict().items()}, beside)
+        write_atomically(path, save({key: value.cpu().contiguous() for key, value in net.state_dict().items()}))
     return Describer("copy", network(net.eval()), COPY_SIZE, f"CopyNet {state_hash(net)[:16]}")
 
 

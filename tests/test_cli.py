@@ -57,6 +57,8 @@ def test_what_argparse_refuses(arguments, capsys):
         ("train data.source=nowhere", "nowhere"),
         ("train --resume nowhere", "nowhere is not a run folder"),
         ("train --resume nowhere vit.depth=4", "exclude each other"),
+        ("train --resume nowhere --data photographs", "exclude each other"),
+        ("train --data nowhere", "nowhere"),
         ("train --out full", "full is not empty and not a run folder"),
         ("tour --data nowhere", "nowhere"),
         ("doctor nowhere", "nowhere is not a run folder"),

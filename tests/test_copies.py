@@ -1,8 +1,13 @@
 """What is done to pictures that travel, and the net that knows them again."""
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.fft import dctn
 
 from minidino.curate import curate, trained_describer
@@ -129,14 +134,18 @@ def test_a_describer_is_trained_once(tmp_path):
 # ------------------------------------------------------------------------------------------------ the whole stage
 
 
-def test_the_stage_leaves_manifest_pictures_and_report(tmp_path):
-    from PIL import Image
-
-    (tmp_path / "pool").mkdir()
+@pytest.fixture
+def pool(tmp_path):
+    folder = tmp_path / "pool"
+    folder.mkdir()
     for i, image in enumerate(draw_scenes(30, 48, 3).images):
-        Image.fromarray(image).save(tmp_path / "pool" / f"{i:02d}.png")
-    Image.open(tmp_path / "pool" / "00.png").save(tmp_path / "pool" / "again.bmp")
-    manifest = curate(tmp_path / "pool", tmp_path / "out", copy_steps=2)
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    Image.open(folder / "00.png").save(folder / "again.bmp")
+    return folder
+
+
+def test_the_stage_leaves_manifest_pictures_and_report(pool, tmp_path):
+    manifest = curate(pool, tmp_path / "out", copy_steps=2)
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"manifest.csv", "curation.json", "funnel.png", "kept.png", "report.html"} <= made
     assert "again.bmp" not in open_images(manifest).files
@@ -151,3 +160,21 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, asked, words)
     with pytest.raises(ValueError, match=words):
         curate(tmp_path, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ("size=128k", "No space left on device"),  # 207 kB of pixels
+    ("size=512k", "No space left on device"),  # and the weights of the copy network
+    ("ro", "Read-only file system"),
+])  # fmt: skip
+def test_a_disk_that_takes_nothing_is_one_line(pool, tmp_path, options, words):
+    """On a file system of its own, mounted for one process."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    (tmp_path / "disk").mkdir()
+    script = f'mount -t tmpfs -o {options} disk "$1" && exec "$2" -m minidino.cli curate "$3" --copy-steps 2 --out "$1/x"'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", tmp_path / "disk", sys.executable, pool]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert last.startswith("minidino curate: ") and words in last and str(tmp_path / "disk" / "x") in last

@@ -9,6 +9,7 @@ copies; a copy and its original may be far apart for it.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from minidino.images.crops import normalise
 from minidino.images.pixels import Pixels
-from minidino.runs import write_atomically
+from minidino.runs import named_errors, write_atomically
 
 KINDS = ("hash", "copy", "semantic")
 Describe = Callable[[UInt8[Tensor, "n 3 S S"]], Float[Tensor, "n D"]]
@@ -78,20 +79,17 @@ def embed(
         raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
     path, note = Path(path), Path(path).with_suffix(".json")
     key = repr((pixels.fingerprint(), size, kind, made_by, dtype))
-    done = _done(path, note, key)
+    done, n_bytes = _done(path, note, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
         for start in range(done, len(pixels), chunk):
             rows = np.arange(start, min(start + chunk, len(pixels)))
-            found = describe(pixels.select(rows).whole(size)).numpy()
+            found = describe(pixels.select(rows).whole(size)).numpy().astype(dtype)
             if not np.isfinite(found).all():
                 raise ValueError(f"{made_by} gives NaN or infinity for a picture of {pixels.files[start]!r} and after")
-            if start == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.lib.format.open_memmap(path, "w+", dtype, (len(pixels), found.shape[1])).flush()
-            store = np.load(path, mmap_mode="r+")
-            store[rows] = found
-            store.flush()
-            write_atomically(note, json.dumps({"key": key, "kind": kind, "done": int(rows[-1]) + 1}).encode())
+            n_bytes = _append(path, found, n_bytes, len(pixels))
+            told = {"key": key, "kind": kind, "done": int(rows[-1]) + 1, "bytes": n_bytes}
+            write_atomically(note, json.dumps(told).encode())
             bar.update(len(rows))
     return Descriptors(np.load(path, mmap_mode="r"), kind, made_by)
 
@@ -112,10 +110,27 @@ def network(module: nn.Module, batch_size: int = 64) -> Describe:
     return describe
 
 
-def _done(path: Path, note: Path, key: str) -> int:
-    """Rows that are safely in the file and belong to this key."""
+def _append(path: Path, found: np.ndarray, n_bytes: int, n_rows: int) -> int:
+    """Write rows behind the first bytes of the file and say how many bytes it has now.
+
+    A file, not a memory map: on a full disk that one kills the process instead of raising an error.
+    """
+    with named_errors(path), open(path, "r+b" if n_bytes else "wb") as file:
+        file.truncate(n_bytes)
+        file.seek(n_bytes)
+        if not n_bytes:
+            header = {"descr": found.dtype.str, "fortran_order": False, "shape": (n_rows, found.shape[1])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(found).data)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _done(path: Path, note: Path, key: str) -> tuple[int, int]:
+    """Rows and bytes that are safely in the file and belong to this key."""
     try:
         told = json.loads(note.read_bytes())
-        return int(told["done"]) if told["key"] == key and path.exists() else 0
+        return (told["done"], told["bytes"]) if told["key"] == key and path.exists() else (0, 0)
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, 0
