@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     config runs distributed
     images.scenes images.decode images.archives images.named images.datasets images.pixels
-    images.crops images.masks images.batches images.attacks
+    images.crops images.masks images.batches images.attacks images.pools
     curation.embeddings curation.search curation.duplicates curation.clusters curation.retrieval curation.pipeline
     kernels.attention kernels.prototypes
     model.attention model.layers model.heads model.vit model.weights

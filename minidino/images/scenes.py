@@ -314,12 +314,18 @@ def draw_scenes(
     """
     if min(n, size) < 1 or min(seed, start) < 0:
         raise ValueError(f"expected n, size >= 1 and seed, start >= 0, got {n}, {size}, {seed}, {start}")
+    return draw_some(np.arange(start, start + n), size, seed, chunk, grain)
+
+
+def draw_some(indices: Array, size: int = 64, seed: int = 0, chunk: int = 256, grain: float = GRAIN) -> Scenes:
+    """Draw these scenes of one world; arguments as for `draw_scenes`."""
+    n = len(indices)
     out = Scenes(np.empty((n, size, size, 3), np.uint8), np.empty(n, np.int64), np.empty((n, size, size), np.uint8),
                  np.empty((n, size, size), np.float32))  # fmt: skip
 
     def fill(low: int) -> None:
         rows = slice(low, min(low + chunk, n))
-        part = _draw_chunk(np.arange(rows.start, rows.stop) + start, size, seed, grain)
+        part = _draw_chunk(indices[rows], size, seed, grain)
         for name in ("images", "labels", "masks", "depth"):
             getattr(out, name)[rows] = getattr(part, name)
 
@@ -328,8 +334,18 @@ def draw_scenes(
     return out
 
 
+def scene_kinds(indices: Array, seed: int = 0) -> Array:
+    """The labels of scenes that need not be drawn for it."""
+    first = [_generator(seed, i).random(1, np.float32)[0] for i in indices]
+    return (np.array(first, np.float32) * len(KINDS)).astype(np.int64)
+
+
+def _generator(seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, int(index)]))
+
+
 def _draw_chunk(indices: Array, size: int, seed: int, grain: float) -> Scenes:
-    generators = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+    generators = [_generator(seed, i) for i in indices]
     uniforms = np.stack([g.random(N_UNIFORMS, np.float32) for g in generators])
     noise = grain * np.stack([g.standard_normal((size, size, 1), np.float32) for g in generators])
     labels = (uniforms[:, 0] * len(KINDS)).astype(np.int64)
