@@ -162,6 +162,27 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, asked, words)
     assert not (tmp_path / "out").exists()
 
 
+def test_kept_weights_give_the_same_manifest_on_any_number_of_threads(pool, tmp_path):
+    """Training itself may differ in its last bits; its result is kept in the folder."""
+    import faiss
+
+    manifests, threads_before = [], (torch.get_num_threads(), faiss.omp_get_max_threads())
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            faiss.omp_set_num_threads(threads)
+            out = tmp_path / str(threads)
+            out.mkdir()
+            for weights in (tmp_path / "1").glob("copies-*.safetensors"):
+                if threads == 2:
+                    shutil.copy(weights, out)
+            manifests.append(curate(pool, out, copy_steps=2).read_bytes())
+    finally:
+        torch.set_num_threads(threads_before[0])
+        faiss.omp_set_num_threads(threads_before[1])
+    assert manifests[0] == manifests[1]
+
+
 @pytest.mark.parametrize(("options", "words"), [
     ("size=128k", "No space left on device"),  # 207 kB of pixels
     ("size=512k", "No space left on device"),  # and the weights of the copy network
