@@ -38,9 +38,9 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.pools import Pool, draw_pool, long_tail, make_pool, write_pool
 from minidino.images.scenes import KINDS, draw_scenes
-from minidino.judge import class_tokens, judge_knn, judge_linear
+from minidino.judge import class_tokens, judge_knn, judge_linear, random_backbone
 from minidino.learning.train import start, train
-from minidino.model.vit import VisionTransformer, build_vit
+from minidino.model.vit import VisionTransformer
 from minidino.runs import keep_freed_memory, peak_memory_mb, pick_device
 from minidino.stages import World
 
@@ -54,9 +54,11 @@ SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
 def draw_descriptors(n: int, path: Path, seed: int = 0) -> None:
-    """Rows that lie as descriptors do: on a curved sheet of 24 dimensions in 256, crowded in places, some copied.
+    """Rows that lie as descriptors do: about a curved sheet of 24 dimensions in 256, crowded in places, some copied.
 
-        x = W2 tanh(W1 (crowd + 0.7 noise)),   a tenth of the rows: another row + a tenth of its length in noise
+        x = unit(W2 tanh(W1 (crowd + 0.7 noise))) + unit(noise),   a tenth of the rows: another row + 0.1 unit(noise)
+
+    Strangers stay below a cosine of 0.6, copies lie above 0.9.
     """
     rng = np.random.default_rng(seed)
     crowds = rng.normal(size=(1000, 24)).astype(np.float32)
@@ -66,10 +68,9 @@ def draw_descriptors(n: int, path: Path, seed: int = 0) -> None:
     for start in range(0, n, CHUNK):
         m = min(CHUNK, n - start)
         latent = crowds[rng.choice(1000, m, p=weight / weight.sum())] + 0.7 * rng.normal(size=(m, 24))
-        x = unit_rows(np.tanh(latent @ first / 24**0.5) @ second)
+        x = unit_rows(np.tanh(latent @ first / 24**0.5) @ second) + unit_rows(rng.normal(size=(m, WIDTH)))
         copied = np.flatnonzero(rng.random(m) < COPIED)
-        noise = unit_rows(rng.normal(size=(len(copied), WIDTH)))
-        x[copied] = x[rng.integers(m, size=len(copied))] + 0.1 * noise
+        x[copied] = x[rng.integers(m, size=len(copied))] + 0.1 * unit_rows(rng.normal(size=(len(copied), WIDTH)))
         rows[start : start + m] = unit_rows(x)
     rows.flush()
 
@@ -208,9 +209,8 @@ def copies(data: Path, steps: int, seeds: int) -> None:
         tasks = {"copies": copies_task(data, folder), "pool": pool_task(data, folder)}
         everyone: dict[str, Describe] = hashes()
         everyone["colours of 16 x 16 places"] = lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5
-        torch.manual_seed(0)
-        random_vit = build_vit(override(preset("imagenette-cpu"), ["vit.width=192"]).vit, 64).eval()
-        everyone["random ViT"] = _by_network(Describer("copy", network(random_vit), 64, "random ViT"))
+        random_vit = network(random_backbone(preset("imagenette-cpu"), pick_device()))
+        everyone["random ViT"] = _by_network(Describer("copy", random_vit, 64, "random ViT"))
         for seed in range(seeds):
             begun = time.perf_counter()
             ours = trained_describer(tasks["pool"].left, folder, steps, seed)
