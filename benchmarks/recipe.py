@@ -34,7 +34,7 @@ from tqdm import tqdm
 from minidino.config import RunConfig, flatten, override, preset
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import GRAIN, KINDS, draw_scenes
-from minidino.judge import class_tokens, hand_made, judge, judge_knn, trained_backbone
+from minidino.judge import hand_made, judge, judge_knn, whole_pictures
 from minidino.learning import doctor
 from minidino.learning.adapt import adapted
 from minidino.learning.train import start, train
@@ -220,10 +220,8 @@ def timed_run(data: str, minutes: float, changes: tuple[str, ...]) -> dict[str, 
     config = fit_steps(config, world, device, minutes, lambda line: None)
     state = start(config, device)
     records = [record for record in train(config, world.train, state) if "loss" in record]
-    size = config.data.short_side
-    whole = replace(config, crops=replace(config.crops, global_size=size))
-    found = judge_knn(world, class_tokens(world, whole, {"trained": state.teacher.backbone}).items())
-    return {"steps": config.run.steps, "seconds": records[-1]["seconds"], "size": size} | found["trained"]
+    found = judge_knn(world, whole_pictures(world, config, state.teacher.backbone).items())
+    return {"steps": config.run.steps, "seconds": records[-1]["seconds"], "knn_readings": found}
 
 
 def choices(data: str, minutes: float) -> None:
@@ -268,12 +266,8 @@ def adapt_photographs(minutes: float, changes: list[str]) -> None:
 
 
 def store_photographs(run: Run, world: World) -> None:
-    """Judge a run at the size of its crops and at the size that is stored, and keep numbers and pictures."""
-    config, device = run.config(), pick_device()
-    found, size = judge(run, world), config.data.short_side
-    whole = replace(config, crops=replace(config.crops, global_size=size))
-    seen = class_tokens(world, whole, {f"trained, seen at {size} px": trained_backbone(run, device)})
-    found["knn_readings"] |= judge_knn(world, seen.items())
+    """Judge a run and keep numbers and pictures."""
+    config, found = run.config(), judge(run, world)
     print(found["knn_readings"])
     found |= {"curve": curve(run.records()), "peak_memory_mb": peak_memory_mb()}
     store(run.folder.name, {"config": flatten(config), "runs": [found]})

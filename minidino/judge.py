@@ -28,7 +28,6 @@ CHUNK = 512  # images described at a time
 BASELINES = ("pixels", "gray_pixels", "color_histogram", "hog")
 
 
-
 def random_backbone(config: RunConfig, device: torch.device) -> VisionTransformer:
     """The backbone before its first step."""
     torch.manual_seed(config.run.seed)
@@ -43,6 +42,15 @@ def class_tokens(world: World, config: RunConfig, backbones: dict[str, VisionTra
     size = config.crops.global_size
     images = world.train.squares(size), world.test.squares(size)
     return {name: tuple(features.extract(net, part)["cls"] for part in images) for name, net in backbones.items()}
+
+
+def whole_pictures(world: World, config: RunConfig, backbone: VisionTransformer) -> Rows:
+    """Class tokens of all images at the size they are stored in, where that is larger than a global crop."""
+    size = config.data.short_side - config.data.short_side % config.vit.patch_size
+    if size <= config.crops.global_size:
+        return {}
+    larger = replace(config, crops=replace(config.crops, global_size=size))
+    return class_tokens(world, larger, {f"trained, seen at {size} px": backbone})
 
 
 def hand_made(world: World, config: RunConfig) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -144,8 +152,9 @@ def judge(run: Run, world: World) -> dict[str, Any]:
     }  # fmt: skip
     if world.test is not None:
         rows = class_tokens(world, config, nets)
-        results["knn_readings"] = judge_knn(world, chain(hand_made(world, config), rows.items()))
-        results["knn"] = {name: reading["best"] for name, reading in results["knn_readings"].items()}
+        readings = judge_knn(world, chain(hand_made(world, config), rows.items()))
+        results["knn"] = {name: reading["best"] for name, reading in readings.items()}
+        results["knn_readings"] = readings | judge_knn(world, whole_pictures(world, config, nets["trained"]).items())
         results["linear"] = judge_linear(world, rows)
         if world.test_scenes is not None:
             results["patches"] = judge_patches(world, config, nets)

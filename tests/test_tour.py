@@ -33,6 +33,7 @@ def test_results_hold_every_baseline_and_both_nets(finished):
     json.dumps(results)
     assert set(results["knn"]) == {*BASELINES, "random_vit", "trained"}
     assert all(0 <= value <= 1 for value in results["knn"].values())
+    assert set(results["knn_readings"]) == {*results["knn"], "trained, seen at 64 px"}  # 48 px are its crops
     assert results["knn"]["hog"] > 0.15  # a descriptor that knows outlines, even with 150 examples
     assert set(results["patches"]) >= {"position", "random_vit", "trained", "trained + position"}
     assert results["training"]["images"] == 96 and results["n_test"] == 60
