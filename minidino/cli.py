@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from minidino.config import PRESETS, difference, override, preset
@@ -87,7 +86,7 @@ def _train(stages) -> None:
             return
         config = preset(options.preset)
         if options.data:
-            config = replace(config, data=replace(config.data, source=options.data))
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=options.data))
         config = override(config, options.changes)
         folder = _new_folder(options.out or f"runs/{options.preset}")
         print(f"preset {options.preset}; against vitl14-lvd:")
