@@ -31,7 +31,7 @@ from minidino.config import override, preset
 from minidino.curate import COPY_STEPS, trained_describer
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans, kmeans
 from minidino.curation.duplicates import COPY, Pairs, connect
-from minidino.curation.embeddings import network
+from minidino.curation.embeddings import embed, network
 from minidino.curation.pipeline import Curation, Describer
 from minidino.curation.search import CHUNK, SAMPLE, Index, exact_neighbours, unit_rows
 from minidino.images.datasets import open_images
@@ -209,25 +209,18 @@ def copies(data: Path, steps: int, seeds: int) -> None:
         everyone: dict[str, Describe] = hashes()
         everyone["colours of 16 x 16 places"] = lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5
         random_vit = network(random_backbone(preset("imagenette-cpu"), pick_device()))
-        everyone["random ViT"] = _by_network(Describer("copy", random_vit, 64, "random ViT"))
+        nets = {"random ViT": Describer("copy", random_vit, 64, "random ViT")}
         for seed in range(seeds):
             begun = time.perf_counter()
-            ours = trained_describer(tasks["pool"].left, folder, steps, seed)
+            nets[f"CopyNet, seed {seed}"] = trained_describer(tasks["pool"].left, folder, steps, seed)
             seconds = time.perf_counter() - begun
-            everyone[f"CopyNet, seed {seed}"] = _by_network(ours)
+        for who, d in nets.items():
+            everyone[who] = lambda pixels, d=d: embed(pixels, d.describe, d.size, folder / "rows.npy", d.kind,
+                                                      d.made_by, "float32", progress=False).rows  # fmt: skip
         runs = {who: {task: judged(describe, tasks[task]) for task in tasks} for who, describe in tqdm(everyone.items())}
         for who, found in runs.items():
             print(who, {task: (round(f["recall"], 3), round(f["threshold"], 3)) for task, f in found.items()})
         store("curation-copies", {"steps": steps, "seconds": seconds, "precision": PRECISION, "runs": runs})
-
-
-def _by_network(describer: Describer) -> Describe:
-    def describe(pixels: Pixels) -> np.ndarray:
-        parts = [describer.describe(pixels.select(range(start, min(start + 256, len(pixels)))).whole(describer.size))
-                 for start in range(0, len(pixels), 256)]  # fmt: skip
-        return torch.cat(parts).numpy()
-
-    return describe
 
 
 def _read(archive: Path, name: str) -> str:
@@ -307,11 +300,16 @@ def photograph_pool(folder: Path, data: Path, n: int = 2400) -> Raw:
     return Raw(archive, pool, parts["train"].select(rest), parts["val"], "imagenette-cpu")
 
 
-def learn(raw: Raw, rows: Sequence[int], steps: int, seed: int) -> VisionTransformer:
-    """Train the preset on these files of the pool; the frozen backbone."""
+def pixels_of(raw: Raw, rows: Sequence[int]) -> Pixels:
+    """These files of the pool, decoded."""
     images = open_images(raw.archive)
     place = {name: i for i, name in enumerate(images.files)}
-    pixels = load_pixels(images.select([place[raw.pool.names[row]] for row in rows]), 64, progress=False)
+    return load_pixels(images.select([place[raw.pool.names[row]] for row in rows]), 64, progress=False)
+
+
+def learn(raw: Raw, rows: Sequence[int], steps: int, seed: int) -> VisionTransformer:
+    """Train the preset on these files of the pool; the frozen backbone."""
+    pixels = pixels_of(raw, rows)
     config = override(preset(raw.preset), [f"run.steps={steps}", f"run.seed={seed}"])
     state = start(config, pick_device())
     for _ in tqdm(train(config, pixels, state), total=steps, leave=False):
@@ -329,15 +327,12 @@ def balance(data: Path | None, seeds: int, steps: int) -> None:
         for raw in raw_pools(Path(name), data):
             own = np.flatnonzero(np.array(raw.pool.made) == "own")
             net = learn(raw, np.arange(len(raw.pool.names)), steps, 0)
-            pixels = load_pixels(open_images(raw.archive), 64, progress=False)
-            place = {file: i for i, file in enumerate(pixels.files)}
-            size = preset(raw.preset).crops.global_size
-            seen = pixels.select([place[raw.pool.names[row]] for row in own]).whole(size)
-            rows, labels, budget = network(net)(seen).numpy(), raw.pool.labels[own], len(own) // 10
+            seen = pixels_of(raw, own).whole(preset(raw.preset).crops.global_size)
+            rows, labels = network(net)(seen).numpy(), raw.pool.labels[own]
+            budget = fine = len(own) // 10
             runs: dict[str, list[float]] = {"the pool": [], "random": [], "k-means": [], "hierarchical k-means": []}
             for seed in range(seeds):
                 chance = torch.Generator().manual_seed(seed)
-                fine = len(own) // 10
                 flat = [kmeans(rows, fine, seed, unit=True)]
                 tree = hierarchical_kmeans(rows, [fine, fine // 10], seed=seed, unit=True)
                 chosen = {
