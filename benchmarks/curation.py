@@ -1,21 +1,17 @@
-"""Curation measured: which copies it knows again, and how it grows with the pool.
+"""Curation measured: how it grows with the pool, how even its choice is, and whether that helps.
 
-    python benchmarks/curation.py copies --data PATH        against imagededup's hashes and nets that learned nothing
     python benchmarks/curation.py growth [--rows 1000000]   graph, components and clusters, against faiss as it comes
     python benchmarks/curation.py balance [--seeds 5]       a long-tailed pool: the classes of what is chosen
     python benchmarks/curation.py helps [--data PATH]       the same net on chosen and on random pictures of a raw pool
 
-PATH holds the sets `pool` and `copies` with their ground truth; `copies` needs imagededup (pip install imagededup).
+PATH holds the set `imagenette`. What the copy network knows is measured by benchmarks/copies.py.
 
 Results go to data/results/curation-*.json with machine, versions and commit; no run is left out.
 """
 
 import argparse
-import csv
-import io
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -31,22 +27,19 @@ from minidino.config import override, preset
 from minidino.curate import COPY_STEPS, trained_describer
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans, kmeans
 from minidino.curation.duplicates import COPY, Pairs, connect
-from minidino.curation.embeddings import embed, network
+from minidino.curation.embeddings import network
 from minidino.curation.pipeline import Curation, Describer
 from minidino.curation.search import CHUNK, SAMPLE, Index, exact_neighbours, unit_rows
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.pools import Pool, draw_pool, long_tail, make_pool, write_pool
 from minidino.images.scenes import KINDS, draw_scenes
-from minidino.judge import class_tokens, judge_knn, judge_linear, random_backbone
+from minidino.judge import class_tokens, judge_knn, judge_linear
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.runs import keep_freed_memory, peak_memory_mb, pick_device
 from minidino.stages import World
 
-Describe = Callable[[Pixels], np.ndarray]
-SIDE = 112  # px, of the shorter side of a decoded picture
-PRECISION = 0.99  # of the links that are found, for the recall that is compared
 POOL_WORLD, JUDGING_WORLD, TAIL = 21, 1021, 1.5
 WIDTH, NEIGHBOURS, CLUSTERS = 256, 16, 1000
 COPIED = 0.1  # share of the rows that are another row with some noise
@@ -114,118 +107,6 @@ def recall(rows: np.ndarray, found: np.ndarray) -> dict[str, float]:
     truth = exact_neighbours(rows, rows[sample], NEIGHBOURS + 1).rows
     hits = [len(np.intersect1d(t[t != own], f)) for own, t, f in zip(sample, truth, found[sample])]
     return {"recall": float(np.mean(hits)) / NEIGHBOURS}
-
-
-# -- copies ------------------------------------------------------------------------------------------------------------
-
-
-class Task(NamedTuple):
-    """Pairs of pictures of which some are copies."""
-
-    left: Pixels
-    right: Pixels
-    truth: np.ndarray  # (L, R) bool
-    made: np.ndarray  # (L,) how the left picture was made; "" = it is no copy
-    counted: np.ndarray  # (L, R) bool, the pairs that are judged
-
-
-def copies_task(data: Path, folder: Path) -> Task:
-    """Altered pictures against references, 30 of them altered from pictures that are not there."""
-    pixels = load_pixels(open_images(data / "copies"), SIDE, folder / "copies")
-    row = {Path(name).name: i for i, name in enumerate(pixels.files)}
-    truth = list(csv.DictReader(io.StringIO(_read(data / "copies" / "copies.zip", "copies/ground_truth.csv"))))
-    references = [Path(r["file"]).name for r in truth if r["role"] == "reference"]
-    queries = [r for r in truth if r["role"] == "query"]
-    asked = np.array([Path(r["reference"]).name for r in queries])
-    same = asked[:, None] == np.array(references)[None]
-    made = np.array([r["attack"].split(":")[0] if r["reference"] else "" for r in queries])
-    rows = [row[Path(r["file"]).name] for r in queries]
-    return Task(pixels.select(rows), pixels.select([row[name] for name in references]), same, made, np.ones_like(same))
-
-
-def pool_task(data: Path, folder: Path) -> Task:
-    """Every picture of the pool against every other; two kinds of junk are not judged against each other."""
-    pixels = load_pixels(open_images(data / "pool"), SIDE, folder / "pool")
-    row = {Path(name).name: i for i, name in enumerate(pixels.files)}
-    group, made, junk = np.arange(len(row)), np.full(len(row), "", dtype=object), np.zeros(len(row), dtype=bool)
-    outside: dict[str, int] = {}
-    for r in csv.DictReader(io.StringIO((data / "pool" / "ground_truth.csv").read_text())):
-        i, origin = row[Path(r["file"]).name], r["duplicate_of"]
-        junk[i] = not r["class"].startswith(("n0", "n1", "cifar10:"))
-        if origin:
-            group[i] = outside.setdefault(origin, i) if origin.startswith("@") else row[Path(origin).name]
-            made[i] = "" if origin.startswith("@") else r["transform"] or r["kind"]
-    while (group[group] != group).any():
-        group = group[group]
-    counted = np.triu(np.ones((len(row), len(row)), dtype=bool), 1) & ~(junk[:, None] & junk)
-    return Task(pixels, pixels, group[:, None] == group, made, counted)
-
-
-def hashes() -> dict[str, Describe]:
-    """imagededup's perceptual hashes as rows of +-1: their cosine is 1 - 2 d / 64 for d different bits."""
-    from imagededup.methods import AHash, DHash, PHash, WHash
-
-    def describer(method: Any) -> Describe:
-        def describe(pixels: Pixels) -> np.ndarray:
-            codes = [method.encode_image(image_array=pixels.image(i).transpose(1, 2, 0)) for i in range(len(pixels))]
-            bits = np.unpackbits(np.array([list(bytes.fromhex(code)) for code in codes], dtype=np.uint8), axis=1)
-            return 2.0 * bits - 1
-
-        return describe
-
-    return {f"imagededup {m.__name__}": describer(m(verbose=False)) for m in (PHash, DHash, WHash, AHash)}
-
-
-def judged(describe: Describe, task: Task) -> dict[str, Any]:
-    """The curve of precision and recall over pairs, and the recall of each kind of change where 99 of 100 are right."""
-    left = unit_rows(describe(task.left))
-    right = left if task.right is task.left else unit_rows(describe(task.right))
-    score = left @ right.T
-    flat, true = score[task.counted], task.truth[task.counted]
-    order = np.argsort(-flat, kind="stable")
-    hits = np.cumsum(true[order])
-    last = np.append(np.diff(flat[order]) < 0, True)  # pairs of equal score are taken together
-    good = np.flatnonzero((hits >= PRECISION * np.arange(1, len(hits) + 1)) & last)
-    threshold = float(flat[order[good[-1]]]) if len(good) else np.inf
-    linked = task.truth & ~np.eye(*score.shape, dtype=bool) if task.right is task.left else task.truth
-    own = np.where(linked, score, -np.inf).max(1)  # a copy counts by its best link to any of its group
-    found = {"threshold": threshold, "recall": float(hits[good[-1]] / true.sum()) if len(good) else 0.0}
-    found["recall_of"] = {name: float((own[task.made == name] >= threshold).mean())
-                          for name in dict.fromkeys(task.made) if name}  # fmt: skip
-    found["curve"] = []
-    for cut in np.linspace(0.2, 0.95, 16).tolist():
-        n = int((flat > cut).sum())
-        right_ones = int((true & (flat > cut)).sum())
-        found["curve"].append({"threshold": cut, "recall": right_ones / int(true.sum()),
-                               "precision": right_ones / n if n else 1.0})  # fmt: skip
-    return found
-
-
-def copies(data: Path, steps: int, seeds: int) -> None:
-    """All describers on both tasks; ours is taught on the pool alone, so the pictures of `copies` are new to it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tasks = {"copies": copies_task(data, folder), "pool": pool_task(data, folder)}
-        everyone: dict[str, Describe] = hashes()
-        everyone["colours of 16 x 16 places"] = lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5
-        random_vit = network(random_backbone(preset("imagenette-cpu"), pick_device()))
-        nets = {"random ViT": Describer("copy", random_vit, 64, "random ViT")}
-        for seed in range(seeds):
-            begun = time.perf_counter()
-            nets[f"CopyNet, seed {seed}"] = trained_describer(tasks["pool"].left, folder, steps, seed)
-            seconds = time.perf_counter() - begun
-        for who, d in nets.items():
-            everyone[who] = lambda pixels, d=d: embed(pixels, d.describe, d.size, folder / "rows.npy", d.kind,
-                                                      d.made_by, "float32", progress=False).rows  # fmt: skip
-        runs = {who: {task: judged(describe, tasks[task]) for task in tasks} for who, describe in tqdm(everyone.items())}
-        for who, found in runs.items():
-            print(who, {task: (round(f["recall"], 3), round(f["threshold"], 3)) for task, f in found.items()})
-        store("curation-copies", {"steps": steps, "seconds": seconds, "precision": PRECISION, "runs": runs})
-
-
-def _read(archive: Path, name: str) -> str:
-    with zipfile.ZipFile(archive) as file:
-        return file.read(name).decode()
 
 
 # -- growth ------------------------------------------------------------------------------------------------------------
@@ -398,7 +279,7 @@ def raw_pools(folder: Path, data: Path | None) -> Iterator[Raw]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("copies", "growth", "balance", "helps"))
+    parser.add_argument("what", choices=("growth", "balance", "helps"))
     parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
     parser.add_argument("--rows", type=int, default=SIZES[-1], help="of the largest bank")
     parser.add_argument("--seeds", type=int, default=3)
@@ -406,9 +287,7 @@ def main() -> None:
     parser.add_argument("--copy-steps", type=int, default=COPY_STEPS, help="of the copy network")
     options = parser.parse_args()
     keep_freed_memory()
-    if options.what == "copies":
-        copies(options.data, options.copy_steps, options.seeds)
-    elif options.what == "growth":
+    if options.what == "growth":
         growth(options.rows)
     elif options.what == "balance":
         balance(options.data, options.seeds, options.steps)

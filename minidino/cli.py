@@ -70,7 +70,7 @@ def _curate(stages) -> None:
     parser.add_argument("--copies", metavar="FILE", help="TorchScript copy-detection model; without it one is trained")
     parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")
     parser.add_argument("--clusters", type=int, help="retrieve whole clusters of the pool, of so many")
-    parser.add_argument("--copy-steps", type=int, default=300, help="of training that model (default %(default)s)")
+    parser.add_argument("--copy-steps", type=int, default=600, help="of training that model (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -20,11 +20,11 @@ class DataConfig:
     n_test_scenes: int = 2000  # drawn scenes to judge with, from another world
     scene_seed: int = 1  # the world from which they are drawn
     short_side: int = 64  # px; images are stored at this shorter side (drawn scenes: at this size)
+    pool: str = ""  # a path such as manifest.csv: learn from these images and judge with those of the source
 
     def __post_init__(self):
-        _require(self.n_scenes >= 1, "data.n_scenes", ">= 1", self.n_scenes)
-        _require(self.n_test_scenes >= 1, "data.n_test_scenes", ">= 1", self.n_test_scenes)
-        _require(self.short_side >= 8, "data.short_side", ">= 8 px", self.short_side)
+        for name, least in (("n_scenes", 1), ("n_test_scenes", 1), ("short_side", 8)):
+            _require(getattr(self, name) >= least, f"data.{name}", f">= {least}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

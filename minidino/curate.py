@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from minidino.curation.embeddings import network
 from minidino.curation.pipeline import Curation, Describer
 from minidino.images.pixels import Pixels
 from minidino.judge import backbone_of, trained_backbone
-from minidino.learning.copies import CopyNet, train_copies
+from minidino.learning.copies import CopyDescriptor, CopyNet, train_copies
 from minidino.probes.features import state_hash
 from minidino.report import Section, write_report
 from minidino.runs import Run, pick_device, write_atomically
 from minidino.stages import some
 
-COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 300, 96
+COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 600, 96
+WHITENING = 20_000  # pictures that the whitening is learned from
 SSCD_SIZE = 288  # px, what the published models were trained at
 
 
@@ -39,6 +40,8 @@ def curate(
     n_clusters: int | None = None,
     copy_steps: int = COPY_STEPS,
     seed: int = 0,
+    short_side: int = 112,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Choose the pictures of a pool that are worth learning from, and show why.
 
@@ -54,6 +57,8 @@ def curate(
         n_clusters: of the pool; given, whole clusters with more than 3 queries are retrieved.
         copy_steps: of training the small one.
         seed: of everything left to chance.
+        short_side: px, of decoded pictures.
+        say: where a line after each stage goes.
     Returns:
         Where the manifest is.
     Raises:
@@ -63,7 +68,7 @@ def curate(
         raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
-    curation = Curation(pool, out, seed=seed)
+    curation = Curation(pool, out, short_side, seed, say)
     curation.drop_same()
     distinct = curation.pixels.select(np.flatnonzero(curation.kept))
     describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
@@ -84,16 +89,21 @@ def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, see
     path = folder / f"copies-{pixels.fingerprint()[:16]}-{steps}-{seed}.safetensors"
     torch.manual_seed(seed)
     net = CopyNet().to(pick_device())
+    descriptor = CopyDescriptor(net).to(pick_device()).eval()
+    describe = network(descriptor)
     if path.exists():
-        net.load_state_dict(load_file(path))
+        descriptor.load_state_dict(load_file(path))
     elif len(pixels) > 1:
         batch_size = min(COPY_BATCH, len(pixels))
         with tqdm(total=steps * batch_size, unit="images", desc="learning to know copies") as bar:
             for record in train_copies(pixels, net, steps, batch_size, COPY_SIZE, seed=seed):
                 bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
                 bar.update(batch_size)
-        write_atomically(path, save({key: value.cpu().contiguous() for key, value in net.state_dict().items()}))
-    return Describer("copy", network(net.eval()), COPY_SIZE, f"CopyNet {state_hash(net)[:16]}")
+        parts = np.array_split(some(len(pixels), WHITENING), len(pixels) // 256 + 1)
+        rows = torch.cat([describe(pixels.select(part).whole(COPY_SIZE)) for part in parts if len(part)])
+        descriptor.whiten(rows.to(pick_device()))
+        write_atomically(path, save({key: value.cpu().contiguous() for key, value in descriptor.state_dict().items()}))
+    return Describer("copy", describe, COPY_SIZE, f"CopyNet {state_hash(descriptor)[:16]}")
 
 
 def copy_model(path: str | Path) -> Describer:

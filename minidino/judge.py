@@ -139,7 +139,7 @@ def judge(run: Run, world: World) -> dict[str, Any]:
     findings = doctor.diagnose(records, asdict(config))
     results: dict[str, Any] = {
         "data": world.name,
-        "n_train": len(world.train),
+        "n_train": len(world.lessons),
         "n_test": 0 if world.test is None else len(world.test),
         "training": {
             "preset": config.preset, "steps": config.run.steps, "batch_size": config.optim.batch_size,

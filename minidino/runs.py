@@ -27,6 +27,7 @@ import torch
 from minidino.config import RunConfig, from_json, to_json
 
 PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
+BEFORE = ("pixels", "curation")  # what may stand in a run folder before the run
 RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html")
 
 
@@ -187,8 +188,8 @@ class Run:
             FileExistsError: the folder holds something that is not a run.
         """
         run = cls(folder)
-        # images may be open already, and a kill may have left a half-written file
-        strangers = [path for path in run.folder.glob("*") if path.name != "pixels" and path.suffix != ".tmp"]
+        # a kill may have left a half-written file
+        strangers = [path for path in run.folder.glob("*") if path.name not in BEFORE and path.suffix != ".tmp"]
         if strangers and not run.config_path.exists():
             raise FileExistsError(f"{run.folder} is not empty and not a run folder; choose another with --out")
         left = [path for _, path in run.saved()] + [run.folder / name for name in RESULTS]

@@ -39,6 +39,12 @@ class World:
     test: Pixels | None  # None: no labels, nothing to judge with
     train_scenes: Scenes | None = None
     test_scenes: Scenes | None = None
+    pool: Pixels | None = None  # learned from instead of `train`, which is then the labelled bank alone
+
+    @property
+    def lessons(self) -> Pixels:
+        """What is learned from."""
+        return self.train if self.pool is None else self.pool
 
 
 def open_world(config: RunConfig, folder: Path) -> World:
@@ -47,11 +53,12 @@ def open_world(config: RunConfig, folder: Path) -> World:
     Photographs without a validation part are split 4 : 1 by their position in the sorted list.
     """
     data = config.data
+    pool = load_pixels(open_images(data.pool), data.short_side, folder / "pool") if data.pool else None
     if data.source == "scenes":
         scenes = draw_scenes(data.n_scenes, data.short_side, data.scene_seed)
         test = draw_scenes(data.n_test_scenes, data.short_side, data.scene_seed + TEST_WORLD)
         pixels = [Pixels.from_array(s.images, s.labels, list(KINDS)) for s in (scenes, test)]
-        return World("drawn scenes", *pixels, scenes, test)
+        return World("drawn scenes", *pixels, scenes, test, pool)
     images = open_images(data.source)
     parts = [np.flatnonzero(images.splits == name) for name in ("train", "val")]
     if not len(parts[0]):
@@ -62,7 +69,7 @@ def open_world(config: RunConfig, folder: Path) -> World:
         for name, rows in zip(("train", "val"), parts, strict=True)
     )
     labelled = test_pixels is not None and (test_pixels.labels >= 0).any() and (train_pixels.labels >= 0).any()
-    return World(images.name, train_pixels, test_pixels if labelled else None)
+    return World(images.name, train_pixels, test_pixels if labelled else None, pool=pool)
 
 
 def pretrain(
@@ -92,7 +99,7 @@ def pretrain(
     watch = OnlineKnn(world, config.crops.global_size)
     total = config.run.steps * config.optim.batch_size
     with tqdm(total=total, initial=state.step * config.optim.batch_size, unit="images", desc="training") as bar:
-        for record in train(config, world.train, state):
+        for record in train(config, world.lessons, state):
             done = state.step == config.run.steps
             if watch.ready and (state.step % config.run.knn_every == 0 or done):
                 record["knn"] = watch(state.teacher.backbone)

@@ -1,8 +1,9 @@
 """The main job, end to end: pictures in, a backbone that learned without labels, and an honest report.
 
-    open_world -> pretrain -> judge -> draw -> report.html, results.json
+    open_world -> (scenes: raw pool -> curate) -> pretrain -> judge -> draw -> report.html, results.json
 """
 
+import csv
 import json
 import time
 from collections.abc import Callable
@@ -15,8 +16,12 @@ import torch
 
 from minidino import pictures
 from minidino.config import RunConfig, difference, preset
+from minidino.curate import curate
 from minidino.images.batches import make_batch
 from minidino.images.crops import normalise
+from minidino.images.datasets import open_images
+from minidino.images.pixels import load_pixels
+from minidino.images.pools import Pool, make_pool, write_pool
 from minidino.images.scenes import KINDS
 from minidino.judge import judge, random_backbone, trained_backbone
 from minidino.learning import doctor
@@ -31,6 +36,8 @@ from minidino.stages import K, World, open_world, pretrain, some
 
 Say = Callable[[str], None]
 TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up
+COPIES, JUNK = 0.2, 0.1  # planted in the pool of drawn scenes, for each of them
+COPY_STEPS = 100  # of the net that has to find the copies
 
 
 def tour(data: str | None = None, minutes: float | None = None, out: str = "runs/tour", say: Say = print) -> dict:
@@ -51,13 +58,15 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         config = replace(config, data=replace(config.data, source=str(data)))
     say(f"minidino tour: {'drawing scenes' if data is None else f'reading {data}'}")
     device = pick_device(config.run.device)
-    world = open_world(config, folder / "pixels")
-    say(f"{len(world.train)} training images, {len(world.test) if world.test else 'no labelled'} held-out images")
+    world, curation = open_world(config, folder / "pixels"), None
+    if data is None:
+        config, world, curation = learn_from_a_pool(config, world, folder, say)
+    say(f"{len(world.lessons)} training images, {len(world.test) if world.test else 'no labelled'} held-out images")
     config = fit_steps(config, world, device, minutes, say)
     say(f"training {config.run.steps} steps of {config.optim.batch_size} images on {device}, preset {config.preset}")
     run, world = pretrain(config, folder, world)
     say("judging: baselines, k-NN, linear and patch probes")
-    results = judge(run, world)
+    results = judge(run, world) | ({"curation": curation} if curation else {})
     for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
         say(f"  k-NN {name:16} {value:.3f}")
     say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
@@ -70,6 +79,44 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     return results
 
 
+def learn_from_a_pool(
+    config: RunConfig, world: World, folder: Path, say: Say
+) -> tuple[RunConfig, World, dict[str, Any]]:
+    """Hide the training scenes among copies and junk, let curation choose, and say what it found of what was planted."""
+    begun = time.perf_counter()
+    scenes = world.train_scenes
+    pool = make_pool(scenes.images, scenes.labels, COPIES, JUNK, config.data.scene_seed)
+    say(f"curating a raw pool: {len(scenes.images)} scenes, {pool.made.count('junk')} pieces of junk, "
+        f"{len(pool.files) - len(scenes.images) - pool.made.count('junk')} copies")  # fmt: skip
+    (folder / "curation").mkdir(parents=True, exist_ok=True)
+    archive = write_pool(pool, folder / "curation" / "pool.zip")
+    side = config.data.short_side
+    manifest = curate(archive, folder / "curation", copy_steps=COPY_STEPS, seed=config.run.seed, short_side=side, say=say)
+    config = replace(config, data=replace(config.data, pool=str(manifest)))
+    world = replace(world, pool=load_pixels(open_images(manifest), side, folder / "pixels" / "pool"))
+    funnel = json.loads(manifest.with_name("curation.json").read_text())["funnel"]
+    told = {"funnel": funnel, **found_copies(pool, manifest), "seconds": round(time.perf_counter() - begun, 1)}
+    return config, world, told
+
+
+def found_copies(pool: Pool, manifest: Path) -> dict[str, Any]:
+    """What curation did with a pool of which all is known.
+
+    Returns:
+        copies: {change: [planted, no longer beside another copy]}; junk: [planted, left]; scenes_lost: how many are
+        left in no copy at all.
+    """
+    with open(manifest, newline="") as file:
+        kept_of = {row["file"]: row["kept"] == "1" for row in csv.DictReader(file)}
+    kept = np.array([kept_of[name] for name in pool.names])
+    left = np.bincount(pool.original, kept, len(kept))
+    made, single = np.array(pool.made), ~kept | (left[pool.original] == 1)
+    changes = sorted(set(pool.made) - {"own", "junk"})
+    copies = {change: [int((made == change).sum()), int(single[made == change].sum())] for change in changes}
+    junk = [int((made == "junk").sum()), int(kept[made == "junk"].sum())]
+    return {"copies": copies, "junk": junk, "scenes_lost": int((left[made == "own"] == 0).sum())}
+
+
 def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: float | None, say: Say) -> RunConfig:
     """Choose the number of steps that fit: a whole run of a few steps is timed and thrown away.
 
@@ -78,7 +125,7 @@ def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: fl
     """
     trial = replace(config, run=replace(config.run, steps=TRIAL_STEPS))
     state = start(trial, device)
-    seconds = [record["seconds"] for record in train(trial, world.train, state)]
+    seconds = [record["seconds"] for record in train(trial, world.lessons, state)]
     per_step = (seconds[-1] - seconds[COLD_STEPS - 1]) / (TRIAL_STEPS - COLD_STEPS)
     fitting = int(0.9 * 60 * (minutes or 4) / per_step)
     say(f"a step takes {per_step * 1000:.0f} ms here in {state.precision}: "
@@ -97,10 +144,10 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
         rows = [int(np.flatnonzero(s.labels == kind)[0]) for kind in range(len(KINDS))]
         pictures.scenes_sheet(s.images[rows], s.masks[rows], s.depth[rows], list(KINDS), folder / "scenes.png")
     index = torch.arange(2)
-    images, sizes = world.train.batch(index.numpy())
+    images, sizes = world.lessons.batch(index.numpy())
     batch = make_batch(config, 0, images.to(device), sizes, index)
     first = batch.masks.any(-1).any(0).int().argmax()
-    pictures.crops_and_masks(world.train.image(int(first)), batch.crops_global[:, first].cpu(),
+    pictures.crops_and_masks(world.lessons.image(int(first)), batch.crops_global[:, first].cpu(),
                              batch.crops_local[:, first].cpu(), batch.masks[:, first].cpu(), patch,
                              folder / "crops.png")  # fmt: skip
     ln_k = float(np.log(config.heads.n_prototypes))
@@ -141,6 +188,15 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
                 "tokens, iBOT on hidden patches, KoLeo.")]  # fmt: skip
     if world.train_scenes is not None:
         sections.append(Section("The drawn scenes", "Image, mask and depth.", folder / "scenes.png"))
+    if "curation" in results:
+        found = results["curation"]
+        rows = [("change", "planted", "no longer twice"), *((name, *n) for name, n in found["copies"].items())]
+        sections.append(Section("Which pictures it learned from", "The scenes came as a raw pool, with copies and junk "
+                        f"among them. Curation had to find the copies by itself; {found['scenes_lost']:,} scenes were "
+                        f"lost as copies of another, and {found['junk'][1]:,} of {found['junk'][0]:,} pieces of junk "
+                        "are left: to see that a page of text is no landscape takes a network that knows landscapes. "
+                        "What was done with each file, and why, stands in curation/report.html and manifest.csv.",
+                        folder / "curation" / "funnel.png", rows))  # fmt: skip
     sections.append(Section("What the student sees", "Global crops with holes, local crops.", folder / "crops.png"))
     doctor_says = " ".join(f"{f['title']}: {f['evidence']}" for f in training["doctor"])
     sections.append(Section("How it learned", f"The doctor: {doctor_says}", folder / "curves.png"))

@@ -16,7 +16,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import draw_scenes
 from minidino.learning import copies
-from minidino.learning.copies import CopyNet, info_nce, train_copies
+from minidino.learning.copies import CopyDescriptor, CopyNet, info_nce, train_copies
 
 
 def some_crops(n=6, size=32, seed=0):
@@ -97,6 +97,31 @@ def test_the_net_gives_unit_rows_and_every_parameter_learns():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
+def test_light_and_tint_do_not_count():
+    net, crops = CopyNet(width=8, dim=16).eval(), some_crops(4, 40)
+    other = 2 * crops + torch.tensor([0.5, -1.0, 0.2])[:, None, None]
+    assert (net(crops) * net(other)).sum(1).min() > 0.999 > (net(crops) @ net(crops).T)[0, 1]
+
+
+def test_a_descriptor_is_white_on_its_pool_and_knows_no_left_and_right():
+    descriptor, crops = CopyDescriptor(CopyNet(width=8, dim=16).eval()), some_crops(200, 32)
+    torch.testing.assert_close(descriptor(crops), descriptor(crops.flip(3)))
+    before = descriptor(crops)
+    descriptor.whiten(before)
+    white = (before - descriptor.mean) @ descriptor.whitening
+    variance = torch.linalg.eigvalsh(before.T.cov())
+    torch.testing.assert_close(white.T.cov(), torch.diag(variance / (variance + 0.1 * variance.mean())), atol=1e-3, rtol=0)
+    torch.testing.assert_close(descriptor(crops), torch.nn.functional.normalize(white, dim=1), atol=1e-4, rtol=0)
+    strangers = [(z @ z.T).fill_diagonal_(0).abs().mean() for z in (before, descriptor(crops))]
+    assert strangers[1] < strangers[0] / 2
+
+
+def test_few_pictures_can_be_whitened():
+    descriptor, crops = CopyDescriptor(CopyNet(width=8, dim=16).eval()), some_crops(2, 32)
+    descriptor.whiten(descriptor(crops))
+    torch.testing.assert_close(descriptor(crops).norm(dim=1), torch.ones(2))
+
+
 def scenes_pixels(n=64, size=40):
     scenes = draw_scenes(n, size, 7)
     return Pixels.from_array(scenes.images, scenes.labels, [str(i) for i in range(10)])
@@ -105,7 +130,7 @@ def scenes_pixels(n=64, size=40):
 def test_training_teaches_to_know_pictures_again(monkeypatch):
     """A tiny net in 80 steps: from gentle crops alone it learns to be better than a guess among 31 views."""
     monkeypatch.setattr("minidino.learning.copies.attack", lambda views, generator: views)
-    monkeypatch.setitem(copies.VIEW, "scale", (0.6, 1.0))
+    monkeypatch.setitem(copies.COPY, "scale", (0.6, 1.0))
     torch.manual_seed(0)
     net, settings = CopyNet(width=8, dim=32), {"batch_size": 16, "size": 24, "lr": 1e-2, "temperature": 0.2}
     losses = [record["info_nce"] for record in train_copies(scenes_pixels(16), net, steps=80, **settings)]

@@ -210,6 +210,12 @@ def test_hash_duplicates_forgive_a_grey_level_and_not_a_change():
     assert len(kept) == 58
 
 
+def test_equal_pictures_find_each_other_behind_another_in_their_bucket():
+    x = np.concatenate([pictures(30), pictures(30)])
+    labels, kept = hash_duplicates(x, n_bits=1)
+    assert labels.tolist() == 2 * list(range(30)) and kept.tolist() == list(range(30))
+
+
 def test_the_number_of_bits_is_checked():
     with pytest.raises(ValueError, match="1 to 64 bits"):
         pca_hash(pictures(10), 65)

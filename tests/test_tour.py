@@ -9,12 +9,14 @@ from PIL import Image
 
 from minidino import tour as tour_module
 from minidino.config import override, preset
+from minidino.images.pools import Pool
 from minidino.images.scenes import KINDS
 from minidino.judge import BASELINES, backbone_of, judge, patch_truth, probe
 from minidino.model.vit import build_vit
 from minidino.model.weights import save_backbone
+from minidino.runs import Run
 from minidino.stages import open_world, pretrain, some
-from minidino.tour import draw, report, tour
+from minidino.tour import draw, found_copies, report, tour
 
 PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn")
 SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_every=1", "run.knn_every=3",
@@ -78,6 +80,30 @@ def test_a_tour_of_photographs_without_labels_judges_nothing(tmp_path, monkeypat
     assert (tmp_path / "run" / "report.html").exists()
     quarantined = [path.read_text() for path in (tmp_path / "run").rglob("quarantine.csv")]
     assert sum("broken.jpg" in text for text in quarantined) == 1
+
+
+def test_a_tour_of_scenes_learns_from_what_curation_left(tmp_path, monkeypatch):
+    config = override(preset("scenes-cpu"), SMALL)
+    monkeypatch.setattr(tour_module, "preset", lambda name: preset(name) if name == "vitl14-lvd" else config)
+    monkeypatch.setattr(tour_module, "COPY_STEPS", 2)
+    results = tour(minutes=0.01, out=str(tmp_path / "run"), say=lambda words: None)
+    found = results["curation"]
+    assert found["funnel"]["files"] == 150 + 30 + 15 and results["n_train"] == found["funnel"]["without copies"]
+    assert sum(planted for planted, _ in found["copies"].values()) == 30 and found["junk"][0] == 15
+    assert found["copies"]["exact"] == [3, 3] == found["copies"]["other bytes"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Which pictures it learned from" in page and page.count("data:image/png;base64") == len(PICTURES) + 1
+    world = open_world(Run(tmp_path / "run").config(), tmp_path / "run" / "pixels")  # what a resumed run opens
+    assert len(world.lessons) == results["n_train"] and len(world.train) == 150
+
+
+def test_copies_are_found_when_one_of_each_group_is_left(tmp_path):
+    pool = Pool(list("abcdefg"), [b""] * 7, ["own", "own", "cropped", "exact", "exact", "junk", "own"],
+                np.array([0, 1, 0, 1, 1, 5, 6]), np.array([0, 1, 0, 1, 1, -1, 2]))  # fmt: skip
+    rows = dict(a=0, b=1, c=1, d=0, e=1, f=1, g=0)
+    (tmp_path / "manifest.csv").write_text("file,kept\n" + "".join(f"{name},{kept}\n" for name, kept in rows.items()))
+    found = found_copies(pool, tmp_path / "manifest.csv")
+    assert found == {"copies": {"cropped": [1, 1], "exact": [2, 1]}, "junk": [1, 1], "scenes_lost": 1}
 
 
 def test_photographs_come_from_the_archives_as_they_are(shared_data, tmp_path):

@@ -176,16 +176,22 @@ def hash_duplicates(
     Args:
         thumbnails: as for `pca_hash`.
         n_bits: of the hash.
-        tolerance: mean difference to the first of a bucket, in grey levels of 255, up to which it is the same
+        tolerance: mean difference to the first of its group, in grey levels of 255, up to which it is the same
             picture: equal hashes alone may be chance.
         quality: as for `find_duplicates`.
     """
     _, bucket = np.unique(pca_hash(thumbnails, n_bits), return_inverse=True)
-    first = representatives(bucket)[bucket]
-    apart = np.empty(len(thumbnails))
-    for start in range(0, len(thumbnails), CHUNK):
-        part = slice(start, start + CHUNK)
-        apart[part] = np.abs(thumbnails[part].astype(np.int16) - thumbnails[first[part]]).mean(1)
-    same = np.flatnonzero(apart <= tolerance)
-    labels = connect(len(thumbnails), Pairs(same, first[same]))
+    first, open_rows = np.arange(len(thumbnails)), np.arange(len(thumbnails))
+    while len(open_rows):  # those unlike the first of their bucket are compared among themselves
+        _, at, inverse = np.unique(bucket[open_rows], return_index=True, return_inverse=True)
+        leader = open_rows[at[inverse]]
+        apart = np.empty(len(open_rows))
+        for start in range(0, len(open_rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            pair = thumbnails[open_rows[part]].astype(np.int16), thumbnails[leader[part]]
+            apart[part] = np.abs(np.subtract(*pair)).mean(1)
+        same = apart <= tolerance
+        first[open_rows[same]] = leader[same]
+        open_rows = open_rows[~same]
+    labels = connect(len(thumbnails), Pairs(np.arange(len(thumbnails)), first))
     return Components(labels, representatives(labels, quality))

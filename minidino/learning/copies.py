@@ -1,6 +1,6 @@
 """A descriptor that knows a picture again, whatever was done to it, learned from the pool itself in minutes.
 
-    two views of each picture, cropped and attacked -> CopyNet -> InfoNCE + entropy
+    a picture nearly as it is, and one cropped and attacked -> CopyNet -> InfoNCE + entropy -> CopyDescriptor
 
     InfoNCE   a view is more like its other view than like any other picture
     entropy   pictures spread over the whole sphere, so that one threshold means the same everywhere
@@ -22,34 +22,76 @@ from minidino.images.pixels import Pixels
 from minidino.learning.losses import koleo_loss
 from minidino.learning.optim import cosine_schedule
 
+SHRINKAGE = 0.1  # s, of the mean variance, so that directions of mere noise are not blown up
 ATTACKS = -4  # stands in for an image index in the seed of a step's attacks
-VIEW = {"scale": (0.3, 1.0), "ratio": (0.6, 1.67), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2}
+ORIGINAL = {"scale": (0.8, 1.0), "ratio": (0.9, 1.1), "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.02,
+            "gray_p": 0.0, "blur_p": 0.0}  # fmt: skip
+COPY = {"scale": (0.3, 1.0), "ratio": (0.6, 1.67), "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.2,
+        "gray_p": 0.2, "blur_p": 0.3}  # fmt: skip
 
 
 class CopyNet(nn.Module):
     """A small convolutional net: four stages of one residual block, generalised mean, a linear layer, length 1.
 
-    Each number of the descriptor is standardised before, so that strangers are near cosine 0 from the first step on.
+    A picture is first brought to mean 0 and deviation 1, so that light and tint do not count; each number of the
+    descriptor is standardised over the batch, so that strangers are near cosine 0 from the first step on.
 
     Args:
-        width: channels of the first stage; each stage has twice as many on a quarter of the places.
+        width: channels of the first stage, on a quarter of the side; each stage has twice as many on half of the side.
         dim: D, of the descriptor.
     Source: generalised-mean pooling, Radenovic et al. 2018, as in SSCD.
     """
 
-    def __init__(self, width: int = 24, dim: int = 128):
+    def __init__(self, width: int = 32, dim: int = 256):
         super().__init__()
         widths = [width * 2**stage for stage in range(4)]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 4, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         stages = [Residual(below, here, 1 if below == here else 2) for below, here in zip([width, *widths], widths)]
         self.stages = nn.Sequential(*stages)
         self.power = nn.Parameter(torch.tensor(3.0))
         self.project = nn.Sequential(nn.Linear(widths[-1], dim), nn.BatchNorm1d(dim, affine=False))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        maps = self.stages(self.stem(images)).clamp(min=1e-6)
+        variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True)
+        maps = self.stages(self.stem((images - mean) / (variance + 0.01).sqrt())).clamp(min=1e-6)
         pooled = maps.pow(self.power).mean((2, 3)).pow(1 / self.power)
         return F.normalize(self.project(pooled), dim=1)
+
+
+class CopyDescriptor(nn.Module):
+    """A trained net as it is used: what it says of a picture and of its mirror image, together, whitened on a pool.
+
+        z = net(x) + net(mirror x), of length 1      w = V^T (z - mean) / sqrt(lambda + s mean lambda), of length 1
+
+    Whitening takes all directions in which the pool varies for equally important, and so brings strangers to a cosine
+    near 0 also after a short training.
+
+    Args:
+        net: trained, in evaluation mode.
+    Source: whitening of descriptors, Pizzi et al. 2022 (SSCD), section 4.5; Jegou and Chum 2012.
+    """
+
+    def __init__(self, net: CopyNet):
+        super().__init__()
+        dim = net.project[0].out_features
+        self.net = net
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("whitening", torch.eye(dim))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        both = F.normalize(self.net(images) + self.net(images.flip(3)), dim=1)
+        return F.normalize((both - self.mean) @ self.whitening, dim=1)
+
+    def whiten(self, rows: Float[Tensor, "n D"]) -> None:
+        """Learn the whitening from what the net says of a pool.
+
+        Args:
+            rows: what `forward` gave before any whitening, of two pictures at least.
+        """
+        self.mean = rows.mean(0)
+        variance, directions = torch.linalg.eigh((rows - self.mean).double().T.cov())
+        scale = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).rsqrt()
+        self.whitening = (directions * scale).to(rows)
 
 
 class Residual(nn.Module):
@@ -87,7 +129,7 @@ def info_nce(one: Float[Tensor, "B D"], other: Float[Tensor, "B D"], temperature
 def train_copies(
     pixels: Pixels,
     net: CopyNet,
-    steps: int = 300,
+    steps: int = 600,
     batch_size: int = 96,
     size: int = 64,
     lr: float = 3e-3,
@@ -116,16 +158,16 @@ def train_copies(
     batch_size = min(batch_size, len(pixels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     schedule = cosine_schedule(lr, 0.0, steps, steps // 10, lr / 10)
-    laws = [CropLaw(size=size, gray_p=0.2, blur_p=0.3, solarize_p=0.0, **VIEW)] * 2
+    laws = [CropLaw(size=size, **law) for law in (ORIGINAL, COPY)]
     device = next(net.parameters()).device
     net.train()
     for step in range(steps):
         index = batch_indices(len(pixels), batch_size, step, seed)
         images, sizes = pixels.batch(index.numpy())
         seeds = [crop_seed(seed, step, int(i)) for i in index]
-        views, _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)
+        (original, copy), _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)
         chance = torch.Generator().manual_seed(crop_seed(seed, step, ATTACKS))
-        one, other = net(torch.cat([attack(view, chance) for view in views])).chunk(2)
+        one, other = net(torch.cat([original, attack(copy, chance)])).chunk(2)
         parts = {"info_nce": info_nce(one, other, temperature), "koleo": koleo_loss(one)}
         loss = parts["info_nce"] + entropy * parts["koleo"]
         for group in optimizer.param_groups:

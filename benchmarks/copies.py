@@ -1,0 +1,216 @@
+"""Copy detection measured: which copies are known again, at which threshold.
+
+    python benchmarks/copies.py run --data PATH      against imagededup's hashes and nets that learned nothing
+    python benchmarks/copies.py draw                 docs/copies.png from the stored result
+
+PATH holds the sets `pool` and `copies` with their ground truth; `run` needs imagededup (pip install imagededup).
+
+The result goes to data/results/curation-copies.json with machine, versions and commit.
+"""
+
+import argparse
+import csv
+import io
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from recipe import DOCS, RESULTS, store
+from tqdm import tqdm
+
+from minidino.config import preset
+from minidino.curate import COPY_STEPS, trained_describer
+from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates
+from minidino.curation.embeddings import embed, network
+from minidino.curation.pipeline import Describer
+from minidino.curation.search import unit_rows
+from minidino.images.datasets import open_images
+from minidino.images.pixels import Pixels, load_pixels
+from minidino.judge import random_backbone
+from minidino.pictures import COLORS
+from minidino.runs import keep_freed_memory, pick_device
+
+Describe = Callable[[Pixels], np.ndarray]
+SIDE = 112  # px, of the shorter side of a decoded picture
+PRECISION = 0.99  # of the links that are found, for the recall that is compared
+
+
+class Task(NamedTuple):
+    """Pairs of pictures of which some are copies."""
+
+    left: Pixels
+    right: Pixels
+    truth: np.ndarray  # (L, R) bool
+    made: np.ndarray  # (L,) how the left picture was made; "" = it is no copy
+    counted: np.ndarray  # (L, R) bool, the pairs that are judged
+
+
+def copies_task(data: Path, folder: Path) -> Task:
+    """Altered pictures against references, 30 of them altered from pictures that are not there."""
+    pixels = load_pixels(open_images(data / "copies"), SIDE, folder / "copies")
+    row = {Path(name).name: i for i, name in enumerate(pixels.files)}
+    truth = list(csv.DictReader(io.StringIO(_read(data / "copies" / "copies.zip", "copies/ground_truth.csv"))))
+    references = [Path(r["file"]).name for r in truth if r["role"] == "reference"]
+    queries = [r for r in truth if r["role"] == "query"]
+    asked = np.array([Path(r["reference"]).name for r in queries])
+    same = asked[:, None] == np.array(references)[None]
+    made = np.array([r["attack"].split(":")[0] if r["reference"] else "" for r in queries])
+    rows = [row[Path(r["file"]).name] for r in queries]
+    return Task(pixels.select(rows), pixels.select([row[name] for name in references]), same, made, np.ones_like(same))
+
+
+def pool_task(data: Path, folder: Path) -> Task:
+    """Every picture of the pool against every other; two kinds of junk are not judged against each other."""
+    pixels = load_pixels(open_images(data / "pool"), SIDE, folder / "pool")
+    row = {Path(name).name: i for i, name in enumerate(pixels.files)}
+    group, made, junk = np.arange(len(row)), np.full(len(row), "", dtype=object), np.zeros(len(row), dtype=bool)
+    outside: dict[str, int] = {}
+    for r in csv.DictReader(io.StringIO((data / "pool" / "ground_truth.csv").read_text())):
+        i, origin = row[Path(r["file"]).name], r["duplicate_of"]
+        junk[i] = not r["class"].startswith(("n0", "n1", "cifar10:"))
+        if origin:
+            group[i] = outside.setdefault(origin, i) if origin.startswith("@") else row[Path(origin).name]
+            made[i] = "" if origin.startswith("@") else r["transform"] or r["kind"]
+    while (group[group] != group).any():
+        group = group[group]
+    counted = np.triu(np.ones((len(row), len(row)), dtype=bool), 1) & ~(junk[:, None] & junk)
+    return Task(pixels, pixels, group[:, None] == group, made, counted)
+
+
+def hashes() -> dict[str, Describe]:
+    """imagededup's perceptual hashes as rows of +-1: their cosine is 1 - 2 d / 64 for d different bits."""
+    from imagededup.methods import AHash, DHash, PHash, WHash
+
+    def describer(method: Any) -> Describe:
+        def describe(pixels: Pixels) -> np.ndarray:
+            codes = [method.encode_image(image_array=pixels.image(i).transpose(1, 2, 0)) for i in range(len(pixels))]
+            bits = np.unpackbits(np.array([list(bytes.fromhex(code)) for code in codes], dtype=np.uint8), axis=1)
+            return 2.0 * bits - 1
+
+        return describe
+
+    return {f"imagededup {m.__name__}": describer(m(verbose=False)) for m in (PHash, DHash, WHash, AHash)}
+
+
+def judged(describe: Describe, task: Task) -> dict[str, Any]:
+    """The curve of precision and recall over pairs, and the recall of each kind of change where 99 of 100 are right."""
+    left = unit_rows(describe(task.left))
+    right = left if task.right is task.left else unit_rows(describe(task.right))
+    score = left @ right.T
+    flat, true = score[task.counted], task.truth[task.counted]
+    order = np.argsort(-flat, kind="stable")
+    hits = np.cumsum(true[order])
+    last = np.append(np.diff(flat[order]) < 0, True)  # pairs of equal score are taken together
+    good = np.flatnonzero((hits >= PRECISION * np.arange(1, len(hits) + 1)) & last)
+    threshold = float(flat[order[good[-1]]]) if len(good) else np.inf
+    linked = task.truth & ~np.eye(*score.shape, dtype=bool) if task.right is task.left else task.truth
+    own = np.where(linked, score, -np.inf).max(1)  # a copy counts by its best link to any of its group
+    found = {"threshold": threshold, "recall": float(hits[good[-1]] / true.sum()) if len(good) else 0.0}
+    found["recall_of"] = {name: float((own[task.made == name] >= threshold).mean())
+                          for name in dict.fromkeys(task.made) if name}  # fmt: skip
+    found["curve"] = []
+    for cut in np.linspace(0.2, 0.95, 16).tolist():
+        n = int((flat > cut).sum())
+        right_ones = int((true & (flat > cut)).sum())
+        found["curve"].append({"threshold": cut, "recall": right_ones / int(true.sum()),
+                               "precision": right_ones / n if n else 1.0})  # fmt: skip
+    return found
+
+
+def leaks(describer: Describer, pool: Pixels, data: Path, folder: Path) -> dict[str, Any]:
+    """Relative deduplication of the pool against three evaluation sets, of which 180 pictures or copies are planted."""
+    reference, planted, told = [], np.zeros(len(pool), dtype=bool), {}
+    for name in ("imagenette", "tiny-imagenet-40", "cifar10"):
+        images = open_images(data / name)
+        parts = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
+        reference.append(rows_of(describer, parts, folder))
+    row = {Path(name).name: i for i, name in enumerate(pool.files)}
+    for r in csv.DictReader(io.StringIO((data / "pool" / "ground_truth.csv").read_text())):
+        planted[row[Path(r["file"]).name]] = r["duplicate_of"].startswith("@")
+    rows = rows_of(describer, pool, folder)
+    for threshold in (0.35, 0.4, LEAK, 0.5, 0.55, COPY):
+        found = relative_duplicates(rows, np.concatenate(reference), threshold)
+        told[f"{threshold:g}"] = {"planted": int(planted.sum()), "found": int(found[planted].sum()),
+                                  "others": int(found[~planted].sum()), "pool": len(pool)}  # fmt: skip
+    return told
+
+
+def rows_of(describer: Describer, pixels: Pixels, folder: Path) -> np.ndarray:
+    name, describe, made_by = folder / "rows.npy", describer.describe, describer.made_by
+    rows = embed(pixels, describe, describer.size, name, describer.kind, made_by, "float32", progress=False).rows
+    return np.array(rows)  # the file is written again for the next
+
+
+def run(data: Path, steps: int, seeds: int) -> None:
+    """All describers on both tasks; ours is taught on the pool alone, so the pictures of `copies` are new to it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tasks = {"copies": copies_task(data, folder), "pool": pool_task(data, folder)}
+        pool = tasks["pool"].left
+        everyone: dict[str, Describe] = hashes()
+        everyone["colours of 16 x 16 places"] = lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5
+        random_vit = network(random_backbone(preset("imagenette-cpu"), pick_device()))
+        nets, seconds, guarded = {"random ViT": Describer("copy", random_vit, 64, "random ViT")}, [], []
+        distinct = pool.select(np.sort(hash_duplicates(pool.whole(16).flatten(1).numpy()).representatives))
+        for seed in range(seeds):
+            begun = time.perf_counter()
+            ours = nets[f"CopyNet, seed {seed}"] = trained_describer(distinct, folder, steps, seed)
+            seconds.append(time.perf_counter() - begun)
+            guarded.append(leaks(ours, pool, data, folder))
+            print(seed, guarded[-1])
+        for who, net in nets.items():
+            everyone[who] = lambda pixels, net=net: rows_of(net, pixels, folder)
+        runs = {}
+        for who, describe in tqdm(everyone.items(), unit="describer"):
+            runs[who] = {task: judged(describe, tasks[task]) for task in tasks}
+            tqdm.write(who + "".join(f", {task} {found['recall']:.3f}" for task, found in runs[who].items()))
+        store("curation-copies", {"steps": steps, "seconds": seconds, "precision": PRECISION, "leaks": guarded,
+                                  "runs": runs})  # fmt: skip
+
+
+def draw() -> None:
+    """Precision and recall of our copy network around its default thresholds, each seed a line."""
+    found = json.loads((RESULTS / "curation-copies.json").read_text())
+    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    titles = {"copies": "altered pictures against references", "pool": "a pool against itself"}
+    for ax, (task, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        for who in [who for who in found["runs"] if who.startswith("CopyNet")]:
+            curve = found["runs"][who][task]["curve"]
+            for key, color, style in (("precision", "teacher", "-"), ("recall", "student", "--")):
+                points = [point["threshold"] for point in curve], [100 * point[key] for point in curve]
+                ax.plot(*points, style, color=COLORS[color], label=key if who.endswith(" 0") else None)
+        for threshold in (LEAK, COPY):
+            ax.axvline(threshold, color=COLORS["limit"], linestyle=":", linewidth=1)
+        ax.set(xlabel="threshold of the cosine", title=title)
+        ax.legend()
+    figure.axes[0].set_ylabel("share of links (%)")
+    figure.suptitle("Around the thresholds for leaks (0.45) and copies (0.6)")
+    figure.savefig(DOCS / "copies.png")
+
+
+def _read(archive: Path, name: str) -> str:
+    with zipfile.ZipFile(archive) as file:
+        return file.read(name).decode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=COPY_STEPS, help="of the copy network")
+    options = parser.parse_args()
+    keep_freed_memory()
+    if options.what == "run":
+        run(options.data, options.steps, options.seeds)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
