@@ -1,7 +1,7 @@
 """Copy detection measured: which copies are known again, at which threshold.
 
     python benchmarks/copies.py run --data PATH      against imagededup's hashes and nets that learned nothing
-    python benchmarks/copies.py draw                 docs/copies.png from the stored result
+    python benchmarks/copies.py draw                 the README's table and docs/copies-*.png from the stored result
 
 PATH holds the sets `pool` and `copies` with their ground truth; `run` needs imagededup (pip install imagededup).
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from recipe import DOCS, RESULTS, store
+from recipe import DOCS, RESULTS, put, spread, store
 from tqdm import tqdm
 
 from minidino.config import preset
@@ -174,24 +174,79 @@ def run(data: Path, steps: int, seeds: int) -> None:
                                   "runs": runs})  # fmt: skip
 
 
+def tables() -> dict[str, str]:
+    """The README's tables, written from the stored result."""
+    found = stored()
+    lines = ["| describer | altered pictures | a pool |", "|---|---|---|"]
+    for who, runs in by_name(found["runs"]).items():
+        cells = [spread([run[task]["recall"] for run in runs]) for task in ("copies", "pool")]
+        lines.append(f"| {who} | " + " | ".join(_spread(cell) for cell in cells) + " |")
+    at = {t: [run[t] for run in found["leaks"]] for t in found["leaks"][0]}
+    lines += ["", "| threshold | planted leaks found | other pictures dropped with them |", "|---|---|---|"]
+    for threshold, runs in at.items():
+        planted, others = runs[0]["planted"], runs[0]["pool"] - runs[0]["planted"]
+        lines.append(f"| {threshold} | " + ", ".join(str(run["found"]) for run in runs) + f" of {planted} | "
+                     + ", ".join(str(run["others"]) for run in runs) + f" of {others:,} |")  # fmt: skip
+    e, seconds = found["environment"], spread(found["seconds"])
+    lines += ["", f"Recall of links at a precision of {found['precision']}; ours: mean ± standard deviation over "
+              f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training on "
+              f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    return {"copies": "\n".join(lines)}
+
+
+def by_name(runs: dict[str, Any]) -> dict[str, list[Any]]:
+    """The runs of each describer, seeds together."""
+    names: dict[str, list[Any]] = {}
+    for who, found in runs.items():
+        names.setdefault(who.split(", seed")[0], []).append(found)
+    return names
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['mean']:.3f}" + (f" ± {values['sd']:.3f}" if values["n"] > 1 else "")
+
+
+def stored() -> dict[str, Any]:
+    return json.loads((RESULTS / "curation-copies.json").read_text())
+
+
 def draw() -> None:
-    """Precision and recall of our copy network around its default thresholds, each seed a line."""
-    found = json.loads((RESULTS / "curation-copies.json").read_text())
-    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    """Precision and recall around the default thresholds, and the recall of each kind of change."""
+    runs = by_name(stored()["runs"])
     titles = {"copies": "altered pictures against references", "pool": "a pool against itself"}
-    for ax, (task, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-        for who in [who for who in found["runs"] if who.startswith("CopyNet")]:
-            curve = found["runs"][who][task]["curve"]
+    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    for ax, (task, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for seed, found in enumerate(runs["CopyNet"]):
+            curve = found[task]["curve"]
             for key, color, style in (("precision", "teacher", "-"), ("recall", "student", "--")):
                 points = [point["threshold"] for point in curve], [100 * point[key] for point in curve]
-                ax.plot(*points, style, color=COLORS[color], label=key if who.endswith(" 0") else None)
+                ax.plot(*points, style, color=COLORS[color], label=None if seed else key)
         for threshold in (LEAK, COPY):
             ax.axvline(threshold, color=COLORS["limit"], linestyle=":", linewidth=1)
         ax.set(xlabel="threshold of the cosine", title=title)
-        ax.legend()
+        ax.legend(loc="lower left")
     figure.axes[0].set_ylabel("share of links (%)")
-    figure.suptitle("Around the thresholds for leaks (0.45) and copies (0.6)")
-    figure.savefig(DOCS / "copies.png")
+    figure.suptitle("Links around the thresholds for leaks (0.45) and copies (0.6)")
+    figure.savefig(DOCS / "copies-thresholds.png")
+
+    figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
+    for ax, (task, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        kinds = sorted(runs["CopyNet"][0][task]["recall_of"], key=lambda k: runs["CopyNet"][0][task]["recall_of"][k])
+        for who, found in runs.items():
+            if not who.startswith(("imagededup", "CopyNet")):
+                continue
+            ours = who == "CopyNet"
+            shares = np.array([[100 * run[task]["recall_of"][kind] for kind in kinds] for run in found])
+            look = {"color": COLORS["trained" if ours else "pixels"], "marker": "o" if ours else "x", "zorder": 2 + ours}
+            ax.plot(shares.mean(0), np.arange(len(kinds)), linestyle="", label="ours" if ours else who, **look)
+            if ours:
+                ax.hlines(np.arange(len(kinds)), shares.min(0), shares.max(0), color=COLORS["trained"])
+        ax.set_yticks(np.arange(len(kinds)), kinds, fontsize=8)
+        ax.set(xlabel="found (%)", title=title, xlim=(-3, 103))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.axes[0].legend(handles[-2:], ["four perceptual hashes", labels[-1]], loc="lower right")
+    figure.suptitle("Which changes are known again, where 99 of 100 links are right")
+    figure.savefig(DOCS / "copies-kinds.png")
 
 
 def _read(archive: Path, name: str) -> str:
@@ -209,6 +264,7 @@ def main() -> None:
     keep_freed_memory()
     if options.what == "run":
         run(options.data, options.steps, options.seeds)
+    put(tables())
     draw()
 
 

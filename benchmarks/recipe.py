@@ -350,10 +350,10 @@ def _study_table(stored: dict[str, Any], what: str) -> str:
     return "\n".join(lines)
 
 
-def draw() -> None:
-    """Put the tables of the stored results into the README."""
+def put(written: dict[str, str]) -> None:
+    """Put tables into the README, each between its marks."""
     readme = (ROOT / "README.md").read_text()
-    for name, table in tables().items():
+    for name, table in written.items():
         first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(first)
         readme = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
@@ -387,7 +387,7 @@ def main() -> None:
     elif options.what == "adapt":
         adapt_photographs(options.minutes, options.changes)
     else:
-        draw()
+        put(tables())
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes")
 
 

@@ -16,7 +16,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import draw_scenes
 from minidino.learning import copies
-from minidino.learning.copies import CopyDescriptor, CopyNet, info_nce, train_copies
+from minidino.learning.copies import SHRINKAGE, CopyDescriptor, CopyNet, info_nce, train_copies
 
 
 def some_crops(n=6, size=32, seed=0):
@@ -110,7 +110,7 @@ def test_a_descriptor_is_white_on_its_pool_and_knows_no_left_and_right():
     descriptor.whiten(before)
     white = (before - descriptor.mean) @ descriptor.whitening
     variance = torch.linalg.eigvalsh(before.T.cov())
-    torch.testing.assert_close(white.T.cov(), torch.diag(variance / (variance + 0.1 * variance.mean())), atol=1e-3, rtol=0)
+    torch.testing.assert_close(white.T.cov(), torch.diag(variance / (variance + SHRINKAGE * variance.mean())), atol=1e-3, rtol=0)
     torch.testing.assert_close(descriptor(crops), torch.nn.functional.normalize(white, dim=1), atol=1e-4, rtol=0)
     strangers = [(z @ z.T).fill_diagonal_(0).abs().mean() for z in (before, descriptor(crops))]
     assert strangers[1] < strangers[0] / 2

@@ -22,7 +22,7 @@ from minidino.images.pixels import Pixels
 from minidino.learning.losses import koleo_loss
 from minidino.learning.optim import cosine_schedule
 
-SHRINKAGE = 0.1  # s, of the mean variance, so that directions of mere noise are not blown up
+SHRINKAGE = 0.03  # s, of the mean variance, so that directions of mere noise are not blown up
 ATTACKS = -4  # stands in for an image index in the seed of a step's attacks
 ORIGINAL = {"scale": (0.8, 1.0), "ratio": (0.9, 1.1), "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.02,
             "gray_p": 0.0, "blur_p": 0.0}  # fmt: skip
