@@ -189,8 +189,8 @@ def tables() -> dict[str, str]:
                      + ", ".join(str(run["others"]) for run in runs) + f" of {others:,} |")  # fmt: skip
     e, seconds = found["environment"], spread(found["seconds"])
     lines += ["", f"Recall of links at a precision of {found['precision']}; ours: mean ± standard deviation over "
-              f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training on "
-              f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+              f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training "
+              f"on {e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
     return {"copies": "\n".join(lines)}
 
 
@@ -224,7 +224,7 @@ def draw() -> None:
         for threshold in (LEAK, COPY):
             ax.axvline(threshold, color=COLORS["limit"], linestyle=":", linewidth=1)
         ax.set(xlabel="threshold of the cosine", title=title)
-        ax.legend(loc="lower left")
+        ax.legend(loc="lower right")
     figure.axes[0].set_ylabel("share of links (%)")
     figure.suptitle("Links around the thresholds for leaks (0.45) and copies (0.6)")
     figure.savefig(DOCS / "copies-thresholds.png")
@@ -237,7 +237,7 @@ def draw() -> None:
                 continue
             ours = who == "CopyNet"
             shares = np.array([[100 * run[task]["recall_of"][kind] for kind in kinds] for run in found])
-            look = {"color": COLORS["trained" if ours else "pixels"], "marker": "o" if ours else "x", "zorder": 2 + ours}
+            look = {"color": COLORS["trained" if ours else "pixels"], "marker": "o" if ours else "x"}
             ax.plot(shares.mean(0), np.arange(len(kinds)), linestyle="", label="ours" if ours else who, **look)
             if ours:
                 ax.hlines(np.arange(len(kinds)), shares.min(0), shares.max(0), color=COLORS["trained"])

@@ -84,7 +84,9 @@ def curate(
     return manifest
 
 
-def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, seed: int = 0) -> Describer:
+def trained_describer(
+    pixels: Pixels, folder: Path, steps: int = COPY_STEPS, seed: int = 0, progress: bool = True
+) -> Describer:
     """A small copy-detection network, taught on these pictures; kept in the folder for the next time."""
     path = folder / f"copies-{pixels.fingerprint()[:16]}-{steps}-{seed}.safetensors"
     torch.manual_seed(seed)
@@ -95,7 +97,8 @@ def trained_describer(pixels: Pixels, folder: Path, steps: int = COPY_STEPS, see
         descriptor.load_state_dict(load_file(path))
     elif len(pixels) > 1:
         batch_size = min(COPY_BATCH, len(pixels))
-        with tqdm(total=steps * batch_size, unit="images", desc="learning to know copies") as bar:
+        total, words = steps * batch_size, "learning to know copies"
+        with tqdm(total=total, unit="images", desc=words, disable=not progress) as bar:
             for record in train_copies(pixels, net, steps, batch_size, COPY_SIZE, seed=seed):
                 bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
                 bar.update(batch_size)

@@ -103,16 +103,16 @@ def found_copies(pool: Pool, manifest: Path) -> dict[str, Any]:
     """What curation did with a pool of which all is known.
 
     Returns:
-        copies: {change: [planted, no longer beside another copy]}; junk: [planted, left]; scenes_lost: how many are
+        copies: {change: [planted, not kept beside its original]}; junk: [planted, left]; scenes_lost: how many are
         left in no copy at all.
     """
     with open(manifest, newline="") as file:
         kept_of = {row["file"]: row["kept"] == "1" for row in csv.DictReader(file)}
     kept = np.array([kept_of[name] for name in pool.names])
     left = np.bincount(pool.original, kept, len(kept))
-    made, single = np.array(pool.made), ~kept | (left[pool.original] == 1)
+    made, found = np.array(pool.made), ~(kept & kept[pool.original])
     changes = sorted(set(pool.made) - {"own", "junk"})
-    copies = {change: [int((made == change).sum()), int(single[made == change].sum())] for change in changes}
+    copies = {change: [int((made == change).sum()), int(found[made == change].sum())] for change in changes}
     junk = [int((made == "junk").sum()), int(kept[made == "junk"].sum())]
     return {"copies": copies, "junk": junk, "scenes_lost": int((left[made == "own"] == 0).sum())}
 
@@ -190,7 +190,7 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
         sections.append(Section("The drawn scenes", "Image, mask and depth.", folder / "scenes.png"))
     if "curation" in results:
         found = results["curation"]
-        rows = [("change", "planted", "no longer twice"), *((name, *n) for name, n in found["copies"].items())]
+        rows = [("change", "planted", "found"), *((name, *n) for name, n in found["copies"].items())]
         sections.append(Section("Which pictures it learned from", "The scenes came as a raw pool, with copies and junk "
                         f"among them. Curation had to find the copies by itself; {found['scenes_lost']:,} scenes were "
                         f"lost as copies of another, and {found['junk'][1]:,} of {found['junk'][0]:,} pieces of junk "

@@ -97,7 +97,7 @@ def test_a_tour_of_scenes_learns_from_what_curation_left(tmp_path, monkeypatch):
     assert len(world.lessons) == results["n_train"] and len(world.train) == 150
 
 
-def test_copies_are_found_when_one_of_each_group_is_left(tmp_path):
+def test_a_copy_is_found_when_it_is_not_kept_beside_its_original(tmp_path):
     pool = Pool(list("abcdefg"), [b""] * 7, ["own", "own", "cropped", "exact", "exact", "junk", "own"],
                 np.array([0, 1, 0, 1, 1, 5, 6]), np.array([0, 1, 0, 1, 1, -1, 2]))  # fmt: skip
     rows = dict(a=0, b=1, c=1, d=0, e=1, f=1, g=0)

@@ -66,6 +66,7 @@ class Curation:
         short_side: int = 112,
         seed: int = 0,
         say: Callable[[str], None] = print,
+        progress: bool = True,
     ):
         """Decode the pool; what is no picture is in the quarantine.
 
@@ -75,13 +76,15 @@ class Curation:
             short_side: px, of decoded pictures.
             seed: of clusters and chance.
             say: where a line after each stage goes.
+            progress: show bars.
         Raises:
             FileNotFoundError, ValueError: no file, or none that decodes.
         """
         self.pool, self.folder, self.short_side, self.seed, self.say = pool, Path(folder), short_side, seed, say
+        self.progress = progress
         images = open_images(pool)
         self.files = images.files
-        self.pixels = load_pixels(images, short_side, self.folder / "pixels")
+        self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress)
         n = len(self.pixels)
         self.kept, self.reason = np.ones(n, dtype=bool), np.full(n, "", dtype=object)
         self.component, self.cluster = np.full(n, -1), np.full(n, -1)
@@ -93,7 +96,8 @@ class Curation:
 
     def drop_same(self) -> None:
         """Keep one of each group of files that show the same picture, by a hash of thumbnails."""
-        rows = embed(self.pixels, thumbnails, THUMBNAIL, self._path("hash.npy"), "hash", "thumbnails", "uint8").rows
+        rows = embed(self.pixels, thumbnails, THUMBNAIL, self._path("hash.npy"), "hash", "thumbnails", "uint8",
+                     progress=self.progress).rows  # fmt: skip
         quality = self._stage("quality", (), lambda: {"quality": picture_quality(self.pixels)})["quality"]
         groups = self._stage("same", (), lambda: hash_duplicates(rows, quality=quality)._asdict())
         self._drop_members(np.arange(len(rows)), Components(**groups), "same picture", np.ones(len(rows)))
@@ -233,12 +237,12 @@ class Curation:
     def _outside(self, source: str | Path) -> tuple[str, Pixels]:
         """A name for the files made of another set, and its decoded pictures."""
         name = f"{Path(source).stem}-{hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]}"
-        return name, load_pixels(open_images(source), self.short_side, self._path(name))
+        return name, load_pixels(open_images(source), self.short_side, self._path(name), self.progress)
 
     def _embed(self, pixels: Pixels, describer: Describer, kind: str, name: str) -> np.ndarray:
         """Descriptors of the kind that the step needs."""
         return embed(pixels, describer.describe, describer.size, self._path(f"{name}.npy"), describer.kind,
-                     describer.made_by).expect(kind)  # fmt: skip
+                     describer.made_by, progress=self.progress).expect(kind)  # fmt: skip
 
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / name
