@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
-from minidino.images.pools import CHANGES, Pool, draw_pool, write_pool
+from minidino.images.pools import CHANGES, draw_pool, write_pool
 from minidino.images.scenes import KINDS, draw_scenes, draw_some, scene_kinds
 
 
@@ -65,4 +65,3 @@ def test_a_pool_on_disk_is_the_same_each_time_and_opens(pool, tmp_path):
     images = open_images(one)
     assert sorted(images.files) == sorted(pool.names) and len(set(pool.names)) == len(pool.names)
     assert len(load_pixels(images, 48, progress=False)) == len(pool.names)
-    assert isinstance(pool, Pool)
