@@ -76,7 +76,7 @@ def ours(path: Path) -> dict[str, Any]:
     left, column = np.nonzero(similarity > COPY)
     labels = timer("components", lambda: connect(len(rows), Pairs(left, found[left, column])))
     timer("clusters", lambda: kmeans(rows, min(CLUSTERS, len(rows) // 10), unit=True))
-    return timer.seconds | {"kind": index.plan.kind, "components": int(labels.max()) + 1, **recall(rows, found)}
+    return timer.seconds | {"kind": index.plan.kind, "n_components": int(labels.max()) + 1, **recall(rows, found)}
 
 
 def peer(path: Path) -> dict[str, Any]:
