@@ -231,15 +231,15 @@ def draw() -> None:
 
     figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
     for ax, (task, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        kinds = sorted(runs["CopyNet"][0][task]["recall_of"], key=lambda k: runs["CopyNet"][0][task]["recall_of"][k])
+        ours = runs["CopyNet"][0][task]["recall_of"]
+        kinds = sorted(ours, key=ours.get)
         for who, found in runs.items():
             if not who.startswith(("imagededup", "CopyNet")):
                 continue
-            ours = who == "CopyNet"
             shares = np.array([[100 * run[task]["recall_of"][kind] for kind in kinds] for run in found])
-            look = {"color": COLORS["trained" if ours else "pixels"], "marker": "o" if ours else "x"}
-            ax.plot(shares.mean(0), np.arange(len(kinds)), linestyle="", label="ours" if ours else who, **look)
-            if ours:
+            color, marker, label = ("trained", "o", "ours") if who == "CopyNet" else ("pixels", "x", who)
+            ax.plot(shares.mean(0), np.arange(len(kinds)), marker, color=COLORS[color], label=label)
+            if len(found) > 1:
                 ax.hlines(np.arange(len(kinds)), shares.min(0), shares.max(0), color=COLORS["trained"])
         ax.set_yticks(np.arange(len(kinds)), kinds, fontsize=8)
         ax.set(xlabel="found (%)", title=title, xlim=(-3, 103))

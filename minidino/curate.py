@@ -90,8 +90,7 @@ def trained_describer(
     """A small copy-detection network, taught on these pictures; kept in the folder for the next time."""
     path = folder / f"copies-{pixels.fingerprint()[:16]}-{steps}-{seed}.safetensors"
     torch.manual_seed(seed)
-    net = CopyNet().to(pick_device())
-    descriptor = CopyDescriptor(net).to(pick_device()).eval()
+    descriptor = CopyDescriptor(CopyNet()).to(pick_device()).eval()
     describe = network(descriptor)
     if path.exists():
         descriptor.load_state_dict(load_file(path))
@@ -99,12 +98,12 @@ def trained_describer(
         batch_size = min(COPY_BATCH, len(pixels))
         total, words = steps * batch_size, "learning to know copies"
         with tqdm(total=total, unit="images", desc=words, disable=not progress) as bar:
-            for record in train_copies(pixels, net, steps, batch_size, COPY_SIZE, seed=seed):
+            for record in train_copies(pixels, descriptor.net, steps, batch_size, COPY_SIZE, seed=seed):
                 bar.set_postfix(loss=f"{record['loss']:.2f}", refresh=False)
                 bar.update(batch_size)
-        parts = np.array_split(some(len(pixels), WHITENING), len(pixels) // 256 + 1)
-        rows = torch.cat([describe(pixels.select(part).whole(COPY_SIZE)) for part in parts if len(part)])
-        descriptor.whiten(rows.to(pick_device()))
+        shown = some(len(pixels), WHITENING)
+        parts = np.array_split(shown, len(shown) // 256 + 1)
+        descriptor.whiten(torch.cat([describe(pixels.select(part).whole(COPY_SIZE)) for part in parts]))
         write_atomically(path, save({key: value.cpu().contiguous() for key, value in descriptor.state_dict().items()}))
     return Describer("copy", describe, COPY_SIZE, f"CopyNet {state_hash(descriptor)[:16]}")
 

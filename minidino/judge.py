@@ -181,9 +181,10 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
     else:
         config, backbone = RunConfig(), backbone_of(source).to(pick_device()).eval()
     size = size or config.crops.global_size
+    short_side = max(size, config.data.short_side)
     config = replace(
         config,
-        data=replace(config.data, source=data or config.data.source, short_side=max(size, config.data.short_side)),
+        data=replace(config.data, source=data or config.data.source, pool="", short_side=short_side),
         crops=replace(config.crops, global_size=size),
     )
     world = open_world(config, Path("runs/probe/pixels"))

@@ -110,7 +110,8 @@ def test_a_descriptor_is_white_on_its_pool_and_knows_no_left_and_right():
     descriptor.whiten(before)
     white = (before - descriptor.mean) @ descriptor.whitening
     variance = torch.linalg.eigvalsh(before.T.cov())
-    torch.testing.assert_close(white.T.cov(), torch.diag(variance / (variance + SHRINKAGE * variance.mean())), atol=1e-3, rtol=0)
+    expected = torch.diag(variance / (variance + SHRINKAGE * variance.mean()))
+    torch.testing.assert_close(white.T.cov(), expected, atol=1e-3, rtol=0)
     torch.testing.assert_close(descriptor(crops), torch.nn.functional.normalize(white, dim=1), atol=1e-4, rtol=0)
     strangers = [(z @ z.T).fill_diagonal_(0).abs().mean() for z in (before, descriptor(crops))]
     assert strangers[1] < strangers[0] / 2

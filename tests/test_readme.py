@@ -9,8 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-
-
 BENCHMARKS = {"recipe": {"scenes", "ablations", "ladder", "photographs"}, "copies": {"copies"}}
 
 

@@ -1,6 +1,7 @@
 """The main job on a handful of images: train, judge, draw, report, probe."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,9 @@ def test_a_tour_of_scenes_learns_from_what_curation_left(tmp_path, monkeypatch):
     assert "Which pictures it learned from" in page and page.count("data:image/png;base64") == len(PICTURES) + 1
     world = open_world(Run(tmp_path / "run").config(), tmp_path / "run" / "pixels")  # what a resumed run opens
     assert len(world.lessons) == results["n_train"] and len(world.train) == 150
+    shutil.rmtree(tmp_path / "run" / "curation")  # judging needs nothing of what was learned from
+    monkeypatch.chdir(tmp_path)
+    assert probe(tmp_path / "run")["trained"]["best"] == results["knn"]["trained"]
 
 
 def test_a_copy_is_found_when_it_is_not_kept_beside_its_original(tmp_path):

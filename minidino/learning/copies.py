@@ -88,6 +88,7 @@ class CopyDescriptor(nn.Module):
         Args:
             rows: what `forward` gave before any whitening, of two pictures at least.
         """
+        rows = rows.to(self.mean)
         self.mean = rows.mean(0)
         variance, directions = torch.linalg.eigh((rows - self.mean).double().T.cov())
         scale = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).rsqrt()
