@@ -27,7 +27,7 @@ from tqdm import tqdm
 from minidino.config import preset
 from minidino.curate import COPY_STEPS, trained_describer
 from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates
-from minidino.curation.embeddings import embed, network
+from minidino.curation.embeddings import PARTS, WHOLE, Part, embed, network
 from minidino.curation.pipeline import Describer
 from minidino.curation.search import unit_rows
 from minidino.images.datasets import open_images
@@ -124,26 +124,33 @@ def judged(describe: Describe, task: Task) -> dict[str, Any]:
 
 
 def leaks(describer: Describer, pool: Pixels, data: Path, folder: Path) -> dict[str, Any]:
-    """Relative deduplication of the pool against three evaluation sets, of which 180 pictures or copies are planted."""
-    reference, planted, told = [], np.zeros(len(pool), dtype=bool), {}
+    """Relative deduplication of the pool against three evaluation sets, of which 180 pictures or copies are planted.
+
+    By their whole pictures, and by these and their parts, as the pipeline does it.
+    """
+    planted, told = np.zeros(len(pool), dtype=bool), {}
+    views: list[list[np.ndarray]] = [[] for _ in PARTS]
     for name in ("imagenette", "tiny-imagenet-40", "cifar10"):
         images = open_images(data / name)
-        parts = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
-        reference.append(rows_of(describer, parts, folder))
+        pixels = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
+        for rows, part in zip(views, PARTS):
+            rows.append(rows_of(describer, pixels, folder, part))
     row = {Path(name).name: i for i, name in enumerate(pool.files)}
     for r in csv.DictReader(io.StringIO((data / "pool" / "ground_truth.csv").read_text())):
         planted[row[Path(r["file"]).name]] = r["duplicate_of"].startswith("@")
     rows = rows_of(describer, pool, folder)
+    references = {"whole": np.concatenate(views[0]), "parts": np.concatenate([r for view in views for r in view])}
     for threshold in (0.35, 0.4, LEAK, 0.5, 0.55, COPY):
-        found = relative_duplicates(rows, np.concatenate(reference), threshold)
-        told[f"{threshold:g}"] = {"planted": int(planted.sum()), "found": int(found[planted].sum()),
-                                  "others": int(found[~planted].sum()), "pool": len(pool)}  # fmt: skip
+        told[f"{threshold:g}"] = {"planted": int(planted.sum()), "pool": len(pool)}
+        for name, reference in references.items():
+            found = relative_duplicates(rows, reference, threshold)
+            told[f"{threshold:g}"][name] = {"found": int(found[planted].sum()), "others": int(found[~planted].sum())}
     return told
 
 
-def rows_of(describer: Describer, pixels: Pixels, folder: Path) -> np.ndarray:
+def rows_of(describer: Describer, pixels: Pixels, folder: Path, part: Part = WHOLE) -> np.ndarray:
     name, describe, made_by = folder / "rows.npy", describer.describe, describer.made_by
-    rows = embed(pixels, describe, describer.size, name, describer.kind, made_by, "float32", progress=False).rows
+    rows = embed(pixels, describe, describer.size, name, describer.kind, made_by, "float32", progress=False, part=part).rows
     return np.array(rows)  # the file is written again for the next
 
 
@@ -182,11 +189,12 @@ def tables() -> dict[str, str]:
         cells = [spread([run[task]["recall"] for run in runs]) for task in ("copies", "pool")]
         lines.append(f"| {who} | " + " | ".join(_spread(cell) for cell in cells) + " |")
     at = {t: [run[t] for run in found["leaks"]] for t in found["leaks"][0]}
-    lines += ["", "| threshold | planted leaks found | other pictures dropped with them |", "|---|---|---|"]
+    run = next(iter(at.values()))[0]
+    lines += ["", f"| threshold | leaks found, of {run['planted']} | others dropped, of {run['pool'] - run['planted']:,} | "
+              "whole pictures only: found | others |", "|---|---|---|---|---|"]  # fmt: skip
     for threshold, runs in at.items():
-        planted, others = runs[0]["planted"], runs[0]["pool"] - runs[0]["planted"]
-        lines.append(f"| {threshold} | " + ", ".join(str(run["found"]) for run in runs) + f" of {planted} | "
-                     + ", ".join(str(run["others"]) for run in runs) + f" of {others:,} |")  # fmt: skip
+        cells = [", ".join(str(run[by][key]) for run in runs) for by in ("parts", "whole") for key in ("found", "others")]
+        lines.append(f"| {threshold} | " + " | ".join(cells) + " |")
     e, seconds = found["environment"], spread(found["seconds"])
     lines += ["", f"Recall of links at a precision of {found['precision']}; ours: mean ± standard deviation over "
               f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training "

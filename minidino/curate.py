@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from minidino import pictures
-from minidino.curation.embeddings import network
+from minidino.curation.embeddings import network, seen
 from minidino.curation.pipeline import Curation, Describer
 from minidino.images.pixels import Pixels
 from minidino.judge import backbone_of, trained_backbone
@@ -103,7 +103,7 @@ def trained_describer(
                 bar.update(batch_size)
         shown = some(len(pixels), WHITENING)
         parts = np.array_split(shown, len(shown) // 256 + 1)
-        descriptor.whiten(torch.cat([describe(pixels.select(part).whole(COPY_SIZE)) for part in parts]))
+        descriptor.whiten(torch.cat([describe(seen(pixels.select(part), COPY_SIZE, "copy")) for part in parts]))
         write_atomically(path, save({key: value.cpu().contiguous() for key, value in descriptor.state_dict().items()}))
     return Describer("copy", describe, COPY_SIZE, f"CopyNet {state_hash(descriptor)[:16]}")
 

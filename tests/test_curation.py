@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidino.curation.embeddings import Descriptors, embed, network, thumbnails
+from minidino.curation.embeddings import PARTS, Descriptors, embed, network, seen, thumbnails
 from minidino.curation.pipeline import COLUMNS, Curation, Describer, picture_quality
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
@@ -185,6 +185,36 @@ def test_descriptors_go_on_where_they_were(tmp_path):
     assert (again.rows == whole.rows).all()
     other = embed(pixels.select(np.arange(20)), coarse, 24, path, **settings)  # other pictures: from the start
     assert other.rows.shape == (20, 36)
+
+
+def test_copies_are_looked_for_inside_of_bars_and_nothing_else_is():
+    scenes = draw_scenes(4, 48, 0)
+    plain = Pixels.from_array(scenes.images, scenes.labels, ["thing"] * 10)
+    on_film = Pixels.from_array(np.pad(scenes.images, ((0, 0), (9, 9), (0, 0), (0, 0))), scenes.labels, ["thing"] * 10)
+    assert torch.equal(seen(on_film, 24, "copy"), plain.whole(24))
+    assert torch.equal(seen(on_film, 24, "semantic"), on_film.whole(24))
+    corner = Pixels.from_array(scenes.images[:, :36, :36], scenes.labels, ["thing"] * 10)
+    assert torch.equal(seen(on_film, 24, "copy", PARTS[1]), corner.whole(24))
+
+
+def test_what_was_cut_out_of_the_examination_goes_and_says_which(tmp_path):
+    scenes = draw_scenes(30, 64, 5).images
+    for name in ("pool", "exam"):
+        (tmp_path / name).mkdir()
+    for i in range(24):
+        Image.fromarray(scenes[i]).save(tmp_path / "pool" / f"{i:02d}.png")
+    for i in range(24, 30):
+        Image.fromarray(scenes[i]).save(tmp_path / "exam" / f"{i}.png")
+    cuts = {"corner": (0, 0, 47, 48), "middle": (7, 9, 56, 57), "end": (15, 16, 64, 64)}
+    for i, (name, box) in enumerate(cuts.items()):
+        Image.fromarray(scenes[24 + i]).crop(box).save(tmp_path / "pool" / f"{name}.png")
+    curation = Curation(tmp_path / "pool", tmp_path / "out", short_side=64, say=lambda words: None, progress=False)
+    curation.drop_same()
+    curation.drop_copies(COPY, 0.95)
+    curation.drop_leaks(tmp_path / "exam", 0.95)
+    rows = rows_of(curation.write())
+    gone = {name: row["duplicate_of"] for name, row in rows.items() if row["reason"] == "too close to exam"}
+    assert gone == {"corner.png": "@exam/24.png", "middle.png": "@exam/25.png", "end.png": "@exam/26.png"}
 
 
 # ------------------------------------------------------------------------------------------------ refusals and corners

@@ -15,7 +15,7 @@ from PIL import Image
 
 from minidino.images import datasets, named
 from minidino.images.datasets import check_images, folder_labels, open_images, write_quarantine
-from minidino.images.pixels import Pixels, load_pixels
+from minidino.images.pixels import Pixels, inside_bars, load_pixels
 
 ODD_NAMES = Path(__file__).resolve().parents[2] / "shared" / "data" / "nasty" / "odd_names.tar"
 
@@ -241,6 +241,53 @@ def test_load_pixels_once(on_disk, tmp_path, monkeypatch):
             patch.setattr(datasets, "decode", lambda data: pytest.fail("decoded again"))
             assert torch.equal(load_pixels(images, 20, out, progress=False).batch([0, 1, 2])[0], batch)
         assert load_pixels(images, 10, out, progress=False).sizes[0].tolist() == [10, 15]
+
+
+def barred(left: int, top: int, right: int, bottom: int, colors=((0, 0, 0), (0, 0, 0))) -> np.ndarray:
+    """Noise of 20 x 30 px between bars of these widths; the second colour is that of the right and lower ones."""
+    picture = np.empty((20 + top + bottom, 30 + left + right, 3), dtype=np.uint8)
+    picture[:], picture[top + 20 :], picture[:, left + 30 :] = colors[0], colors[1], colors[1]
+    picture[top : top + 20, left : left + 30] = noise(20, 30)
+    return picture
+
+
+@pytest.mark.parametrize("quality", (None, 60))
+@pytest.mark.parametrize("widths", ((0, 12, 0, 12), (11, 0, 17, 0), (13, 13, 13, 13), (0, 0, 0, 0)))
+@pytest.mark.parametrize("color", ((0, 0, 0), (200, 30, 60), (255, 255, 255)))
+def test_bars_of_one_colour_on_opposite_sides_are_seen(widths, color, quality):
+    picture = Image.fromarray(barred(*widths, colors=(color, color)))
+    if quality:
+        picture.save(file := io.BytesIO(), "JPEG", quality=quality, subsampling=0)
+        picture = Image.open(file)
+    left, top = widths[:2]
+    found = inside_bars(np.asarray(picture).transpose(2, 0, 1))
+    slack = 8 if quality else 0  # the blocks of a JPEG carry the picture into the bars
+    assert np.abs(found - (left, top, left + 30, top + 20)).max() <= slack
+    assert (found[:2] > 0).tolist() == [left > 0, top > 0]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    (
+        barred(0, 7, 0, 0),  # on one side only: sky
+        barred(8, 0, 8, 0, ((0, 0, 0), (255, 255, 255))),
+        np.full((9, 12, 3), 80, dtype=np.uint8),
+        np.pad(noise(2, 40), ((20, 20), (0, 0), (0, 0))),  # a line on paper is more than the line
+        noise(1, 1),
+    ),
+)
+def test_what_is_no_bar_stays(picture):
+    assert inside_bars(picture.transpose(2, 0, 1)).tolist() == [0, 0, picture.shape[1], picture.shape[0]]
+
+
+def test_a_box_of_a_picture_is_squeezed_like_the_cut_out_picture():
+    pixels = Pixels.from_array(np.stack([noise(24, 40, seed) for seed in range(3)]), [0, 0, 0], ["a"])
+    boxes = np.array([[0, 0, 40, 24], [5, 2, 30, 20], [1, 3, 9, 23]])
+    found = pixels.whole(16, boxes)
+    assert torch.equal(found[0], pixels.whole(16)[0])
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        alone = Pixels.from_array(noise(24, 40, i)[None, top:bottom, left:right], [0], ["a"])
+        assert torch.equal(found[i], alone.whole(16)[0])
 
 
 # ------------------------------------------------------------------------------------------------ named sets

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.images.crops import normalise
-from minidino.images.pixels import Pixels
+from minidino.images.pixels import Pixels, inside_bars
 from minidino.runs import named_errors, write_atomically
 
 KINDS = ("hash", "copy", "semantic")
+Part = tuple[float, float, float, float]  # left, top, right, bottom as shares of the sides
+WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
+PARTS: tuple[Part, ...] = (  # what a copy may have been cut out of: all of it, three quarters of the sides, anywhere
+    WHOLE, (0.0, 0.0, 0.75, 0.75), (0.25, 0.0, 1.0, 0.75), (0.0, 0.25, 0.75, 1.0), (0.25, 0.25, 1.0, 1.0),
+    (0.125, 0.125, 0.875, 0.875),
+)  # fmt: skip
 Describe = Callable[[UInt8[Tensor, "n 3 S S"]], Float[Tensor, "n D"]]
 
 
@@ -59,6 +65,7 @@ def embed(
     dtype: str = "float16",
     chunk: int = 256,
     progress: bool = True,
+    part: Part = WHOLE,
 ) -> Descriptors:
     """Describe every picture once; a run that was stopped goes on where it was.
 
@@ -66,25 +73,26 @@ def embed(
         pixels: decoded pictures.
         describe: (n, 3, size, size) uint8 -> (n, D) float, row by row: the answer for a picture does not depend on
             the others.
-        size: px; whole pictures are squeezed into a square, since a copy may have lost any border.
+        size: px, of what `seen` shows.
         path: of the .npy file; how far it has come stands beside it in a .json.
         kind: "hash", "copy" or "semantic".
         made_by: what fixes the describer, such as the hash of its weights.
         dtype: of the file, "float16", "float32" or "uint8".
         chunk: pictures at a time.
+        part: of each picture, where copies are described.
     Raises:
         ValueError: another kind, or a descriptor that is not finite.
     """
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
     path, note = Path(path), Path(path).with_suffix(".json")
-    key = repr((pixels.fingerprint(), size, kind, made_by, dtype))
+    key = repr((pixels.fingerprint(), size, kind, made_by, dtype, part))
     done, n_bytes = _done(path, note, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
         for start in range(done, len(pixels), chunk):
             rows = np.arange(start, min(start + chunk, len(pixels)))
-            found = describe(pixels.select(rows).whole(size)).numpy().astype(dtype)
+            found = describe(seen(pixels.select(rows), size, kind, part)).numpy().astype(dtype)
             if not np.isfinite(found).all():
                 raise ValueError(f"{made_by} gives NaN or infinity for a picture of {pixels.files[start]!r} and after")
             n_bytes = _append(path, found, n_bytes, len(pixels))
@@ -92,6 +100,19 @@ def embed(
             write_atomically(note, json.dumps(told).encode())
             bar.update(len(rows))
     return Descriptors(np.load(path, mmap_mode="r"), kind, made_by)
+
+
+def seen(pixels: Pixels, size: int, kind: str, part: Part = WHOLE) -> UInt8[Tensor, "n 3 size size"]:
+    """Pictures as a describer of this kind is shown them: whole and squeezed, since a copy may have lost any side.
+
+    Copies are looked for inside of plain bars, which say nothing about where a picture came from.
+    """
+    if kind != "copy":
+        return pixels.whole(size)
+    boxes = np.array([inside_bars(pixels.image(i)) for i in range(len(pixels))]).reshape(-1, 4)
+    corner, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    cut = np.floor(corner + part[:2] * sides), np.ceil(corner + part[2:] * sides)
+    return pixels.whole(size, np.concatenate(cut, axis=1).astype(np.int64))
 
 
 def thumbnails(images: UInt8[Tensor, "n 3 S S"]) -> UInt8[Tensor, "n F"]:

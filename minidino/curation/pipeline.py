@@ -29,7 +29,7 @@ from minidino.curation.duplicates import (
     relative_duplicates,
     similarity_to,
 )
-from minidino.curation.embeddings import Describe, Descriptors, embed, thumbnails
+from minidino.curation.embeddings import PARTS, WHOLE, Describe, Descriptors, Part, embed, thumbnails
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.images.datasets import open_images
@@ -123,14 +123,15 @@ class Curation:
         self._count("without copies")
 
     def drop_leaks(self, protected: str | Path, threshold: float = LEAK) -> None:
-        """Drop every group of copies with a member too close to a picture of an evaluation set."""
+        """Drop every group of copies with a member too close to a picture of an evaluation set, or to a part of it."""
         name, pixels = self._outside(protected)
-        reference = self._embed(pixels, self._describer, "copy", f"copy-{name}")
+        views = [self._embed(pixels, self._describer, "copy", f"copy-{name}-{i}", part) for i, part in enumerate(PARTS)]
+        reference = np.concatenate(views)
 
         def near() -> dict[str, np.ndarray]:
             similarity, rows = Index(reference, 1).search(self._copies)
             leaks = relative_duplicates(self._copies, reference, threshold)
-            return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0]}
+            return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0] % len(pixels)}
 
         found = self._stage(f"leaks-{name}", (threshold, pixels.fingerprint()), near)
         whole = np.isin(self._groups.labels, self._groups.labels[found["leaks"]])
@@ -239,10 +240,12 @@ class Curation:
         name = f"{Path(source).stem}-{hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]}"
         return name, load_pixels(open_images(source), self.short_side, self._path(name), self.progress)
 
-    def _embed(self, pixels: Pixels, describer: Describer, kind: str, name: str) -> np.ndarray:
+    def _embed(
+        self, pixels: Pixels, describer: Describer, kind: str, name: str, part: Part = WHOLE
+    ) -> np.ndarray:
         """Descriptors of the kind that the step needs."""
         return embed(pixels, describer.describe, describer.size, self._path(f"{name}.npy"), describer.kind,
-                     describer.made_by, progress=self.progress).expect(kind)  # fmt: skip
+                     describer.made_by, progress=self.progress, part=part).expect(kind)  # fmt: skip
 
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / name

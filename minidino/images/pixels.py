@@ -108,13 +108,36 @@ class Pixels:
             row[:] = image
         return torch.from_numpy(result)
 
-    def whole(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
-        """Every picture squeezed into a square of `size` px, with nothing cut off (bicubic, antialiased)."""
+    def whole(self, size: int, boxes: Int64[np.ndarray, "n 4"] | None = None) -> UInt8[Tensor, "n 3 size size"]:
+        """Every picture squeezed into a square of `size` px, with nothing cut off (bicubic, antialiased).
+
+        Args:
+            boxes: left, top, right, bottom in px; given, only this part of each picture.
+        """
         result = np.empty((len(self), 3, size, size), dtype=np.uint8)
-        for row, i in zip(result, range(len(self)), strict=True):
+        for i, row in enumerate(result):
             picture = Image.fromarray(np.ascontiguousarray(self.image(i).transpose(1, 2, 0)))
+            picture = picture if boxes is None else picture.crop(boxes[i].tolist())
             row[:] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         return torch.from_numpy(result)
+
+
+def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 4.0) -> Int64[np.ndarray, "4"]:
+    """What two opposite bars of one colour leave of a picture, as on a film that is shown on another screen.
+
+    Args:
+        tolerance: mean difference of a line of the bar from the colour of the outermost lines, in grey levels of 255.
+    Returns:
+        Left, top, right, bottom in px; all of the picture where nothing or little would be left.
+    """
+    ends = []
+    for lines in (image.transpose(2, 0, 1), image.transpose(1, 0, 2)):  # columns, then rows
+        colour = np.median(lines[[0, -1]], axis=(0, 2))[:, None]
+        shown = np.flatnonzero(np.abs(lines - colour).mean(axis=(1, 2)) > tolerance)
+        first, last = (shown[0], shown[-1] + 1) if len(shown) else (0, 0)
+        barred = first > 0 and last < len(lines) and last - first > len(lines) / 4
+        ends.append((first, last) if barred else (0, len(lines)))
+    return np.array(ends).T.ravel()
 
 
 def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True) -> Pixels:
