@@ -55,6 +55,7 @@ def _curate(stages) -> None:
         print(curate(
             options.pool, options.out, options.queries, options.protect, options.budget, options.features,
             options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed,
+            copy_threshold=options.copy_threshold, leak_threshold=options.leak_threshold,
         ))  # fmt: skip
 
     parser = _stage(stages, "curate", "choose the pictures of a pool that are worth learning from",
@@ -71,6 +72,10 @@ def _curate(stages) -> None:
     parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")
     parser.add_argument("--clusters", type=int, help="retrieve whole clusters of the pool, of so many")
     parser.add_argument("--copy-steps", type=int, default=600, help="of training that model (default %(default)s)")
+    parser.add_argument("--copy-threshold", type=float, default=0.6, metavar="COSINE", help="above which two pictures "
+                        "are copies (default %(default)s)")  # fmt: skip
+    parser.add_argument("--leak-threshold", type=float, default=0.45, metavar="COSINE", help="above which one is too "
+                        "close to a protected picture (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from minidino import pictures
+from minidino.curation.duplicates import COPY, LEAK, component_sizes
 from minidino.curation.embeddings import network, seen
 from minidino.curation.pipeline import Curation, Describer
 from minidino.images.pixels import Pixels
@@ -41,6 +42,8 @@ def curate(
     copy_steps: int = COPY_STEPS,
     seed: int = 0,
     short_side: int = 112,
+    copy_threshold: float = COPY,
+    leak_threshold: float = LEAK,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Choose the pictures of a pool that are worth learning from, and show why.
@@ -58,6 +61,8 @@ def curate(
         copy_steps: of training the small one.
         seed: of everything left to chance.
         short_side: px, of decoded pictures.
+        copy_threshold, leak_threshold: cosines above which two pictures are copies, and above which one is too close
+            to a picture of an evaluation set.
         say: where a line after each stage goes.
     Returns:
         Where the manifest is.
@@ -72,9 +77,9 @@ def curate(
     curation.drop_same()
     distinct = curation.pixels.select(np.flatnonzero(curation.kept))
     describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
-    curation.drop_copies(describer)
+    curation.drop_copies(describer, copy_threshold)
     for protected in protect:
-        curation.drop_leaks(protected)
+        curation.drop_leaks(protected, leak_threshold)
     if queries is not None:
         curation.retrieve(queries, semantic_describer(features), n_neighbours, n_clusters)
     elif budget is not None:
@@ -143,6 +148,10 @@ def draw(curation: Curation) -> None:
         if rows:
             _wall(curation, rows, heading, folder / name)
             sections.append(Section(heading, f"{len(rows):,} pictures.", folder / name))
+    sizes = component_sizes(curation.component[curation.component >= 0])
+    sections.append(Section("How many pictures are one", "Groups of copies by their size, after pictures that are the "
+                            "same were put together. A group far larger than all others is suspicious: look at it.",
+                            table=[("pictures in a group", "groups"), *sizes.items()]))  # fmt: skip
     counts = Counter(curation.reason) + Counter(quarantined=funnel["files"] - funnel["decoded"])
     sections.append(Section("Why", "", table=[("reason", "files"), *counts.most_common()]))
     write_report(folder / "report.html", f"minidino curate: {Path(curation.pool).name}", sections)

@@ -1,5 +1,6 @@
 """What is done to pictures that travel, and the net that knows them again."""
 
+import csv
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
+from minidino.cli import main
 from minidino.curate import curate, trained_describer
 from minidino.images import attacks
 from minidino.images.datasets import open_images
@@ -175,7 +177,18 @@ def test_the_stage_leaves_manifest_pictures_and_report(pool, tmp_path):
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"manifest.csv", "curation.json", "funnel.png", "kept.png", "report.html"} <= made
     assert "again.bmp" not in open_images(manifest).files
-    assert "same picture" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "same picture" in report and "pictures in a group" in report
+
+
+@pytest.mark.parametrize(("copies", "leaks", "kept"), [("0.9999", "0.9999", 30), ("-1", "0.9999", 1), ("0.9999", "-1", 0)])
+def test_thresholds_are_those_that_were_asked_for(pool, tmp_path, copies, leaks, kept):
+    (tmp_path / "exam").mkdir()
+    Image.fromarray(draw_scenes(1, 48, 9).images[0]).save(tmp_path / "exam" / "0.png")
+    main(["curate", str(pool), "--out", str(tmp_path / "out"), "--copy-steps", "2", "--protect", str(tmp_path / "exam"),
+          "--copy-threshold", copies, "--leak-threshold", leaks])  # fmt: skip
+    with open(tmp_path / "out" / "manifest.csv", newline="") as file:
+        assert sum(row["kept"] == "1" for row in csv.DictReader(file)) == kept
 
 
 @pytest.mark.parametrize(("asked", "words"), [
