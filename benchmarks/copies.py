@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from minidino.config import preset
 from minidino.curate import COPY_STEPS, trained_describer
-from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates
+from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates, similar_pairs
 from minidino.curation.embeddings import PARTS, WHOLE, Part, embed, network
 from minidino.curation.pipeline import Describer
-from minidino.curation.search import unit_rows
+from minidino.curation.registration import PROOF, PROPOSALS, PROPOSED, agreement, proven_leaks
+from minidino.curation.search import Index, unit_rows
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.judge import random_backbone
@@ -38,6 +39,7 @@ from minidino.runs import keep_freed_memory, pick_device
 
 Describe = Callable[[Pixels], np.ndarray]
 SIDE = 112  # px, of the shorter side of a decoded picture
+OURS, PROVEN = "CopyNet", "CopyNet and proof"
 PRECISION = 0.99  # of the links that are found, for the recall that is compared
 
 
@@ -98,11 +100,30 @@ def hashes() -> dict[str, Describe]:
     return {f"imagededup {m.__name__}": describer(m(verbose=False)) for m in (PHash, DHash, WHash, AHash)}
 
 
-def judged(describe: Describe, task: Task) -> dict[str, Any]:
-    """The curve of precision and recall over pairs, and the recall of each kind of change where 99 of 100 are right."""
+def cosines(describe: Describe, task: Task) -> np.ndarray:
+    """How alike the descriptors of each pair are, (L, R)."""
     left = unit_rows(describe(task.left))
     right = left if task.right is task.left else unit_rows(describe(task.right))
-    score = left @ right.T
+    return left @ right.T
+
+
+def proofs(describe: Describe, task: Task) -> np.ndarray:
+    """How well the pairs that a describer proposes agree when one is laid upon the other, (L, R); -1 = not proposed."""
+    left = describe(task.left)
+    if task.right is task.left:
+        pairs = np.stack(similar_pairs(left, PROPOSED, PROPOSALS), axis=1)
+        pairs = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    else:
+        similarity, rows = Index(describe(task.right), PROPOSALS).search(left)
+        at, column = np.nonzero(similarity > PROPOSED)
+        pairs = np.stack([at, rows[at, column]], axis=1)
+    score = np.full(task.truth.shape, -1, dtype=np.float32)
+    score[tuple(pairs.T)] = agreement(task.left, task.right, pairs, progress=False)
+    return np.maximum(score, score.T) if task.right is task.left else score
+
+
+def judged(score: np.ndarray, task: Task) -> dict[str, Any]:
+    """The curve of precision and recall over pairs, and the recall of each kind of change where 99 of 100 are right."""
     flat, true = score[task.counted], task.truth[task.counted]
     order = np.argsort(-flat, kind="stable")
     hits = np.cumsum(true[order])
@@ -126,26 +147,32 @@ def judged(describe: Describe, task: Task) -> dict[str, Any]:
 def leaks(describer: Describer, pool: Pixels, data: Path, folder: Path) -> dict[str, Any]:
     """Relative deduplication of the pool against three evaluation sets, of which 180 pictures or copies are planted.
 
-    By their whole pictures, and by these and their parts, as the pipeline does it.
+    By a threshold on the cosine to whole pictures, or to these and their parts, as published; and by proof, as the
+    pipeline does it.
     """
     planted, told = np.zeros(len(pool), dtype=bool), {}
-    views: list[list[np.ndarray]] = [[] for _ in PARTS]
-    for name in ("imagenette", "tiny-imagenet-40", "cifar10"):
-        images = open_images(data / name)
-        pixels = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
-        for rows, part in zip(views, PARTS):
-            rows.append(rows_of(describer, pixels, folder, part))
     row = {Path(name).name: i for i, name in enumerate(pool.files)}
     for r in csv.DictReader(io.StringIO((data / "pool" / "ground_truth.csv").read_text())):
         planted[row[Path(r["file"]).name]] = r["duplicate_of"].startswith("@")
-    rows = rows_of(describer, pool, folder)
-    references = {"whole": np.concatenate(views[0]), "parts": np.concatenate([r for view in views for r in view])}
+    rows, proof = rows_of(describer, pool, folder), np.zeros(len(pool))
+    references: dict[str, list[np.ndarray]] = {"whole": [], "parts": []}
+    for name in ("imagenette", "tiny-imagenet-40", "cifar10"):
+        images = open_images(data / name)
+        pixels = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
+        views = [rows_of(describer, pixels, folder, part) for part in PARTS]
+        references["whole"].append(views[0])
+        references["parts"] += views
+        proof = np.maximum(proof, proven_leaks(pool, rows, pixels, np.concatenate(views), progress=False)[0])
     for threshold in (0.35, 0.4, LEAK, 0.5, 0.55, COPY):
-        told[f"{threshold:g}"] = {"planted": int(planted.sum()), "pool": len(pool)}
-        for name, reference in references.items():
-            found = relative_duplicates(rows, reference, threshold)
-            told[f"{threshold:g}"][name] = {"found": int(found[planted].sum()), "others": int(found[~planted].sum())}
-    return told
+        told[f"{threshold:g}"] = {by: counted(relative_duplicates(rows, np.concatenate(reference), threshold), planted)
+                                  for by, reference in references.items()}  # fmt: skip
+    return told | {"proof": {f"{threshold:g}": counted(proof > threshold, planted)
+                             for threshold in (0.6, 0.65, PROOF, 0.75, 0.8)}}  # fmt: skip
+
+
+def counted(found: np.ndarray, planted: np.ndarray) -> dict[str, int]:
+    return {"planted": int(planted.sum()), "found": int(found[planted].sum()),
+            "pool": len(found), "others": int(found[~planted].sum())}  # fmt: skip
 
 
 def rows_of(describer: Describer, pixels: Pixels, folder: Path, part: Part = WHOLE) -> np.ndarray:
@@ -167,7 +194,7 @@ def run(data: Path, steps: int, seeds: int) -> None:
         distinct = pool.select(np.sort(hash_duplicates(pool.whole(16).flatten(1).numpy()).representatives))
         for seed in range(seeds):
             begun = time.perf_counter()
-            ours = nets[f"CopyNet, seed {seed}"] = trained_describer(distinct, folder, steps, seed)
+            ours = nets[f"{OURS}, seed {seed}"] = trained_describer(distinct, folder, steps, seed)
             seconds.append(time.perf_counter() - begun)
             guarded.append(leaks(ours, pool, data, folder))
             print(seed, guarded[-1])
@@ -175,7 +202,10 @@ def run(data: Path, steps: int, seeds: int) -> None:
             everyone[who] = lambda pixels, net=net: rows_of(net, pixels, folder)
         runs = {}
         for who, describe in tqdm(everyone.items(), unit="describer"):
-            runs[who] = {task: judged(describe, tasks[task]) for task in tasks}
+            runs[who] = {name: judged(cosines(describe, task), task) for name, task in tasks.items()}
+            if who.startswith(OURS):
+                runs[who.replace(OURS, PROVEN)] = {name: judged(proofs(describe, task), task) for name, task in tasks.items()}
+                tqdm.write(f"{PROVEN}: " + str([run["recall"] for run in runs[who.replace(OURS, PROVEN)].values()]))
             tqdm.write(who + "".join(f", {task} {found['recall']:.3f}" for task, found in runs[who].items()))
         store("curation-copies", {"steps": steps, "seconds": seconds, "precision": PRECISION, "leaks": guarded,
                                   "runs": runs})  # fmt: skip
@@ -188,13 +218,14 @@ def tables() -> dict[str, str]:
     for who, runs in by_name(found["runs"]).items():
         cells = [spread([run[task]["recall"] for run in runs]) for task in ("copies", "pool")]
         lines.append(f"| {who} | " + " | ".join(_spread(cell) for cell in cells) + " |")
-    at = {t: [run[t] for run in found["leaks"]] for t in found["leaks"][0]}
-    run = next(iter(at.values()))[0]
-    lines += ["", f"| threshold | leaks found, of {run['planted']} | others dropped, of {run['pool'] - run['planted']:,} | "
-              "whole pictures only: found | others |", "|---|---|---|---|---|"]  # fmt: skip
-    for threshold, runs in at.items():
-        cells = [", ".join(str(run[by][key]) for run in runs) for by in ("parts", "whole") for key in ("found", "others")]
-        lines.append(f"| {threshold} | " + " | ".join(cells) + " |")
+    first = found["leaks"][0]["proof"][f"{PROOF:g}"]
+    lines += ["", f"| what is too close | leaks found, of {first['planted']} | others dropped, of "
+              f"{first['pool'] - first['planted']:,} |", "|---|---|---|"]  # fmt: skip
+    rows = [(f"cosine above {t} to a whole picture", [run[t]["whole"] for run in found["leaks"]]) for t in ("0.45", "0.6")]
+    rows += [(f"cosine above {t} to a picture or a part", [run[t]["parts"] for run in found["leaks"]]) for t in ("0.45", "0.6")]
+    rows += [(f"proof above {PROOF:g}", [run["proof"][f"{PROOF:g}"] for run in found["leaks"]])]
+    for words, runs in rows:
+        lines.append(f"| {words} | " + " | ".join(", ".join(f"{run[key]:,}" for run in runs) for key in ("found", "others")) + " |")
     e, seconds = found["environment"], spread(found["seconds"])
     lines += ["", f"Recall of links at a precision of {found['precision']}; ours: mean ± standard deviation over "
               f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training "
@@ -224,7 +255,7 @@ def draw() -> None:
     titles = {"copies": "altered pictures against references", "pool": "a pool against itself"}
     figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
     for ax, (task, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for seed, found in enumerate(runs["CopyNet"]):
+        for seed, found in enumerate(runs[OURS]):
             curve = found[task]["curve"]
             for key, color, style in (("precision", "teacher", "-"), ("recall", "student", "--")):
                 points = [point["threshold"] for point in curve], [100 * point[key] for point in curve]
@@ -239,20 +270,19 @@ def draw() -> None:
 
     figure = Figure(figsize=(9, 5.5), dpi=100, layout="constrained")
     for ax, (task, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        ours = runs["CopyNet"][0][task]["recall_of"]
+        ours = runs[PROVEN][0][task]["recall_of"]
         kinds = sorted(ours, key=ours.get)
         for who, found in runs.items():
-            if not who.startswith(("imagededup", "CopyNet")):
+            if not who.startswith(("imagededup", OURS)):
                 continue
             shares = np.array([[100 * run[task]["recall_of"][kind] for kind in kinds] for run in found])
-            color, marker, label = ("trained", "o", "ours") if who == "CopyNet" else ("pixels", "x", who)
-            ax.plot(shares.mean(0), np.arange(len(kinds)), marker, color=COLORS[color], label=label)
-            if len(found) > 1:
-                ax.hlines(np.arange(len(kinds)), shares.min(0), shares.max(0), color=COLORS["trained"])
+            color, marker = {OURS: ("student", "s"), PROVEN: ("trained", "o")}.get(who, ("pixels", "x"))
+            ax.plot(shares.mean(0), np.arange(len(kinds)), marker, color=COLORS[color], label=who)
+            ax.hlines(np.arange(len(kinds)), shares.min(0), shares.max(0), color=COLORS[color])
         ax.set_yticks(np.arange(len(kinds)), kinds, fontsize=8)
         ax.set(xlabel="found (%)", title=title, xlim=(-3, 103))
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.axes[0].legend(handles[-2:], ["four perceptual hashes", labels[-1]], loc="lower right")
+    figure.axes[0].legend(handles[-3:], ["four perceptual hashes", *labels[-2:]], loc="lower right")
     figure.suptitle("Which changes are known again, where 99 of 100 links are right")
     figure.savefig(DOCS / "copies-kinds.png")
 

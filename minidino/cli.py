@@ -72,10 +72,10 @@ def _curate(stages) -> None:
     parser.add_argument("--neighbours", type=int, default=4, help="pool pictures for each query (default %(default)s)")
     parser.add_argument("--clusters", type=int, help="retrieve whole clusters of the pool, of so many")
     parser.add_argument("--copy-steps", type=int, default=600, help="of training that model (default %(default)s)")
-    parser.add_argument("--copy-threshold", type=float, default=0.6, metavar="COSINE", help="above which two pictures "
-                        "are copies (default %(default)s)")  # fmt: skip
-    parser.add_argument("--leak-threshold", type=float, default=0.45, metavar="COSINE", help="above which one is too "
-                        "close to a protected picture (default %(default)s)")  # fmt: skip
+    parser.add_argument("--copy-threshold", type=float, metavar="COSINE", help="above which two pictures are copies: "
+                        "0.6 with --copies; without, one is laid upon the other")  # fmt: skip
+    parser.add_argument("--leak-threshold", type=float, metavar="COSINE", help="above which one is too close to a "
+                        "protected picture: 0.45 with --copies; without, one is laid upon the other")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 

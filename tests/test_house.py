@@ -20,7 +20,8 @@ ORDER = """
     config runs distributed
     images.scenes images.decode images.archives images.named images.datasets images.pixels
     images.crops images.masks images.batches images.attacks images.pools
-    curation.embeddings curation.search curation.duplicates curation.clusters curation.retrieval curation.pipeline
+    curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
+    curation.retrieval curation.pipeline
     kernels.attention kernels.prototypes
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.teacher learning.objective learning.optim learning.doctor learning.train

@@ -24,12 +24,15 @@ from minidino.curation.duplicates import (
     COPY,
     LEAK,
     Components,
+    connect,
     find_duplicates,
     hash_duplicates,
     relative_duplicates,
+    representatives,
     similarity_to,
 )
 from minidino.curation.embeddings import PARTS, WHOLE, Describe, Descriptors, Part, embed, thumbnails
+from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.images.datasets import open_images
@@ -104,15 +107,30 @@ class Curation:
         self._quality = quality
         self._count("distinct")
 
-    def drop_copies(self, describer: Describer, threshold: float = COPY) -> None:
-        """Keep the best of each group of copies; members unlike the one that is kept form groups of their own."""
+    def drop_copies(self, describer: Describer, threshold: float | None = COPY) -> None:
+        """Keep the best of each group of copies.
+
+        Args:
+            describer: of the copy-detection kind.
+            threshold: cosine above which two pictures are copies, as published; members unlike the one that is kept
+                form groups of their own. None: the describer only proposes, and copies are those that agree when one
+                is laid upon the other.
+        """
         self._distinct = np.flatnonzero(self.kept)
         self._describer = describer
-        self._copies = rows = self._embed(self.pixels.select(self._distinct), describer, "copy", "copy")
-        quality, floor = self._quality[self._distinct], min(LEAK, threshold)
-        groups = self._stage("copies", (threshold, describer.made_by), lambda: find_duplicates(
-            rows, threshold, quality=quality, floor=floor)._asdict())  # fmt: skip
-        self._groups = Components(**groups)
+        distinct = self.pixels.select(self._distinct)
+        self._copies = rows = self._embed(distinct, describer, "copy", "copy")
+        quality = self._quality[self._distinct]
+
+        def near() -> dict[str, np.ndarray]:
+            return find_duplicates(rows, threshold, quality=quality, floor=min(LEAK, threshold))._asdict()
+
+        def proven() -> dict[str, np.ndarray]:
+            labels = connect(len(rows), proven_pairs(distinct, rows, self.progress))
+            return {"labels": labels, "representatives": representatives(labels, quality)}
+
+        rule = proven if threshold is None else near
+        self._groups = Components(**self._stage("copies", (threshold, describer.made_by), rule))
         similarity = similarity_to(rows, self._groups.representatives[self._groups.labels])
         self._drop_members(self._distinct, self._groups, "copy", similarity)
         self.component[self._distinct] = self._groups.labels
@@ -122,8 +140,14 @@ class Curation:
                      f"{describer.made_by} cannot tell pictures apart: train it longer or give another")  # fmt: skip
         self._count("without copies")
 
-    def drop_leaks(self, protected: str | Path, threshold: float = LEAK) -> None:
-        """Drop every group of copies with a member too close to a picture of an evaluation set, or to a part of it."""
+    def drop_leaks(self, protected: str | Path, threshold: float | None = LEAK) -> None:
+        """Drop every group of copies with a member too close to a picture of an evaluation set, or to a part of it.
+
+        Args:
+            protected: the set.
+            threshold: cosine that is too close, as published. None: the describer only proposes, and too close is a
+                picture that agrees with one of the set when it is laid upon it.
+        """
         name, pixels = self._outside(protected)
         views = [self._embed(pixels, self._describer, "copy", f"copy-{name}-{i}", part) for i, part in enumerate(PARTS)]
         reference = np.concatenate(views)
@@ -133,7 +157,13 @@ class Curation:
             leaks = relative_duplicates(self._copies, reference, threshold)
             return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0] % len(pixels)}
 
-        found = self._stage(f"leaks-{name}", (threshold, pixels.fingerprint()), near)
+        def proven() -> dict[str, np.ndarray]:
+            pool = self.pixels.select(self._distinct)
+            best, nearest = proven_leaks(pool, self._copies, pixels, reference, self.progress)
+            return {"leaks": best > PROOF, "similarity": best, "nearest": nearest}
+
+        rule = proven if threshold is None else near
+        found = self._stage(f"leaks-{name}", (threshold, pixels.fingerprint()), rule)
         whole = np.isin(self._groups.labels, self._groups.labels[found["leaks"]])
         rows = self._distinct[whole]
         self.kept[rows], self.reason[rows] = False, f"too close to {Path(protected).name}"

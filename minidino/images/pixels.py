@@ -122,7 +122,7 @@ class Pixels:
         return torch.from_numpy(result)
 
 
-def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 4.0) -> Int64[np.ndarray, "4"]:
+def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 10.0) -> Int64[np.ndarray, "4"]:
     """What two opposite bars of one colour leave of a picture, as on a film that is shown on another screen.
 
     Args:
