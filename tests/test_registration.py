@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from minidino.curation.registration import (
     PROOF,
-    SIDE,
     agreement,
     correlation,
     proven_leaks,
@@ -28,7 +27,7 @@ def jpeg(picture):
 
 
 def written(picture):
-    ImageDraw.Draw(picture).rectangle((10, 60, 86, 80), fill=(255, 230, 0))
+    ImageDraw.Draw(picture).rectangle((10, 62, 86, 74), fill=(255, 230, 0))
     return picture
 
 
@@ -55,15 +54,15 @@ CHANGES = {
 }
 
 
-def squares(pictures):
-    """(n, 3, SIDE, SIDE) uint8 of PIL pictures."""
-    rows = [np.asarray(p.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for p in pictures]
+def squares(pictures, side=48):
+    """(n, 3, side, side) uint8 of PIL pictures."""
+    rows = [np.asarray(p.resize((side, side), Image.Resampling.BICUBIC)) for p in pictures]
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [Image.fromarray(image) for image in draw_scenes(12, SIDE, 8).images]
+    return [Image.fromarray(image) for image in draw_scenes(12, 96, 8).images]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -77,7 +76,7 @@ def test_strangers_agree_nowhere(scenes):
 
 
 def test_a_plain_picture_proves_nothing(scenes):
-    plain = torch.full((1, 3, SIDE, SIDE), 90, dtype=torch.uint8)
+    plain = torch.full((1, 3, 48, 48), 90, dtype=torch.uint8)
     for pair in ((plain, squares(scenes[:1])), (squares(scenes[:1]), plain), (plain, plain)):
         assert registered(*pair).item() < 0.01
 

@@ -23,15 +23,15 @@ from minidino.images.pixels import Pixels
 
 PROPOSALS, PROPOSED = 4, 0.35  # nearest pictures that are tried for each; cosine above which they are
 PROOF = 0.7  # correlation above which a picture was made from another one
-SIDE = 96  # px, of the pictures that are laid upon each other
-COARSE, FINE = 24, 48  # px, of their textures
+COARSE, SIDE = 24, 48  # px, of the squares that are laid upon each other: to find a start, and to refine it
+BLOCK = 50_000  # pairs whose pictures are held in memory at a time
 SCALES = {1.0: 1, 0.88: 3, 0.76: 5}  # share of a side of the original that may be shown: places along it
 FAINT = 1e-2  # length below which a texture is that of nothing
 HOPE = 0.35  # coarse correlation below which a pair is given up
-KEPT, STEPS, STEP_SIZE = 4, 30, 0.02  # starts that are refined; steps of Adam; its rate, in half sides
+KEPT, STEPS, STEP_SIZE = 3, 20, 0.03  # starts that are refined; steps of Adam; its rate, in half sides
 VISIBLE = 0.6  # share of the picture that has to lie within the original
 
-Pictures = UInt8[Tensor, "n 3 S S"]
+Pictures = UInt8[Tensor, "n c S S"]
 Maps = Float[Tensor, "n 2 3"]
 
 
@@ -72,7 +72,7 @@ def proven_leaks(
 
 
 def agreement(
-    pixels: Pixels, originals: Pixels, pairs: Int[np.ndarray, "E 2"], progress: bool = True, chunk: int = 64
+    pixels: Pixels, originals: Pixels, pairs: Int[np.ndarray, "E 2"], progress: bool = True, chunk: int = 128
 ) -> Float[np.ndarray, "E"]:
     """Lay pictures upon originals, both seen inside of bars, and say how well each pair agrees.
 
@@ -84,31 +84,43 @@ def agreement(
     """
     found = np.zeros(len(pairs), dtype=np.float32)
     with tqdm(total=len(pairs), unit="pairs", desc="proof", disable=not progress, leave=False) as bar:
-        for start in range(0, len(pairs), chunk):
-            one, other = pairs[start : start + chunk].T
-            pictures = seen(pixels.select(one), SIDE, "copy"), seen(originals.select(other), SIDE, "copy")
-            found[start : start + chunk] = registered(*pictures).numpy()
-            bar.update(len(one))
+        for block in np.array_split(np.arange(len(pairs)), len(pairs) // BLOCK + 1):
+            (ours, one), (theirs, other) = (np.unique(column, return_inverse=True) for column in pairs[block].T)
+            pictures, references = gray_squares(pixels, ours), gray_squares(originals, theirs)
+            for start in range(0, len(block), chunk):
+                part = slice(start, start + chunk)
+                found[block[part]] = registered(pictures[one[part]], references[other[part]]).numpy()
+                bar.update(len(block[part]))
     return found
+
+
+def gray_squares(pixels: Pixels, rows: Int[np.ndarray, "n"]) -> Pictures:
+    """Pictures inside of their bars, squeezed into squares of SIDE px, grey."""
+    result = torch.empty(len(rows), 1, SIDE, SIDE, dtype=torch.uint8)
+    for start in range(0, len(rows), 256):
+        part = seen(pixels.select(rows[start : start + 256]), SIDE, "copy")
+        result[start : start + 256] = part.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return result
 
 
 def registered(pictures: Pictures, originals: Pictures) -> Float[Tensor, "n"]:
     """Find for each pair the affine map under which the picture agrees best with the original, mirrored or not.
 
     Args:
-        pictures, originals: whole pictures squeezed into squares, row i of both a pair.
+        pictures, originals: squares, row i of both a pair.
     Returns:
-        The correlation of their textures under the best map, from 0 to 1; pairs without hope keep the coarse one.
+        The correlation of their textures under the best map, from 0 to 1; that of the coarse grid where it is proof
+        already, or leaves no hope.
     Source: registration by maximising the correlation, Evangelidis and Psarakis 2008.
     """
     start = starts()
     best, place = _coarse(texture(pictures, COARSE), texture(originals, COARSE), start)
     result = best[:, 0].clamp(min=0)
-    hopeful = (result >= HOPE).nonzero()[:, 0]
-    if len(hopeful):
-        one, other = (texture(x[hopeful], FINE).repeat_interleave(KEPT, 0) for x in (pictures, originals))
-        refined = _refined(one, other, start[place[hopeful]].flatten(0, 1))
-        result[hopeful] = refined.view(-1, KEPT).amax(1)
+    open_ones = ((result >= HOPE) & (result <= PROOF)).nonzero()[:, 0]
+    if len(open_ones):
+        one, other = (texture(x[open_ones], SIDE).repeat_interleave(KEPT, 0) for x in (pictures, originals))
+        refined = _refined(one, other, start[place[open_ones]].flatten(0, 1))
+        result[open_ones] = refined.view(-1, KEPT).amax(1)
     return result
 
 
