@@ -217,6 +217,37 @@ def test_what_was_cut_out_of_the_examination_goes_and_says_which(tmp_path):
     assert gone == {"corner.png": "@exam/24.png", "middle.png": "@exam/25.png", "end.png": "@exam/26.png"}
 
 
+def test_pixels_can_be_asked_instead_of_a_threshold(pool, tmp_path):
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=lambda words: None, progress=False)
+    curation.drop_same()
+    curation.drop_copies(COPY, threshold=None)
+    curation.drop_leaks(pool["exam"], threshold=None)
+    rows = rows_of(curation.write())
+    for i in range(4):
+        assert rows[f"1{i}.png"]["duplicate_of"] == f"big{i}.png"
+        assert sorted(rows[name]["kept"] for name in (f"2{i}.png", f"worse{i}.jpg")) == ["0", "1"]
+    for name, of in (("leak.png", "@exam/0.png"), ("leak.jpg", "@exam/1.png")):
+        assert rows[name]["duplicate_of"] == of and float(rows[name]["similarity"]) > 0.7
+    assert curation.kept.sum() == 40  # each scene once
+
+
+def test_a_copy_goes_for_the_leak_in_its_group(pool, tmp_path, monkeypatch):
+    curation = Curation(pool["pool"], tmp_path, short_side=48, say=lambda words: None, progress=False)
+    curation.drop_same()
+    curation.drop_copies(COPY, threshold=0.9)
+
+    def only_one(pixels, *_):
+        proof = np.array([0.9 if name == "10.png" else 0.0 for name in pixels.files])
+        return proof, np.where(proof > 0, 3, 0)
+
+    monkeypatch.setattr("minidino.curation.pipeline.proven_leaks", only_one)
+    curation.drop_leaks(pool["exam"], threshold=None)
+    rows = rows_of(curation.write())
+    gone = {name for name, row in rows.items() if row["reason"] == "too close to exam"}
+    assert gone == {"10.png", "big0.png"}
+    assert all((rows[name]["duplicate_of"], rows[name]["similarity"]) == ("@exam/3.png", "0.9000") for name in gone)
+
+
 # ------------------------------------------------------------------------------------------------ refusals and corners
 
 

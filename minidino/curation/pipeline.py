@@ -164,11 +164,11 @@ class Curation:
 
         rule = proven if threshold is None else near
         found = self._stage(f"leaks-{name}", (threshold, pixels.fingerprint()), rule)
-        whole = np.isin(self._groups.labels, self._groups.labels[found["leaks"]])
-        rows = self._distinct[whole]
+        source = self._leak_of_each(found["leaks"], found["similarity"])
+        rows, source = self._distinct[source >= 0], source[source >= 0]
         self.kept[rows], self.reason[rows] = False, f"too close to {Path(protected).name}"
-        self.duplicate_of[rows] = [f"@{Path(protected).name}/{pixels.files[i]}" for i in found["nearest"][whole]]
-        self.similarity[rows] = found["similarity"][whole]
+        self.duplicate_of[rows] = [f"@{Path(protected).name}/{pixels.files[i]}" for i in found["nearest"][source]]
+        self.similarity[rows] = found["similarity"][source]
         self._count(f"unlike {Path(protected).name}")
 
     def retrieve(self, queries: str | Path, describer: Describer, n: int = 4, n_clusters: int | None = None) -> None:
@@ -259,6 +259,13 @@ class Curation:
         self.kept[rows[gone]], self.reason[rows[gone]] = False, reason
         self.duplicate_of[rows[gone]] = [self.pixels.files[i] for i in rows[kept[gone]]]
         self.similarity[rows[gone]] = similarity[gone]
+
+    def _leak_of_each(self, leaks: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+        """The leak that a picture goes for: itself, or the worst in its group of copies; -1 = it may stay."""
+        worst = np.full(len(self._groups.representatives), -1)
+        rows = np.flatnonzero(leaks)[np.argsort(similarity[leaks], kind="stable")]
+        worst[self._groups.labels[rows]] = rows  # of a group the last, the most similar, stays
+        return np.where(leaks, np.arange(len(leaks)), worst[self._groups.labels])
 
     def _keep_only(self, rows: np.ndarray, reason: str, otherwise: str) -> None:
         gone = np.setdiff1d(np.flatnonzero(self.kept), rows)
