@@ -214,9 +214,10 @@ def run(data: Path, steps: int, seeds: int) -> None:
 def tables() -> dict[str, str]:
     """The README's tables, written from the stored result."""
     found = stored()
-    lines = ["| describer | altered pictures | a pool |", "|---|---|---|"]
+    lines = ["| describer | altered pictures (%) | a pool (%) |", "|---|---|---|"]
     for who, runs in by_name(found["runs"]).items():
-        cells = [spread([run[task]["recall"] for run in runs]) for task in ("copies", "pool")]
+        cells = [spread([100 * float(np.mean(list(run[task]["recall_of"].values()))) for run in runs])
+                 for task in ("copies", "pool")]  # fmt: skip
         lines.append(f"| {who} | " + " | ".join(_spread(cell) for cell in cells) + " |")
     first = found["leaks"][0]["proof"][f"{PROOF:g}"]
     lines += ["", f"| what is too close | leaks found, of {first['planted']} | others dropped, of "
@@ -227,7 +228,8 @@ def tables() -> dict[str, str]:
     for words, runs in rows:
         lines.append(f"| {words} | " + " | ".join(", ".join(f"{run[key]:,}" for run in runs) for key in ("found", "others")) + " |")
     e, seconds = found["environment"], spread(found["seconds"])
-    lines += ["", f"Recall of links at a precision of {found['precision']}; ours: mean ± standard deviation over "
+    lines += ["", f"Copies that are linked to their original or to another copy of it, mean over the kinds of change, where "
+              f"{found['precision']:.0%} of the links are right; ours: mean ± standard deviation over "
               f"{seconds['n']} seeds, {found['steps']} steps, {seconds['mean']:.0f} ± {seconds['sd']:.0f} s of training "
               f"on {e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
     return {"copies": "\n".join(lines)}
@@ -242,7 +244,7 @@ def by_name(runs: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _spread(values: dict[str, float]) -> str:
-    return f"{values['mean']:.3f}" + (f" ± {values['sd']:.3f}" if values["n"] > 1 else "")
+    return f"{values['mean']:.1f}" + (f" ± {values['sd']:.1f}" if values["n"] > 1 else "")
 
 
 def stored() -> dict[str, Any]:
@@ -282,7 +284,8 @@ def draw() -> None:
         ax.set_yticks(np.arange(len(kinds)), kinds, fontsize=8)
         ax.set(xlabel="found (%)", title=title, xlim=(-3, 103))
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.axes[0].legend(handles[-3:], ["four perceptual hashes", *labels[-2:]], loc="lower right")
+    words = ["four perceptual hashes", *labels[-2:]]
+    figure.legend(handles[-3:], words, loc="outside lower center", ncols=3)
     figure.suptitle("Which changes are known again, where 99 of 100 links are right")
     figure.savefig(DOCS / "copies-kinds.png")
 
