@@ -173,7 +173,7 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
         curation = Curation(raw.archive, WORK / raw.name, short_side=64)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-        curation.drop_copies(trained_describer(distinct, curation.folder, copy_steps))
+        curation.drop_copies(trained_describer(distinct, curation.folder, copy_steps), threshold=None)
         budget = int(curation.kept.sum()) // 2
         curation.balance(budget, describer)
         kept = {file for file, k in zip(curation.pixels.files, curation.kept) if k}

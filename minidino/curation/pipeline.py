@@ -31,7 +31,7 @@ from minidino.curation.duplicates import (
     representatives,
     similarity_to,
 )
-from minidino.curation.embeddings import PARTS, WHOLE, Describe, Descriptors, Part, embed, thumbnails
+from minidino.curation.embeddings import PARTS, WHOLE, Describe, Part, embed, thumbnails
 from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
