@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from minidino.config import preset
 from minidino.curate import COPY_STEPS, trained_describer
-from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates, similar_pairs
+from minidino.curation.duplicates import COPY, LEAK, hash_duplicates, relative_duplicates
 from minidino.curation.embeddings import PARTS, WHOLE, Part, embed, network
 from minidino.curation.pipeline import Describer
-from minidino.curation.registration import PROOF, PROPOSALS, PROPOSED, agreement, proven_leaks
-from minidino.curation.search import Index, unit_rows
+from minidino.curation.registration import PROOF, agreement, proposed_between, proposed_within, proven_leaks
+from minidino.curation.search import unit_rows
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.judge import random_backbone
@@ -109,17 +109,11 @@ def cosines(describe: Describe, task: Task) -> np.ndarray:
 
 def proofs(describe: Describe, task: Task) -> np.ndarray:
     """How well the pairs that a describer proposes agree when one is laid upon the other, (L, R); -1 = not proposed."""
-    left = describe(task.left)
-    if task.right is task.left:
-        pairs = np.stack(similar_pairs(left, PROPOSED, PROPOSALS), axis=1)
-        pairs = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
-    else:
-        similarity, rows = Index(describe(task.right), PROPOSALS).search(left)
-        at, column = np.nonzero(similarity > PROPOSED)
-        pairs = np.stack([at, rows[at, column]], axis=1)
+    within, left = task.right is task.left, describe(task.left)
+    pairs = proposed_within(left) if within else proposed_between(left, describe(task.right))
     score = np.full(task.truth.shape, -1, dtype=np.float32)
     score[tuple(pairs.T)] = agreement(task.left, task.right, pairs, progress=False)
-    return np.maximum(score, score.T) if task.right is task.left else score
+    return np.maximum(score, score.T) if within else score
 
 
 def judged(score: np.ndarray, task: Task) -> dict[str, Any]:

@@ -88,6 +88,13 @@ def relative_duplicates(
     if not len(reference):
         return np.zeros(len(descriptors), dtype=bool)
     touched = Index(reference, 1).search(descriptors).similarity[:, 0] > threshold
+    return linked_to(touched, descriptors, threshold, k)
+
+
+def linked_to(
+    touched: Bool[np.ndarray, "N"], descriptors: Rows, threshold: float = LEAK, k: int = N_NEIGHBOURS
+) -> Bool[np.ndarray, "N"]:
+    """These rows and all that are linked to one of them; the rest as for `relative_duplicates`."""
     labels = connect(len(descriptors), similar_pairs(descriptors, threshold, k))
     return np.isin(labels, labels[touched])
 

@@ -27,7 +27,7 @@ from minidino.curation.duplicates import (
     connect,
     find_duplicates,
     hash_duplicates,
-    relative_duplicates,
+    linked_to,
     representatives,
     similarity_to,
 )
@@ -154,7 +154,7 @@ class Curation:
 
         def near() -> dict[str, np.ndarray]:
             similarity, rows = Index(reference, 1).search(self._copies)
-            leaks = relative_duplicates(self._copies, reference, threshold)
+            leaks = linked_to(similarity[:, 0] > threshold, self._copies, threshold)
             return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0] % len(pixels)}
 
         def proven() -> dict[str, np.ndarray]:

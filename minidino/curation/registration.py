@@ -42,10 +42,8 @@ def proven_pairs(pixels: Pixels, descriptors: Rows, progress: bool = True) -> Pa
         pixels, descriptors: of the copy-detection kind, row by row.
         progress: show a bar.
     """
-    proposed = similar_pairs(descriptors, PROPOSED, PROPOSALS)
-    pairs = np.unique(np.sort(np.stack(proposed, axis=1), axis=1), axis=0)
-    both = np.concatenate([pairs, pairs[:, ::-1]])  # either may be the original
-    true = both[agreement(pixels, pixels, both, progress) > PROOF]
+    pairs = proposed_within(descriptors)
+    true = pairs[agreement(pixels, pixels, pairs, progress) > PROOF]
     return Pairs(*true.T)
 
 
@@ -61,14 +59,26 @@ def proven_leaks(
     Returns:
         Its correlation, above PROOF where the picture was made from it, and its row; 0 and row 0 where none was near.
     """
-    similarity, rows = Index(references, PROPOSALS).search(descriptors)
-    left, column = np.nonzero(similarity > PROPOSED)
-    pairs = np.unique(np.stack([left, rows[left, column] % len(originals)], axis=1), axis=0)
+    left, part = proposed_between(descriptors, references).T
+    pairs = np.unique(np.stack([left, part % len(originals)], axis=1), axis=0)
     found = agreement(pixels, originals, pairs, progress)
     best, nearest = np.zeros(len(pixels), dtype=np.float32), np.zeros(len(pixels), dtype=np.int64)
     rising = np.argsort(found, kind="stable")  # of the pairs of one picture the last, the best, stays
     best[pairs[rising, 0]], nearest[pairs[rising, 0]] = found[rising], pairs[rising, 1]
     return best, nearest
+
+
+def proposed_within(descriptors: Rows) -> Int[np.ndarray, "E 2"]:
+    """Pairs to be tried among pictures, each both ways round, since either may be the original."""
+    pairs = np.unique(np.sort(np.stack(similar_pairs(descriptors, PROPOSED, PROPOSALS), axis=1), axis=1), axis=0)
+    return np.concatenate([pairs, pairs[:, ::-1]])
+
+
+def proposed_between(descriptors: Rows, references: Rows) -> Int[np.ndarray, "E 2"]:
+    """Pairs to be tried of a picture and a reference."""
+    similarity, rows = Index(references, PROPOSALS).search(descriptors)
+    left, column = np.nonzero(similarity > PROPOSED)
+    return np.stack([left, rows[left, column]], axis=1)
 
 
 def agreement(
