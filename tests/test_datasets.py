@@ -280,6 +280,14 @@ def test_what_is_no_bar_stays(picture):
     assert inside_bars(picture.transpose(2, 0, 1)).tolist() == [0, 0, picture.shape[1], picture.shape[0]]
 
 
+def test_bars_around_a_picture_with_a_plain_background_leave_what_the_picture_alone_leaves():
+    bird = np.full((3, 40, 40), 90, dtype=np.uint8)
+    bird[:, 8:36, 12:30] = noise(28, 18).transpose(2, 0, 1)
+    for widths in (((9, 9), (0, 0)), ((0, 0), (6, 4)), ((9, 9), (5, 5))):
+        framed = np.pad(bird, ((0, 0), *widths))
+        assert (inside_bars(framed) - inside_bars(bird)).reshape(2, 2).tolist() == [[widths[1][0], widths[0][0]]] * 2
+
+
 def test_a_box_of_a_picture_is_squeezed_like_the_cut_out_picture():
     pixels = Pixels.from_array(np.stack([noise(24, 40, seed) for seed in range(3)]), [0, 0, 0], ["a"])
     boxes = np.array([[0, 0, 40, 24], [5, 2, 30, 20], [1, 3, 9, 23]])
