@@ -1,5 +1,6 @@
 """What every test relies on: checked shapes, fixed seeds, the photographs if they are there."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ["minidino.learning.losses", "minidino.images.masks", "minidino.images.crops", "minidino.model"]
 
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported: an annotation cannot lie
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run here, as Python
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the same sums in the same order, also on large machines
 
 

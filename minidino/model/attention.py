@@ -1,11 +1,13 @@
 """Attention over crops of any sizes laid end to end: each token sees its own crop and no other.
 
 Packed layout: crops of lengths n_1, n_2, ... are rows of one (T, h, d) tensor, T = n_1 + n_2 + ..., so the
-attention matrix of the whole is block-diagonal. The operation exists twice, readable and fast, with the same answer;
+attention matrix of the whole is block-diagonal. The operation exists three times with the same answer;
 `attention` picks by name and `resolve` says what "auto" means on a device.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -27,7 +29,7 @@ def attention_reference(
     for probs, n in zip(attention_weights(q, k, seqlens), seqlens):
         outputs.append(torch.einsum("hij,jhd->ihd", probs, v[start : start + n].to(probs.dtype)))  # (n, h, d)
         start += n
-    return torch.cat(outputs).to(q.dtype)
+    return torch.cat([v[:0], *outputs]).to(q.dtype)
 
 
 def attention_weights(
@@ -63,10 +65,20 @@ def attention_sdpa(
         for (n, crops), *packed in zip(runs, q.split(rows), k.split(rows), v.split(rows)):
             batched = [x.unflatten(0, (crops, n)).transpose(1, 2) for x in packed]  # (crops, h, n, d)
             outputs.append(F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+    return (outputs[0] if len(outputs) == 1 else torch.cat([v[:0], *outputs])).to(dtype)
 
 
-IMPLEMENTATIONS = {"reference": attention_reference, "sdpa": attention_sdpa}
+def attention_triton(
+    q: Float[Tensor, "T h d"], k: Float[Tensor, "T h d"], v: Float[Tensor, "T h d"], seqlens: list[int]
+) -> Float[Tensor, "T h d"]:
+    """Same answer as `attention_reference`, one launch for all crops of a kind; see `minidino.kernels.attention`."""
+    from minidino.kernels.attention import packed_attention  # here, since Triton exists on Linux alone
+
+    _check_lengths(q, seqlens)
+    return packed_attention(q, k, v, seqlens)
+
+
+IMPLEMENTATIONS = {"reference": attention_reference, "sdpa": attention_sdpa, "triton": attention_triton}
 AUTO = {"cpu": "sdpa", "cuda": "sdpa", "meta": "sdpa"}  # what "auto" means, by type of device
 
 
@@ -83,7 +95,7 @@ def resolve(impl: str, device: torch.device | str) -> str:
     if impl == "auto":
         return AUTO.get(torch.device(device).type, "sdpa")
     if impl == "triton":
-        raise NotImplementedError("attention 'triton' has no kernel yet; choose 'sdpa' or 'reference'")
+        _check_triton(torch.device(device))
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {impl!r}: expected 'auto', " + ", ".join(map(repr, IMPLEMENTATIONS)))
     return impl
@@ -114,9 +126,19 @@ def attention(
     return IMPLEMENTATIONS[resolve(impl, q.device)](q, k, v, seqlens)
 
 
+def _check_triton(device: torch.device) -> None:
+    """Triton runs on a GPU, and on a CPU in its interpreter, which is for tests: thousands of times slower."""
+    instead = "choose 'sdpa', which runs everywhere"
+    if not find_spec("triton"):
+        raise NotImplementedError(f"attention 'triton' needs Triton, which is not installed here (Linux only); {instead}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise NotImplementedError(f"attention 'triton' needs a GPU, got {device}; {instead}. To try the kernels on a CPU "
+                                  "set TRITON_INTERPRET=1 before Python starts")  # fmt: skip
+
+
 def _check_lengths(q: Tensor, seqlens: list[int]) -> None:
     """The crops must fill the packed tensor exactly."""
-    if sum(seqlens) != len(q) or min(seqlens, default=0) < 1:
+    if sum(seqlens) != len(q) or min(seqlens, default=1) < 1:
         raise ValueError(f"expected positive seqlens that sum to {len(q)} packed tokens, got {sum(seqlens)}: {seqlens}")
 
 
