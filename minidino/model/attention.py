@@ -7,7 +7,6 @@ attention matrix of the whole is block-diagonal. The operation exists three time
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -72,7 +71,7 @@ def attention_triton(
     q: Float[Tensor, "T h d"], k: Float[Tensor, "T h d"], v: Float[Tensor, "T h d"], seqlens: list[int]
 ) -> Float[Tensor, "T h d"]:
     """Same answer as `attention_reference`, one launch for all crops of a kind; see `minidino.kernels.attention`."""
-    from minidino.kernels.attention import packed_attention  # here, since Triton exists on Linux alone
+    from minidino.kernels.attention import packed_attention
 
     _check_lengths(q, seqlens)
     return packed_attention(q, k, v, seqlens)
@@ -129,8 +128,10 @@ def attention(
 def _check_triton(device: torch.device) -> None:
     """Triton runs on a GPU, and on a CPU in its interpreter, which is for tests: thousands of times slower."""
     instead = "choose 'sdpa', which runs everywhere"
-    if not find_spec("triton"):
-        raise NotImplementedError(f"attention 'triton' needs Triton, which is not installed here (Linux only); {instead}")
+    try:
+        import minidino.kernels.attention  # noqa: F401  # here, since Triton exists on Linux alone
+    except ImportError as error:
+        raise NotImplementedError(f"attention 'triton' needs Triton, which is not installed here; {instead}") from error
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise NotImplementedError(f"attention 'triton' needs a GPU, got {device}; {instead}. To try the kernels on a CPU "
                                   "set TRITON_INTERPRET=1 before Python starts")  # fmt: skip
