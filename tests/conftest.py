@@ -1,5 +1,6 @@
 """What every test relies on: checked shapes, fixed seeds, the photographs if they are there."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ import torch
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKED = ["minidino.learning.losses", "minidino.images.masks", "minidino.images.crops", "minidino.model"]
+CHECKED = ["minidino.learning.losses", "minidino.learning.prototypes", "minidino.images.masks", "minidino.images.crops",
+           "minidino.model"]  # fmt: skip
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run step by step on the CPU
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported: an annotation cannot lie
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the same sums in the same order, also on large machines
 

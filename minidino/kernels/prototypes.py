@@ -1,0 +1,528 @@
+"""Prototypes, softmax and cross-entropy in Triton: the logits of the student are never written.
+
+    prototype_loss(student, prototypes, teacher ...) -> one loss a row        with gradients for student and prototypes
+    log_row_sums, column_sums                        -> what turns teacher logits into targets
+
+With z = x w / temp and the targets T of a row:
+
+    loss_r = mass_r lse_k(z_rk) - sum_k T_rk z_rk        T_rk = sum_j weight_rj t(index_rj, k)        mass_r = sum_k T_rk
+    d loss_r / d z_rk = mass_r softmax_k(z_rk) - T_rk    t(i, k) = exp((l_ik - peak) / temp + row_i + column_k)
+
+Tiles of z live in registers only: the way forward keeps four numbers a row, the way back makes each tile again, once
+for the student and once for the prototypes. Sums over parts of K are added up in a fixed order: a run can be repeated.
+The readable twin is `minidino.learning.prototypes`; tests hold this file to it.
+
+Source: the idea of Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009) and of Liger-Kernel's fused linear
+    cross-entropy, here for soft targets that are themselves never written; Cuturi 2013 for the potentials.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 512
+MAX_SPLITS = 64  # parts of K, or of the rows, that are summed up afterwards
+BOOST = 1024.0  # the largest gradient of a logit, before it is rounded to half precision
+SMALLEST = 1e-30
+
+
+class Tiling(NamedTuple):
+    """How rows x K is cut; what tuning chooses among."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+class Tilings(NamedTuple):
+    """Of each kernel, the first of them where nothing was measured."""
+
+    forward: tuple[Tiling, ...]
+    student: tuple[Tiling, ...]
+    prototypes: tuple[Tiling, ...]
+
+
+CLASSES: dict[tuple[int, int], Tilings] = {  # (widest bottleneck, bytes of a number)
+    (128, 2): Tilings(
+        (Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3)),
+        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
+        (Tiling(64, 64, 4, 3), Tiling(64, 128, 8, 3)),
+    ),
+    (256, 2): Tilings(
+        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
+        (Tiling(64, 64, 8, 3), Tiling(128, 64, 8, 2)),
+        (Tiling(64, 64, 8, 3), Tiling(64, 128, 8, 2)),
+    ),
+    (MAX_WIDTH, 2): Tilings(
+        (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
+        (Tiling(64, 32, 8, 2), Tiling(64, 64, 8, 1)),
+        (Tiling(32, 64, 8, 2), Tiling(64, 64, 8, 1)),
+    ),
+    (128, 4): Tilings(
+        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 2)),
+        (Tiling(64, 32, 4, 3), Tiling(64, 64, 8, 2)),
+        (Tiling(32, 64, 4, 3), Tiling(64, 64, 8, 2)),
+    ),
+    (256, 4): Tilings(
+        (Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 2)),
+        (Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2)),
+        (Tiling(32, 64, 8, 2), Tiling(16, 64, 8, 2)),
+    ),
+    (MAX_WIDTH, 4): Tilings(
+        (Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1)),
+        (Tiling(32, 16, 8, 1), Tiling(32, 32, 8, 1)),
+        (Tiling(16, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    ),
+}
+ROW_SUMS = (Tiling(4, 1024, 4), Tiling(1, 4096, 8))
+COLUMN_SUMS = (Tiling(16, 256, 4), Tiling(8, 1024, 8))
+
+
+def tilings_of(width: int, dtype: torch.dtype) -> Tilings:
+    """The choices for a bottleneck of this width."""
+    return next(found for (widest, size), found in CLASSES.items() if width <= widest and size == dtype.itemsize)
+
+
+def pieces_of(width: int) -> tuple[int, int]:
+    """A width as two powers of two that cover it, as tiles must be; the second may be 0. 384 = 256 + 128."""
+    whole = max(1 << width.bit_length() - 1, 16)
+    return whole, max(triton.next_power_of_2(width - whole), 16) if width > whole else 0
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+# Numbers of a row or a column come as (n, 1) or (1, n), so a tile may stand either way.
+
+
+@triton.jit
+def _part(base, row, n_rows, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """SIZE numbers of some rows, from column FIRST on; zeros outside. 64 bits: there may be more than 2^31 numbers."""
+    column = FIRST + tl.arange(0, SIZE)
+    inside = (row < n_rows)[:, None] & (column < WIDTH)[None, :]
+    return tl.load(base + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_part(base, row, n_rows, value, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    column = FIRST + tl.arange(0, SIZE)
+    inside = (row < n_rows)[:, None] & (column < WIDTH)[None, :]
+    place = base + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(place, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _asked(logits, index, row, column, R, K, j, J: tl.constexpr):
+    """Logits of the j-th teacher row of each student row."""
+    taught = tl.load(index + row * J + j, mask=row < R, other=0).to(tl.int64)
+    return tl.load(logits + taught * K + column, mask=(row < R) & (column < K), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _probability(logit, shift, peak, sharpness, floor):
+    """exp((logit - peak) / temp + shift); 0 where the readable Sinkhorn's first exp is."""
+    z = (logit - peak) * sharpness
+    return tl.where(z > floor, tl.exp(z + shift), 0.0)
+
+
+@triton.jit
+def _targets(
+    told, logits, columns, index, shifts, weights, row, column, R, K, peak, sharpness, floor, J: tl.constexpr
+):  # fmt: skip
+    """T of a tile; `told` are the logits of its first teacher, on their way since before the product."""
+    column_shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
+    found = tl.zeros(told.shape, tl.float32)
+    for j in tl.static_range(J):
+        if j > 0:
+            told = _asked(logits, index, row, column, R, K, j, J)
+        shift = tl.load(shifts + row * J + j, mask=row < R, other=float("-inf"))
+        weight = tl.load(weights + row * J + j, mask=row < R, other=0.0)
+        found += weight * _probability(told, shift + column_shift, peak, sharpness, floor)
+    return found
+
+
+@triton.jit
+def forward_kernel(
+    x, w, logits, columns, index, shifts, weights, peak, parts, R, K, share, cold, sharpness, floor,
+    J: tl.constexpr, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some rows against a share of the prototypes: maximum and sum of the softmax, sum T z, sum T."""
+    split = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    top = tl.load(peak)
+    x0 = _part(x, row, R, 0, D0, WIDTH)
+    if D1 > 0:
+        x1 = _part(x, row, R, D0, D1, WIDTH)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, cross, mass = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(split * share, tl.minimum(split * share + share, K), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        told = _asked(logits, index, row[:, None], column[None, :], R, K, 0, J)
+        z = tl.dot(x0, tl.trans(_part(w, column, K, 0, D0, WIDTH)), input_precision=PRECISION)
+        if D1 > 0:
+            z = tl.dot(x1, tl.trans(_part(w, column, K, D0, D1, WIDTH)), z, input_precision=PRECISION)
+        z *= cold
+        target = _targets(
+            told, logits, columns, index, shifts, weights, row[:, None], column[None, :], R, K, top, sharpness, floor, J
+        )
+        mass += tl.sum(target, 1)
+        cross += tl.sum(target * z, 1)
+        z = tl.where((column < K)[None, :], z, float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 1))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        highest = higher
+    place, step = parts + split * R + row, tl.num_programs(1) * R
+    tl.store(place, highest, mask=row < R)
+    tl.store(place + step, total, mask=row < R)
+    tl.store(place + 2 * step, cross, mask=row < R)
+    tl.store(place + 3 * step, mass, mask=row < R)
+
+
+@triton.jit
+def student_kernel(
+    x, w, logits, columns, index, shifts, weights, peak, lse, mass, gain, parts, R, K, share, cold, sharpness, floor,
+    J: tl.constexpr, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of some rows of the student from a share of the prototypes: G w."""
+    split = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    top = tl.load(peak)
+    x0 = _part(x, row, R, 0, D0, WIDTH)
+    found0 = tl.zeros((ROWS, D0), tl.float32)
+    if D1 > 0:
+        x1 = _part(x, row, R, D0, D1, WIDTH)
+        found1 = tl.zeros((ROWS, D1), tl.float32)
+    norm, total = tl.load(lse + row, mask=row < R, other=0.0), tl.load(mass + row, mask=row < R, other=0.0)
+    up = tl.load(gain + row, mask=row < R, other=0.0)
+    for start in range(split * share, tl.minimum(split * share + share, K), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        told = _asked(logits, index, row[:, None], column[None, :], R, K, 0, J)
+        w0 = _part(w, column, K, 0, D0, WIDTH)
+        z = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
+        if D1 > 0:
+            w1 = _part(w, column, K, D0, D1, WIDTH)
+            z = tl.dot(x1, tl.trans(w1), z, input_precision=PRECISION)
+        target = _targets(
+            told, logits, columns, index, shifts, weights, row[:, None], column[None, :], R, K, top, sharpness, floor, J
+        )
+        grad = (total[:, None] * tl.exp(z * cold - norm[:, None]) - target) * up[:, None]
+        grad = grad.to(w0.dtype)  # of prototypes beyond K it meets zeros
+        found0 = tl.dot(grad, w0, found0, input_precision=PRECISION)
+        if D1 > 0:
+            found1 = tl.dot(grad, w1, found1, input_precision=PRECISION)
+    place = parts + split.to(tl.int64) * R * WIDTH
+    _store_part(place, row, R, found0, 0, D0, WIDTH)
+    if D1 > 0:
+        _store_part(place, row, R, found1, D0, D1, WIDTH)
+
+
+@triton.jit
+def prototypes_kernel(
+    x, w, logits, columns, index, shifts, weights, peak, lse, mass, gain, unit, out, R, K, cold, sharpness, floor,
+    J: tl.constexpr, WIDTH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of some prototypes from all rows: G^T x. Tiles stand on end: prototypes down, rows across."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    top = tl.load(peak)
+    w0 = _part(w, column, K, 0, D0, WIDTH)
+    found0 = tl.zeros((COLUMNS, D0), tl.float32)
+    if D1 > 0:
+        w1 = _part(w, column, K, D0, D1, WIDTH)
+        found1 = tl.zeros((COLUMNS, D1), tl.float32)
+    for start in range(0, R, ROWS):
+        row = start + tl.arange(0, ROWS)
+        told = _asked(logits, index, row[None, :], column[:, None], R, K, 0, J)
+        norm, total = tl.load(lse + row, mask=row < R, other=0.0), tl.load(mass + row, mask=row < R, other=0.0)
+        up = tl.load(gain + row, mask=row < R, other=0.0)
+        x0 = _part(x, row, R, 0, D0, WIDTH)
+        z = tl.dot(w0, tl.trans(x0), input_precision=PRECISION)
+        if D1 > 0:
+            x1 = _part(x, row, R, D0, D1, WIDTH)
+            z = tl.dot(w1, tl.trans(x1), z, input_precision=PRECISION)
+        target = _targets(
+            told, logits, columns, index, shifts, weights, row[None, :], column[:, None], R, K, top, sharpness, floor, J
+        )
+        grad = (total[None, :] * tl.exp(z * cold - norm[None, :]) - target) * up[None, :]
+        grad = grad.to(x0.dtype)
+        found0 = tl.dot(grad, x0, found0, input_precision=PRECISION)
+        if D1 > 0:
+            found1 = tl.dot(grad, x1, found1, input_precision=PRECISION)
+    scale = tl.load(unit)
+    _store_part(out, column, K, found0 * scale, 0, D0, WIDTH)
+    if D1 > 0:
+        _store_part(out, column, K, found1 * scale, D0, D1, WIDTH)
+
+
+@triton.jit
+def row_sums_kernel(
+    logits, columns, peak, parts, R, K, share, sharpness, floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Some rows over a share of the columns: maximum and sum of exp((l - peak) / temp + column)."""
+    split = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    base, top = logits + row.to(tl.int64)[:, None] * K, tl.load(peak)
+    highest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(split * share, tl.minimum(split * share + share, K), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < R)[:, None] & (column < K)[None, :]
+        z = (tl.load(base + column[None, :], mask=inside, other=0.0).to(tl.float32) - top) * sharpness
+        shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
+        z = tl.where(z > floor, z + shift[None, :], float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 1))
+        level = tl.maximum(higher, -1e30)  # a number, also while nothing but -inf was seen
+        total = total * tl.exp(highest - level) + tl.sum(tl.exp(z - level[:, None]), 1)
+        highest = higher
+    place = parts + split * R + row
+    tl.store(place, highest, mask=row < R)
+    tl.store(place + tl.num_programs(1) * R, total, mask=row < R)
+
+
+@triton.jit
+def column_sums_kernel(
+    logits, rows, columns, peak, parts, R, K, share, sharpness, floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Some columns over a share of the rows: the sum of exp((l - peak) / temp + row + column)."""
+    split = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
+    top, found = tl.load(peak), tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(split * share, tl.minimum(split * share + share, R), ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < R)[:, None] & (column < K)[None, :]
+        logit = tl.load(logits + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
+        level = tl.load(rows + row, mask=row < R, other=float("-inf"))
+        found += _probability(logit.to(tl.float32), level[:, None] + shift[None, :], top, sharpness, floor)
+    tl.store(parts + split.to(tl.int64) * K + column, tl.sum(found, 0), mask=column < K)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def prototype_loss(
+    student: Float[Tensor, "R b"],
+    prototypes: Float[Tensor, "K b"],
+    logits: Float[Tensor, "n K"],
+    row: Float[Tensor, "n"],
+    column: Float[Tensor, "K"],
+    peak: Float[Tensor, ""],
+    index: Int[Tensor, "R J"],
+    weight: Float[Tensor, "R J"],
+    student_temp: float,
+    teacher_temp: float,
+    floor: float,
+) -> Float[Tensor, "R"]:
+    """Cross-entropy of every student row with its teacher rows; see `minidino.learning.prototypes.prototype_loss`.
+
+    Args:
+        student, prototypes: of one dtype, float16, bfloat16 or float32.
+        logits, row, column, peak, floor: the teacher's probabilities, exp((l - peak) / temp + row + column).
+    Raises:
+        ValueError: a bottleneck wider than 512.
+        TypeError: another dtype, or two of them.
+    Differs: float32 is multiplied as such, or as tf32 where `torch.set_float32_matmul_precision` allows it.
+    """
+    if student.dtype != prototypes.dtype or student.dtype not in DTYPES:
+        raise TypeError(f"expected student and prototypes of one dtype of {DTYPES}, got {student.dtype} and "
+                        f"{prototypes.dtype}")  # fmt: skip
+    if student.shape[1] > MAX_WIDTH:
+        raise ValueError(f"expected a bottleneck of at most {MAX_WIDTH}, got {student.shape[1]}")
+    shift = row.float()[index]  # (R, J)
+    teacher = logits, column.float(), peak.float(), index, shift, weight.float()
+    return _loss(student, prototypes, *teacher, student_temp, teacher_temp, floor)[0]
+
+
+@torch.library.custom_op("minidino::prototype_loss", mutates_args=())
+def _loss(
+    student: Tensor, prototypes: Tensor, logits: Tensor, column: Tensor, peak: Tensor, index: Tensor, shift: Tensor,
+    weight: Tensor, student_temp: float, teacher_temp: float, floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, lse and mass of each row."""
+    tensors = _dense(student, prototypes, logits, column, index, shift, weight, peak)
+    n_rows, n_columns, scales = len(student), len(prototypes), (1 / student_temp, 1 / teacher_temp, floor)
+
+    def launch(tiling: Tiling) -> Tensor:
+        tiles = triton.cdiv(n_rows, tiling.rows)
+        splits, share = _splits(n_columns, tiling.columns, tiles, student.device)
+        parts = student.new_empty(4, splits, n_rows, dtype=torch.float32)
+        forward_kernel[tiles, splits](*tensors, parts, n_rows, n_columns, share, *scales, **_options(tensors, tiling))
+        return parts
+
+    highest, total, cross, mass = launch(_choose("forward", tensors, launch))
+    lse, mass = (highest + total.log()).logsumexp(0), mass.sum(0)
+    return mass * lse - cross.sum(0), lse, mass
+
+
+@_loss.register_fake
+def _(student, prototypes, logits, column, peak, index, shift, weight, student_temp, teacher_temp, floor):
+    return tuple(student.new_empty(len(student), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("minidino::prototype_loss_backward", mutates_args=())
+def _gradients(
+    grad: Tensor, student: Tensor, prototypes: Tensor, logits: Tensor, column: Tensor, peak: Tensor, index: Tensor,
+    shift: Tensor, weight: Tensor, lse: Tensor, mass: Tensor, student_temp: float, teacher_temp: float, floor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of the student and of the prototypes. The largest weight becomes BOOST, so that half precision loses nothing."""
+    n_rows, n_columns = len(student), len(prototypes)
+    if not n_rows:
+        return torch.empty_like(student), torch.zeros_like(prototypes)
+    tensors = _dense(student, prototypes, logits, column, index, shift, weight, peak)
+    scales = 1 / student_temp, 1 / teacher_temp, floor
+    largest = (grad[:, None] * weight).abs().amax().clamp(min=SMALLEST)
+    unit = (largest / BOOST / student_temp).float()
+    rows = *_dense(lse, mass), (grad * BOOST / largest).float().contiguous()
+    d_prototypes = prototypes.new_empty(prototypes.shape)
+
+    def launch_student(tiling: Tiling) -> Tensor:
+        tiles = triton.cdiv(n_rows, tiling.rows)
+        splits, share = _splits(n_columns, tiling.columns, tiles, student.device)
+        parts = student.new_empty(splits, *student.shape, dtype=torch.float32)
+        student_kernel[tiles, splits](
+            *tensors, *rows, parts, n_rows, n_columns, share, *scales, **_options(tensors, tiling)
+        )
+        return parts
+
+    def launch_prototypes(tiling: Tiling) -> None:
+        prototypes_kernel[(triton.cdiv(n_columns, tiling.columns),)](
+            *tensors, *rows, unit, d_prototypes, n_rows, n_columns, *scales, **_options(tensors, tiling)
+        )
+
+    d_student = launch_student(_choose("student", tensors, launch_student)).sum(0) * unit
+    launch_prototypes(_choose("prototypes", tensors, launch_prototypes))
+    return d_student.to(student.dtype), d_prototypes
+
+
+@_gradients.register_fake
+def _(grad, student, prototypes, *teacher_and_temperatures):
+    return student.new_empty(student.shape), prototypes.new_empty(prototypes.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.student_temp, ctx.teacher_temp, ctx.floor = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx, grad: Tensor, *_: Tensor | None):
+    found = _gradients(grad, *ctx.saved_tensors, ctx.student_temp, ctx.teacher_temp, ctx.floor)
+    return *found, *[None] * 9
+
+
+_loss.register_autograd(_backward, setup_context=_keep)
+
+
+# -- sums of the teacher's probabilities -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("minidino::log_row_sums", mutates_args=())
+def log_row_sums(logits: Tensor, column: Tensor, peak: Tensor, temp: float, floor: float) -> Tensor:
+    """log sum_k exp((l_ik - peak) / temp + column_k) of each row, (n,); one look at the logits."""
+    logits, column = _dense(logits, column)
+    n_rows, n_columns = logits.shape
+
+    def launch(tiling: Tiling) -> Tensor:
+        tiles = triton.cdiv(n_rows, tiling.rows)
+        splits, share = _splits(n_columns, tiling.columns, tiles, logits.device)
+        parts = logits.new_empty(2, splits, n_rows, dtype=torch.float32)
+        row_sums_kernel[tiles, splits](
+            logits, column, peak, parts, n_rows, n_columns, share, 1 / temp, floor, **_blocks(tiling)
+        )
+        return parts
+
+    highest, total = launch(fastest(("row sums", *_shape_class(logits)), ROW_SUMS, launch, logits))
+    return (highest + total.log()).logsumexp(0)
+
+
+@log_row_sums.register_fake
+def _(logits, column, peak, temp, floor):
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@torch.library.custom_op("minidino::column_sums", mutates_args=())
+def column_sums(logits: Tensor, row: Tensor, column: Tensor, peak: Tensor, temp: float, floor: float) -> Tensor:
+    """sum_i exp((l_ik - peak) / temp + row_i + column_k) of each column, (K,); one look at the logits."""
+    logits, row, column = _dense(logits, row, column)
+    n_rows, n_columns = logits.shape
+
+    def launch(tiling: Tiling) -> Tensor:
+        tiles = triton.cdiv(n_columns, tiling.columns)
+        splits, share = _splits(n_rows, tiling.rows, tiles, logits.device)
+        parts = logits.new_empty(splits, n_columns, dtype=torch.float32)
+        column_sums_kernel[tiles, splits](
+            logits, row, column, peak, parts, n_rows, n_columns, share, 1 / temp, floor, **_blocks(tiling)
+        )
+        return parts
+
+    return launch(fastest(("column sums", *_shape_class(logits)), COLUMN_SUMS, launch, logits)).sum(0)
+
+
+@column_sums.register_fake
+def _(logits, row, column, peak, temp, floor):
+    return logits.new_empty(logits.shape[1], dtype=torch.float32)
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------
+
+
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
+
+
+def _splits(n: int, block: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts n is cut so that all processors have work, and numbers of a part, whole blocks."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    blocks = triton.cdiv(n, block)
+    wanted = min(triton.cdiv(4 * processors, max(tiles, 1)), MAX_SPLITS, max(blocks, 1))
+    share = triton.cdiv(blocks, wanted) * block
+    return triton.cdiv(n, share) if n else 0, share
+
+
+def _blocks(tiling: Tiling) -> dict[str, int]:
+    return {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "num_warps": tiling.warps, "num_stages": tiling.stages}
+
+
+def precision() -> str:
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _options(tensors: tuple[Tensor, ...], tiling: Tiling) -> dict[str, int | str]:
+    width, n_teachers = tensors[0].shape[1], tensors[4].shape[1]
+    whole, rest = pieces_of(width)
+    return {"J": n_teachers, "WIDTH": width, "D0": whole, "D1": rest, "PRECISION": precision()} | _blocks(tiling)
+
+
+def _shape_class(x: Tensor) -> tuple:
+    """Shapes whose sizes are alike to a power of two are tuned once."""
+    return *(n.bit_length() for n in x.shape), x.dtype, x.device
+
+
+def _choose(kernel: str, tensors: tuple[Tensor, ...], launch: Callable[[Tiling], object]) -> Tiling:
+    student, prototypes, logits = tensors[:3]
+    key = kernel, *_shape_class(student), *_shape_class(prototypes), logits.dtype, tensors[4].shape[1], precision()
+    return fastest(key, getattr(tilings_of(student.shape[1], student.dtype), kernel), launch, student)
+
+
+FASTEST: dict[tuple, Tiling] = {}  # what was measured in this process
+
+
+def fastest(key: tuple, tilings: Sequence[Tiling], launch: Callable[[Tiling], object], x: Tensor) -> Tiling:
+    """The tiling that took least time on this device; the first where nothing can be measured."""
+    if key not in FASTEST:
+        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+            return tilings[0]
+        FASTEST[key] = min(tilings, key=lambda tiling: _milliseconds(launch, tiling))
+    return FASTEST[key]
+
+
+def _milliseconds(launch: Callable[[Tiling], object], tiling: Tiling) -> float:
+    try:
+        return triton.testing.do_bench(lambda: launch(tiling), warmup=5, rep=20)
+    except triton.runtime.errors.OutOfResources:  # too wide for this chip
+        return float("inf")
