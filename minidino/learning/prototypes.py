@@ -46,6 +46,9 @@ class Potentials(NamedTuple):
     temp: float
     floor: float
 
+    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> "Potentials":
+        return self._replace(index=self.index.unflatten(dim, sizes))
+
     def chunk(self, n: int, dim: int = 0) -> list["Potentials"]:
         return [self._replace(index=index) for index in self.index.chunk(n, dim)]
 
