@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ SHAPES = {  # rows, K, width, teacher rows, teachers of a row
     "one of each": (1, 2, 16, 1, 1),
     "primes": (7, 101, 13, 5, 2),
     "more than a tile": (67, 150, 48, 67, 1),
-    "local crops": (40, 1024, 32, 8, 2),
+    "local crops": (40, 331, 32, 8, 2),
     "three teachers": (9, 130, 64, 4, 3),
     "published width": (5, 67, 384, 5, 1),
     "widest": (3, 70, 512, 3, 1),
@@ -320,19 +319,30 @@ def test_the_peak_in_parts_is_at_most_a_third():
 CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability: KiB of shared memory that one program may have
 
 
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    """One process for each chip, side by side."""
+    tests, started = Path(__file__).parent, {}
+    for chip in CHIPS:
+        cache = str(tmp_path_factory.mktemp("triton"))
+        environment = {"TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": cache}
+        environment = {**os.environ, **environment, "PYTHONPATH": str(tests.parent)}
+        command = [sys.executable, str(tests / "compile_prototypes.py"), str(chip)]
+        started[chip] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    yield started
+    [process.kill() for process in started.values()]
+
+
 @needs_triton
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_kernel_multiplies_matrices_spills_nothing_and_fits(chip, tmp_path):
-    environment = {"TRITON_INTERPRET": "0", "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    tests = Path(__file__).parent
-    environment = {**os.environ, **environment, "PYTHONPATH": str(tests.parent)}
-    command = [sys.executable, str(tests / "compile_prototypes.py"), str(chip)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) > 20
+def test_every_kernel_multiplies_matrices_spills_nothing_and_fits(chip, compilers):
+    lines, errors = compilers[chip].communicate()
+    assert compilers[chip].returncode == 0, errors[-2000:]
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert len(found) > 30
     for name, products, spilt, shared, registers in found:
         assert products or "sums" in name, f"{name}: no matrix instruction"
         assert not spilt and registers, f"{name}: {spilt} bytes spilt, {registers} registers"
         assert shared <= CHIPS[chip], f"{name}: {shared} KiB"
-        assert math.isfinite(shared)

@@ -49,40 +49,30 @@ class Tilings(NamedTuple):
     prototypes: tuple[Tiling, ...]
 
 
-CLASSES: dict[tuple[int, int], Tilings] = {  # (widest bottleneck, bytes of a number)
-    (128, 2): Tilings(
-        (Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3)),
-        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
-        (Tiling(64, 64, 4, 3), Tiling(64, 128, 8, 3)),
-    ),
+CLASSES: dict[tuple[int, int], Tilings] = {  # (widest bottleneck, bytes of a number); none spills registers
     (256, 2): Tilings(
-        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
-        (Tiling(64, 64, 8, 3), Tiling(128, 64, 8, 2)),
-        (Tiling(64, 64, 8, 3), Tiling(64, 128, 8, 2)),
+        (Tiling(128, 64, 8, 3), Tiling(64, 64, 8, 2)),
+        (Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 3)),
+        (Tiling(32, 64, 8, 3), Tiling(32, 64, 4, 2)),
     ),
     (MAX_WIDTH, 2): Tilings(
-        (Tiling(64, 64, 4, 2), Tiling(64, 64, 8, 2)),
-        (Tiling(64, 32, 8, 2), Tiling(64, 64, 8, 1)),
-        (Tiling(32, 64, 8, 2), Tiling(64, 64, 8, 1)),
-    ),
-    (128, 4): Tilings(
-        (Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 2)),
-        (Tiling(64, 32, 4, 3), Tiling(64, 64, 8, 2)),
-        (Tiling(32, 64, 4, 3), Tiling(64, 64, 8, 2)),
+        (Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 2)),
+        (Tiling(64, 16, 8, 2), Tiling(32, 32, 8, 2)),
+        (Tiling(16, 64, 8, 2), Tiling(16, 32, 8, 2)),
     ),
     (256, 4): Tilings(
-        (Tiling(64, 32, 4, 2), Tiling(64, 64, 8, 2)),
-        (Tiling(64, 32, 8, 2), Tiling(64, 16, 8, 2)),
-        (Tiling(32, 64, 8, 2), Tiling(16, 64, 8, 2)),
+        (Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 3)),
+        (Tiling(32, 32, 8, 2), Tiling(64, 16, 8, 2)),
+        (Tiling(32, 32, 8, 2), Tiling(16, 64, 8, 2)),
     ),
     (MAX_WIDTH, 4): Tilings(
-        (Tiling(32, 32, 4, 1), Tiling(32, 32, 8, 1)),
-        (Tiling(32, 16, 8, 1), Tiling(32, 32, 8, 1)),
-        (Tiling(16, 32, 8, 1), Tiling(32, 32, 8, 1)),
+        (Tiling(32, 32, 4, 2), Tiling(16, 32, 4, 2)),
+        (Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 1)),
+        (Tiling(16, 32, 8, 2), Tiling(16, 32, 8, 1)),
     ),
 }
 ROW_SUMS = (Tiling(4, 1024, 4), Tiling(1, 4096, 8))
-COLUMN_SUMS = (Tiling(16, 256, 4), Tiling(8, 1024, 8))
+COLUMN_SUMS = (Tiling(8, 256, 4), Tiling(8, 1024, 8))
 
 
 def tilings_of(width: int, dtype: torch.dtype) -> Tilings:
