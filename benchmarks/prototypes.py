@@ -279,7 +279,7 @@ def run(names: list[str], checked: bool) -> None:
 
 
 def _fastest() -> dict[tuple, Any]:
-    from minidino.kernels.prototypes import FASTEST
+    from minidino.kernels.tuning import FASTEST
 
     return FASTEST
 

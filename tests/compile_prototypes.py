@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minidino.kernels import prototypes as kernels
+from minidino.kernels import sinkhorn
+from minidino.kernels.tuning import Tiling
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 WIDTHS = {256: 2, 384: 2, 512: 1}  # of a bottleneck: how many of its tilings; the last two share theirs
@@ -31,7 +33,7 @@ def kind_of(name: str, dtype: str) -> str:
     return "constexpr" if name.isupper() or name in ("D0", "D1") else "*i64" if name == "index" else "*fp32"
 
 
-def cases() -> Iterator[tuple[str, object, str, dict[str, int | str], kernels.Tiling]]:
+def cases() -> Iterator[tuple[str, object, str, dict[str, int | str], Tiling]]:
     """Name, kernel, type, constants and tiling of everything that tuning may choose."""
     for dtype in (torch.bfloat16, torch.float32):
         for width, n in WIDTHS.items():
@@ -41,8 +43,8 @@ def cases() -> Iterator[tuple[str, object, str, dict[str, int | str], kernels.Ti
                 for tiling in getattr(kernels.tilings_of(width, dtype), kind)[:n]:
                     yield f"{kind} {TYPES[dtype]} {width}", kernel, TYPES[dtype], constants, tiling
     for kernel, tilings in (
-        (kernels.row_sums_kernel, kernels.ROW_SUMS),
-        (kernels.column_sums_kernel, kernels.COLUMN_SUMS),
+        (sinkhorn.row_sums_kernel, sinkhorn.ROW_SUMS),
+        (sinkhorn.column_sums_kernel, sinkhorn.COLUMN_SUMS),
     ):
         for tiling in tilings:
             yield kernel.fn.__name__, kernel, "fp32", {}, tiling

@@ -22,7 +22,7 @@ ORDER = """
     images.crops images.masks images.batches images.attacks images.pools
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline
-    kernels.attention kernels.prototypes
+    kernels.tuning kernels.sinkhorn kernels.attention kernels.prototypes
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
@@ -245,9 +245,10 @@ def _asserts(function: ast.FunctionDef, asserting: set[str]) -> bool:
 
 def test_tests_import_only_what_is_installed_for_them():
     packages, strange = requirements("notebooks", "test"), []
+    ours = {"minidino", *(path.stem for path in TESTS)}
     for path in TESTS:
         names = {name.split(".")[0] for node in ast.walk(parse(path)) for name in imported(node)}
-        for name in names - sys.stdlib_module_names - {"minidino"}:
+        for name in names - sys.stdlib_module_names - ours:
             if PACKAGES.get(name, name) not in packages:
                 strange.append(f"{path.name}: {name}")
     assert strange == []

@@ -1,7 +1,6 @@
 """Prototypes, softmax and cross-entropy in Triton: the logits of the student are never written.
 
     prototype_loss(student, prototypes, teacher ...) -> one loss a row        with gradients for student and prototypes
-    log_row_sums, column_sums                        -> what turns teacher logits into targets
 
 With z = x w / temp and the targets T of a row:
 
@@ -16,7 +15,7 @@ Source: the idea of Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009) and 
     cross-entropy, here for soft targets that are themselves never written; Cuturi 2013 for the potentials.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,20 +24,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minidino.kernels.sinkhorn import probability
+from minidino.kernels.tuning import Tiling, dense, fastest, launch_options, precision, shape_class, shares
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 512
-MAX_SPLITS = 64  # parts of K, or of the rows, that are summed up afterwards
 BOOST = 1024.0  # the largest gradient of a logit, before it is rounded to half precision
 SMALLEST = 1e-30
-
-
-class Tiling(NamedTuple):
-    """How rows x K is cut; what tuning chooses among."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 1
 
 
 class Tilings(NamedTuple):
@@ -71,8 +63,6 @@ CLASSES: dict[tuple[int, int], Tilings] = {  # (widest bottleneck, bytes of a nu
         (Tiling(16, 32, 8, 2), Tiling(16, 32, 8, 1)),
     ),
 }
-ROW_SUMS = (Tiling(4, 1024, 4), Tiling(1, 4096, 8))
-COLUMN_SUMS = (Tiling(8, 256, 4), Tiling(8, 1024, 8))
 
 
 def tilings_of(width: int, dtype: torch.dtype) -> Tilings:
@@ -114,13 +104,6 @@ def _asked(logits, index, row, column, R, K, j, J: tl.constexpr):
 
 
 @triton.jit
-def _probability(logit, shift, peak, sharpness, floor):
-    """exp((logit - peak) / temp + shift); 0 where the readable Sinkhorn's first exp is."""
-    z = (logit - peak) * sharpness
-    return tl.where(z > floor, tl.exp(z + shift), 0.0)
-
-
-@triton.jit
 def _targets(
     told, logits, columns, index, shifts, weights, row, column, R, K, peak, sharpness, floor, J: tl.constexpr
 ):  # fmt: skip
@@ -132,7 +115,7 @@ def _targets(
             told = _asked(logits, index, row, column, R, K, j, J)
         shift = tl.load(shifts + row * J + j, mask=row < R, other=float("-inf"))
         weight = tl.load(weights + row * J + j, mask=row < R, other=0.0)
-        found += weight * _probability(told, shift + column_shift, peak, sharpness, floor)
+        found += weight * probability(told, shift + column_shift, peak, sharpness, floor)
     return found
 
 
@@ -251,48 +234,6 @@ def prototypes_kernel(
         _store_part(out, column, K, found1 * scale, D0, D1, WIDTH)
 
 
-@triton.jit
-def row_sums_kernel(
-    logits, columns, peak, parts, R, K, share, sharpness, floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Some rows over a share of the columns: maximum and sum of exp((l - peak) / temp + column)."""
-    split = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    base, top = logits + row.to(tl.int64)[:, None] * K, tl.load(peak)
-    highest, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    for start in range(split * share, tl.minimum(split * share + share, K), COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = (row < R)[:, None] & (column < K)[None, :]
-        z = (tl.load(base + column[None, :], mask=inside, other=0.0).to(tl.float32) - top) * sharpness
-        shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
-        z = tl.where(z > floor, z + shift[None, :], float("-inf"))
-        higher = tl.maximum(highest, tl.max(z, 1))
-        level = tl.maximum(higher, -1e30)  # a number, also while nothing but -inf was seen
-        total = total * tl.exp(highest - level) + tl.sum(tl.exp(z - level[:, None]), 1)
-        highest = higher
-    place = parts + split * R + row
-    tl.store(place, highest, mask=row < R)
-    tl.store(place + tl.num_programs(1) * R, total, mask=row < R)
-
-
-@triton.jit
-def column_sums_kernel(
-    logits, rows, columns, peak, parts, R, K, share, sharpness, floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Some columns over a share of the rows: the sum of exp((l - peak) / temp + row + column)."""
-    split = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
-    top, found = tl.load(peak), tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(split * share, tl.minimum(split * share + share, R), ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < R)[:, None] & (column < K)[None, :]
-        logit = tl.load(logits + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
-        level = tl.load(rows + row, mask=row < R, other=float("-inf"))
-        found += _probability(logit.to(tl.float32), level[:, None] + shift[None, :], top, sharpness, floor)
-    tl.store(parts + split.to(tl.int64) * K + column, tl.sum(found, 0), mask=column < K)
-
-
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 
@@ -335,12 +276,12 @@ def _loss(
     weight: Tensor, student_temp: float, teacher_temp: float, floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """loss, lse and mass of each row."""
-    tensors = _dense(student, prototypes, logits, column, index, shift, weight, peak)
+    tensors = dense(student, prototypes, logits, column, index, shift, weight, peak)
     n_rows, n_columns, scales = len(student), len(prototypes), (1 / student_temp, 1 / teacher_temp, floor)
 
     def launch(tiling: Tiling) -> Tensor:
         tiles = triton.cdiv(n_rows, tiling.rows)
-        splits, share = _splits(n_columns, tiling.columns, tiles, student.device)
+        splits, share = shares(n_columns, tiling.columns, tiles, student.device)
         parts = student.new_empty(4, splits, n_rows, dtype=torch.float32)
         forward_kernel[tiles, splits](*tensors, parts, n_rows, n_columns, share, *scales, **_options(tensors, tiling))
         return parts
@@ -364,16 +305,16 @@ def _gradients(
     n_rows, n_columns = len(student), len(prototypes)
     if not n_rows:
         return torch.empty_like(student), torch.zeros_like(prototypes)
-    tensors = _dense(student, prototypes, logits, column, index, shift, weight, peak)
+    tensors = dense(student, prototypes, logits, column, index, shift, weight, peak)
     scales = 1 / student_temp, 1 / teacher_temp, floor
     largest = (grad[:, None] * weight).abs().amax().clamp(min=SMALLEST)
     unit = (largest / BOOST / student_temp).float()
-    rows = *_dense(lse, mass), (grad * BOOST / largest).float().contiguous()
+    rows = *dense(lse, mass), (grad * BOOST / largest).float().contiguous()
     d_prototypes = prototypes.new_empty(prototypes.shape)
 
     def launch_student(tiling: Tiling) -> Tensor:
         tiles = triton.cdiv(n_rows, tiling.rows)
-        splits, share = _splits(n_columns, tiling.columns, tiles, student.device)
+        splits, share = shares(n_columns, tiling.columns, tiles, student.device)
         parts = student.new_empty(splits, *student.shape, dtype=torch.float32)
         student_kernel[tiles, splits](
             *tensors, *rows, parts, n_rows, n_columns, share, *scales, **_options(tensors, tiling)
@@ -408,111 +349,16 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None):
 _loss.register_autograd(_backward, setup_context=_keep)
 
 
-# -- sums of the teacher's probabilities -------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("minidino::log_row_sums", mutates_args=())
-def log_row_sums(logits: Tensor, column: Tensor, peak: Tensor, temp: float, floor: float) -> Tensor:
-    """log sum_k exp((l_ik - peak) / temp + column_k) of each row, (n,); one look at the logits."""
-    logits, column = _dense(logits, column)
-    n_rows, n_columns = logits.shape
-
-    def launch(tiling: Tiling) -> Tensor:
-        tiles = triton.cdiv(n_rows, tiling.rows)
-        splits, share = _splits(n_columns, tiling.columns, tiles, logits.device)
-        parts = logits.new_empty(2, splits, n_rows, dtype=torch.float32)
-        row_sums_kernel[tiles, splits](
-            logits, column, peak, parts, n_rows, n_columns, share, 1 / temp, floor, **_blocks(tiling)
-        )
-        return parts
-
-    highest, total = launch(fastest(("row sums", *_shape_class(logits)), ROW_SUMS, launch, logits))
-    return (highest + total.log()).logsumexp(0)
-
-
-@log_row_sums.register_fake
-def _(logits, column, peak, temp, floor):
-    return logits.new_empty(len(logits), dtype=torch.float32)
-
-
-@torch.library.custom_op("minidino::column_sums", mutates_args=())
-def column_sums(logits: Tensor, row: Tensor, column: Tensor, peak: Tensor, temp: float, floor: float) -> Tensor:
-    """sum_i exp((l_ik - peak) / temp + row_i + column_k) of each column, (K,); one look at the logits."""
-    logits, row, column = _dense(logits, row, column)
-    n_rows, n_columns = logits.shape
-
-    def launch(tiling: Tiling) -> Tensor:
-        tiles = triton.cdiv(n_columns, tiling.columns)
-        splits, share = _splits(n_rows, tiling.rows, tiles, logits.device)
-        parts = logits.new_empty(splits, n_columns, dtype=torch.float32)
-        column_sums_kernel[tiles, splits](
-            logits, row, column, peak, parts, n_rows, n_columns, share, 1 / temp, floor, **_blocks(tiling)
-        )
-        return parts
-
-    return launch(fastest(("column sums", *_shape_class(logits)), COLUMN_SUMS, launch, logits)).sum(0)
-
-
-@column_sums.register_fake
-def _(logits, row, column, peak, temp, floor):
-    return logits.new_empty(logits.shape[1], dtype=torch.float32)
-
-
-# -- launching ---------------------------------------------------------------------------------------------------------
-
-
-def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in tensors)
-
-
-def _splits(n: int, block: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts n is cut so that all processors have work, and numbers of a part, whole blocks."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    blocks = triton.cdiv(n, block)
-    wanted = min(triton.cdiv(4 * processors, max(tiles, 1)), MAX_SPLITS, max(blocks, 1))
-    share = triton.cdiv(blocks, wanted) * block
-    return triton.cdiv(n, share) if n else 0, share
-
-
-def _blocks(tiling: Tiling) -> dict[str, int]:
-    return {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "num_warps": tiling.warps, "num_stages": tiling.stages}
-
-
-def precision() -> str:
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+# -- launching ----------------------------------------------------------------------------------------------------------
 
 
 def _options(tensors: tuple[Tensor, ...], tiling: Tiling) -> dict[str, int | str]:
     width, n_teachers = tensors[0].shape[1], tensors[4].shape[1]
     whole, rest = pieces_of(width)
-    return {"J": n_teachers, "WIDTH": width, "D0": whole, "D1": rest, "PRECISION": precision()} | _blocks(tiling)
-
-
-def _shape_class(x: Tensor) -> tuple:
-    """Shapes whose sizes are alike to a power of two are tuned once."""
-    return *(n.bit_length() for n in x.shape), x.dtype, x.device
+    return {"J": n_teachers, "WIDTH": width, "D0": whole, "D1": rest, "PRECISION": precision()} | launch_options(tiling)
 
 
 def _choose(kernel: str, tensors: tuple[Tensor, ...], launch: Callable[[Tiling], object]) -> Tiling:
     student, prototypes, logits = tensors[:3]
-    key = kernel, *_shape_class(student), *_shape_class(prototypes), logits.dtype, tensors[4].shape[1], precision()
+    key = kernel, *shape_class(student), *shape_class(prototypes), logits.dtype, tensors[4].shape[1], precision()
     return fastest(key, getattr(tilings_of(student.shape[1], student.dtype), kernel), launch, student)
-
-
-FASTEST: dict[tuple, Tiling] = {}  # what was measured in this process
-
-
-def fastest(key: tuple, tilings: Sequence[Tiling], launch: Callable[[Tiling], object], x: Tensor) -> Tiling:
-    """The tiling that took least time on this device; the first where nothing can be measured."""
-    if key not in FASTEST:
-        if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-            return tilings[0]
-        FASTEST[key] = min(tilings, key=lambda tiling: _milliseconds(launch, tiling))
-    return FASTEST[key]
-
-
-def _milliseconds(launch: Callable[[Tiling], object], tiling: Tiling) -> float:
-    try:
-        return triton.testing.do_bench(lambda: launch(tiling), warmup=5, rep=20)
-    except triton.runtime.errors.OutOfResources:  # too wide for this chip
-        return float("inf")

@@ -117,7 +117,7 @@ def center_potentials(
 def _sums(impl: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     if impl != "triton":
         return _log_row_sums, _column_sums
-    from minidino.kernels import prototypes as kernels
+    from minidino.kernels import sinkhorn as kernels
 
     return kernels.log_row_sums, kernels.column_sums
 
