@@ -1,11 +1,12 @@
-"""The losses over prototypes: full logits, compiled, in parts, and Triton's kernels. Time, memory, fraction of the ceilings.
+"""The losses over prototypes: full logits, compiled, in parts, and Triton's kernels; time and memory.
 
     python benchmarks/prototypes.py run [--shapes NAME ...]   every shape and dtype; toy sizes where there is no GPU
     python benchmarks/prototypes.py run --check               first hold the kernels to float64 on this GPU
     python benchmarks/prototypes.py draw                      the table of the stored result
 
-Without a GPU nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it. Ceilings are measured in the same call:
-a large bf16 product and a large copy. The result goes to data/results/prototypes.json with machine, versions, commit.
+Without a GPU nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it.
+Ceilings are measured in the same call: a large bf16 product and a large copy. The result
+goes to data/results/prototypes.json with machine, versions, commit.
 """
 
 import argparse
@@ -135,7 +136,8 @@ def _seconds(function: Callable[[], Any]) -> float:
 def _events(function: Callable[[], Any], flush: Tensor) -> Iterator[float]:
     begun = time.perf_counter()
     for done in range(1000):
-        if done >= REPEATS and time.perf_counter() - begun > SECONDS / 10 or time.perf_counter() - begun > SECONDS:
+        spent = time.perf_counter() - begun
+        if spent > SECONDS or done >= REPEATS and spent > SECONDS / 10:
             return
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
@@ -212,7 +214,7 @@ def fractions(shape: Shape, row: dict[str, Any], top: dict[str, float]) -> dict[
 
 
 def check(device: torch.device) -> list[dict[str, Any]]:
-    """Root-mean-square errors of losses and gradients against float64, of the kernels and of full logits, in each dtype of this device."""
+    """Root-mean-square errors of losses and gradients against float64, in each dtype of this device."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16}
     if device.type == "cuda":
         dtypes |= {"tf32": torch.float32, "bf16": torch.bfloat16}
@@ -274,7 +276,8 @@ def run(names: list[str], checked: bool) -> None:
     if device.type != "cuda":
         return print("not stored")
     tilings = [[*map(str, key), tuple(tiling)] for key, tiling in _fastest().items()]
-    stored = {"environment": environment(0, device), "ceilings": top, "check": checks, "rows": rows, "tilings": tilings}
+    stored = {"environment": environment(0, device), "ceilings": top, "check": checks, "rows": rows}
+    stored["tilings"] = tilings
     write_atomically(RESULT, (json.dumps(stored, indent=1) + "\n").encode())
 
 
@@ -301,9 +304,11 @@ def tables() -> dict[str, str]:
               "of the product's ceiling", "of the copy's"]  # fmt: skip
     e, top = stored["environment"], stored["ceilings"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *map(_line, stored["rows"]), ""]
-    lines.append(f"Medians and quartiles of at least {min(row['both_ms']['n'] for row in stored['rows'] if 'both_ms' in row)} "
-                 f"repeats; ceilings {top['product_tflops']:.3g} TFLOP/s (bf16) and {top['copy_tb_per_s']:.3g} TB/s; "
-                 f"{e['machine']}, torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}.")  # fmt: skip
+    least = min(row["both_ms"]["n"] for row in stored["rows"] if "both_ms" in row)
+    lines.append(f"Medians and quartiles of at least {least} repeats; "
+                 f"ceilings {top['product_tflops']:.3g} TFLOP/s (bf16) and {top['copy_tb_per_s']:.3g} TB/s; "
+                 f"{e['machine']}, torch {e['versions']['torch']}, {e['date'][:10]}, "
+                 f"commit {e['commit']}.")  # fmt: skip
     return {"prototypes": "\n".join(lines)}
 
 

@@ -19,7 +19,9 @@ from minidino.kernels.tuning import Tiling
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 WIDTHS = {256: 2, 384: 2, 512: 1}  # of a bottleneck: how many of its tilings; the last two share theirs
-KERNELS = {"forward": kernels.forward_kernel, "student": kernels.student_kernel, "prototypes": kernels.prototypes_kernel}
+KERNELS = {
+    "forward": kernels.forward_kernel, "student": kernels.student_kernel, "prototypes": kernels.prototypes_kernel,
+}  # fmt: skip
 
 
 def kind_of(name: str, dtype: str) -> str:

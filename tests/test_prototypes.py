@@ -38,7 +38,7 @@ SHAPES = {  # rows, K, width, teacher rows, teachers of a row
 
 
 def drawn(n_rows, k, width, n, n_teachers, dtype=torch.float32, seed=0):
-    """Unit vectors, prototypes about as long, teacher cosines, which teachers and how much of each, and what is above."""
+    """Unit vectors, prototypes about as long, teacher cosines, which teachers, how much of each, what is above."""
     g = torch.Generator().manual_seed(seed)
     student = F.normalize(torch.randn(n_rows, width, generator=g), dim=-1)
     prototypes = 1.5 * F.normalize(torch.randn(k, width, generator=g), dim=-1)
@@ -302,7 +302,7 @@ def test_memory_is_counted_as_it_comes_and_goes():
 
 
 def test_the_peak_in_parts_is_at_most_a_third():
-    """Targets, losses and gradients of 128 rows over the published K; the head's 8 MB and 64 MiB of teacher logits were there."""
+    """Targets, loss, gradients of 128 rows over the published K; 8 MiB of head and 64 of teacher logits were there."""
     student, prototypes, logits, index, _, _ = drawn(128, 131_072, 16, 128, 1)
     weights, peaks = torch.full((128,), 1 / 128), {}
     for impl in ("reference", "chunked"):

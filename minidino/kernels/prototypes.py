@@ -4,7 +4,7 @@
 
 With z = x w / temp and the targets T of a row:
 
-    loss_r = mass_r lse_k(z_rk) - sum_k T_rk z_rk        T_rk = sum_j weight_rj t(index_rj, k)        mass_r = sum_k T_rk
+    loss_r = mass_r lse_k(z_rk) - sum_k T_rk z_rk        T_rk = sum_j weight_rj t(index_rj, k),   mass_r = sum_k T_rk
     d loss_r / d z_rk = mass_r softmax_k(z_rk) - T_rk    t(i, k) = exp((l_ik - peak) / temp + row_i + column_k)
 
 Tiles of z live in registers only: the way forward keeps four numbers a row, the way back makes each tile again, once
@@ -349,7 +349,7 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None):
 _loss.register_autograd(_backward, setup_context=_keep)
 
 
-# -- launching ----------------------------------------------------------------------------------------------------------
+# -- launching ---------------------------------------------------------------------------------------------------------
 
 
 def _options(tensors: tuple[Tensor, ...], tiling: Tiling) -> dict[str, int | str]:

@@ -1,9 +1,11 @@
 """Sums of a teacher's probabilities in Triton: one look at the logits each, and nothing of their size is written.
 
-    log_row_sums, column_sums -> what Sinkhorn-Knopp and centring need of p_ik = exp((l_ik - peak) / temp + row_i + column_k)
+    log_row_sums, column_sums -> what Sinkhorn-Knopp and centring need
+
+of p_ik = exp((l_ik - peak) / temp + row_i + column_k).
 
 Sums over parts are added up in a fixed order: a run can be repeated.
-The readable twins are `_log_row_sums` and `_column_sums` of `minidino.learning.prototypes`; tests hold this file to them.
+The readable twins are `_log_row_sums` and `_column_sums` of `minidino.learning.prototypes`; tests hold them equal.
 
 Source: Cuturi 2013 (Sinkhorn distances, arXiv 1306.0895).
 """
