@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from minidino.config import PRESETS, difference, override, preset
+from minidino.learning.prototypes import resolve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +101,8 @@ def _train(stages) -> None:
         o, t, device = config.optim, config.teacher, pick_device(config.run.device)
         horizon = 1 / max(1 - t.momentum, 1e-9)
         print(f"resolved: {pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay "
-              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start")  # fmt: skip
+              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start, prototype loss "
+              f"{resolve(config.loss.prototypes, device)}")  # fmt: skip
         pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)

@@ -58,8 +58,7 @@ class CropConfig:
 class MaskConfig:
     probability: float = 0.5  # share of the global crops that get holes [released]
     ratio: tuple[float, float] = (0.1, 0.5)  # share of a crop's patches that are hidden [released]
-    # largest block: `released` is 0.5 * side // patch * side // patch from left to right (666 at 518 px),
-    # `fixed` is half the grid (684)
+    # largest block: `released` is 0.5 * side // patch * side // patch (666 at 518 px), `fixed` half the grid (684)
     max_patches: Literal["released", "fixed"] = "fixed"
 
     def __post_init__(self):
@@ -116,6 +115,7 @@ class LossConfig:
     ibot_start_frac: float = 0.0  # iBOT enters at this fraction of the run ...
     ibot_full_frac: float = 0.0  # ... and rises linearly to its weight until this one
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"  # what turns teacher logits into targets
+    prototypes: Literal["auto", "reference", "chunked", "triton"] = "auto"  # who computes the losses over prototypes
     student_temp: float = 0.1  # [released]
     koleo_views: Fidelity = "released"  # `released`: both global crops; `paper`: the first only
     ibot_divisor: Fidelity = "released"  # `released`: all global crops; `paper`: masked crops only (twice the weight)

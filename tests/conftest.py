@@ -11,8 +11,11 @@ import torch
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKED = ["minidino.learning.losses", "minidino.images.masks", "minidino.images.crops", "minidino.model"]
+CHECKED = ["minidino.learning.losses", "minidino.learning.prototypes", "minidino.images.masks", "minidino.images.crops",
+           "minidino.model"]  # fmt: skip
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run step by step on the CPU
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported: an annotation cannot lie
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run here, as Python

@@ -120,15 +120,20 @@ def dino_loss(
         released code divides the two pairs by 3, here it is by 2.
     """
     n_teacher, n_student = len(teacher_probs), len(student_logits)
+    check_views(n_student, n_teacher)
     pairs = [(g, v) for g in range(n_teacher) for v in range(n_student) if g != v]
-    if n_student < n_teacher or not pairs:
+    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)  # (V, B, K)
+    targets = teacher_probs.float()
+    return -torch.stack([(targets[g] * log_probs[v]).sum(dim=-1).mean() for g, v in pairs]).mean()
+
+
+def check_views(n_student: int, n_teacher: int) -> None:
+    """Raise ValueError where a teacher view has no student view, or there is no pair of different views."""
+    if n_student < max(n_teacher, 2) or not n_teacher:
         raise ValueError(
             f"expected at least as many student as teacher views, and two different views; got {n_student} student "
             f"and {n_teacher} teacher views: stack the student's global crops first, then its local crops"
         )
-    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)  # (V, B, K)
-    targets = teacher_probs.float()
-    return -torch.stack([(targets[g] * log_probs[v]).sum(dim=-1).mean() for g, v in pairs]).mean()
 
 
 def ibot_loss(

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,16 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidino.images.batches import Batch
-from minidino.learning.losses import (
-    AllReduce,
-    alone,
-    dino_loss,
-    ibot_loss,
-    koleo_loss,
-    sinkhorn_knopp,
-    softmax_center,
-    update_center,
-)
+from minidino.learning import prototypes
+from minidino.learning.losses import AllReduce, alone, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from minidino.learning.prototypes import Potentials, center_potentials, sinkhorn_potentials
 from minidino.learning.teacher import Network
 
 Temperatures = float | tuple[float, float]  # of class tokens and of patches
@@ -35,8 +29,10 @@ class Center(NamedTuple):
 
 
 class Targets(NamedTuple):
-    dino: Float[Tensor, "G B K"]
-    ibot: Float[Tensor, "M K"] | None  # None: iBOT is off
+    """Of the teacher: tensors of probabilities, or what stands for them."""
+
+    dino: Float[Tensor, "G B K"] | Potentials
+    ibot: Float[Tensor, "M K"] | Potentials | None  # None: iBOT is off
 
 
 class TeacherLogits(NamedTuple):
@@ -61,27 +57,37 @@ def make_targets(
     all_reduce: AllReduce = alone,
     targets: str = "sinkhorn",
     center: Center | None = None,
+    impl: str = "reference",
 ) -> tuple[Targets, Center | None]:
     """Turn logits into targets; the views of a batch are balanced together. Also the next center, if centring.
 
+    Args:
+        impl: of the prototype loss: "reference" gives probabilities, the others potentials.
     Raises:
         ValueError: targets neither "sinkhorn" nor "centering".
     """
     temps = teacher_temp if isinstance(teacher_temp, tuple) else (teacher_temp, teacher_temp)
+    impl = prototypes.resolve(impl, logits.dino.device)
     if targets == "sinkhorn":
-        shape = logits.dino.shape
-        dino = sinkhorn_knopp(logits.dino.flatten(0, 1), temps[0], all_reduce=all_reduce).view(shape)
-        ibot = None if logits.ibot is None else sinkhorn_knopp(logits.ibot, temps[1], all_reduce=all_reduce)
-        return Targets(dino, ibot), None
+
+        def balanced(rows: Tensor, temp: float) -> Tensor | Potentials:
+            if impl == "reference":
+                return sinkhorn_knopp(rows, temp, all_reduce=all_reduce)
+            return sinkhorn_potentials(rows, temp, all_reduce=all_reduce, impl=impl)
+
+        dino = balanced(logits.dino.flatten(0, 1), temps[0]).unflatten(0, logits.dino.shape[:2])
+        return Targets(dino, None if logits.ibot is None else balanced(logits.ibot, temps[1])), None
     if targets != "centering":
         raise ValueError(f"expected targets 'sinkhorn' or 'centering', got {targets!r}")
 
-    def centred(rows: Tensor, before: Tensor | None, temp: float) -> tuple[Tensor, Tensor]:
+    def centred(rows: Tensor, before: Tensor | None, temp: float) -> tuple[Tensor | Potentials, Tensor]:
         before = rows.new_zeros(1, rows.shape[-1]) if before is None else before
-        return softmax_center(rows, before, temp), update_center(before, rows, all_reduce=all_reduce)
+        told = softmax_center if impl == "reference" else partial(center_potentials, impl=impl)
+        return told(rows, before, temp), update_center(before, rows, all_reduce=all_reduce)
 
     before = center or Center(None, None)
-    dino, dino_center = centred(logits.dino, before.dino, temps[0])
+    dino, dino_center = centred(logits.dino.flatten(0, 1), before.dino, temps[0])
+    dino = dino.unflatten(0, logits.dino.shape[:2])
     if logits.ibot is None:
         return Targets(dino, None), Center(dino_center, before.ibot)
     ibot, ibot_center = centred(logits.ibot, before.ibot, temps[1])
@@ -97,6 +103,7 @@ def student_losses(
     koleo_views: str = "released",
     n_ibot_crops: float | None = None,
     dino_divisor: str = "fixed",
+    impl: str = "reference",
 ) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
     """The student's weighted losses, and its class tokens of the global crops.
 
@@ -105,6 +112,7 @@ def student_losses(
         koleo_views: "released" spreads both global views, "paper" the first alone.
         n_ibot_crops: what the sum over masked crops is divided by; None: all global crops, as released.
         dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
+        impl: of the prototype loss, as it was for the targets.
     """
     n_global, n_images = batch.crops_global.shape[:2]
     n_local = len(batch.crops_local)
@@ -114,15 +122,18 @@ def student_losses(
         views, view_masks = [*views, batch.crops_local.flatten(0, 1)], [*view_masks, None]
     tokens = student.backbone.forward_packed(views, view_masks)
     class_tokens = torch.cat([t.x_norm_clstoken for t in tokens])  # (V * B, D)
-    logits = student.dino_head(class_tokens).unflatten(0, (n_global + n_local, n_images))
-    dino = dino_loss(logits, targets.dino, student_temp)
+    head, shape = student.dino_head, (n_global + n_local, n_images)
+    seen = head.bottleneck(class_tokens).unflatten(0, shape)  # (V, B, b)
+    dino = prototypes.dino_loss(seen, head.prototypes(), targets.dino, student_temp, impl)
     if n_local == 0 and dino_divisor == "released":
         dino = dino * 2 / 3
     losses = {"dino": weights["dino"] * dino, "ibot": dino.new_zeros(()), "koleo": dino.new_zeros(())}
     if masks is not None:
-        hidden = student.ibot_head(tokens[0].x_norm_patchtokens[masks])
-        n_crops = len(masks) if n_ibot_crops is None else n_ibot_crops
-        losses["ibot"] = weights["ibot"] * ibot_loss(hidden, targets.ibot, batch.mask_weights, n_crops, student_temp)
+        head, n_crops = student.ibot_head, len(masks) if n_ibot_crops is None else n_ibot_crops
+        hidden = head.bottleneck(tokens[0].x_norm_patchtokens[masks])  # (M, b)
+        losses["ibot"] = weights["ibot"] * prototypes.ibot_loss(
+            hidden, head.prototypes(), targets.ibot, batch.mask_weights, n_crops, student_temp, impl
+        )
     class_tokens = class_tokens[: n_global * n_images].unflatten(0, (n_global, n_images))
     if weights["koleo"]:
         spread = class_tokens if koleo_views == "released" else class_tokens[:1]
@@ -139,6 +150,7 @@ def ssl_losses(
     all_reduce: AllReduce = alone,
     targets: str = "sinkhorn",
     center: Center | None = None,
+    impl: str = "reference",
 ) -> dict[str, Tensor]:
     """DINOv2's objective of one batch: {"dino", "ibot", "koleo"}, already weighted; their sum is what is minimised.
 
@@ -147,11 +159,12 @@ def ssl_losses(
         teacher_temp: one temperature, or (of class tokens, of patches).
         weights: of "dino", "ibot" and "koleo". A weight of 0 leaves the term out; without iBOT there are no holes.
         center: from the step before, for targets="centering"; None starts from zeros. The train loop, which keeps
-            it, calls the three steps below itself.
+            it, calls the three steps of this function itself.
+        impl: of the prototype loss: "reference", "chunked" or "triton".
     Returns:
         Scalars, nats, float32; "koleo" is weight * (sum over the two global views).
     Source: DINOv2 paper, section 4; official dinov2/train/ssl_meta_arch.py forward_backward (b8931f7).
     """
     logits = teacher_logits(teacher, batch, ibot=weights["ibot"] > 0)
-    probs, _ = make_targets(logits, teacher_temp, all_reduce, targets, center)
-    return student_losses(student, batch, probs, weights)[0]
+    probs, _ = make_targets(logits, teacher_temp, all_reduce, targets, center, impl)
+    return student_losses(student, batch, probs, weights, impl=impl)[0]

@@ -31,6 +31,7 @@ from minidino.learning.objective import (
 )
 from minidino.learning.optim import Schedule, clip_gradients, cosine_schedule, last_layer_lr, linear_schedule
 from minidino.learning.optim import parameter_groups
+from minidino.learning.prototypes import Potentials, dense, resolve
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
 from minidino.runs import pick_precision
 
@@ -71,6 +72,7 @@ class State:
 
 def start(config: RunConfig, device: torch.device) -> State:
     """A fresh student, its teacher and optimizer; the run's seed decides the weights."""
+    resolve(config.loss.prototypes, device)  # raises what cannot run here before anything is built
     torch.manual_seed(config.run.seed)
     student = build_student(config).to(device).train()
     o = config.optim
@@ -161,6 +163,7 @@ def _backward(
     w, n_parts = config.loss, config.optim.accumulate
     weights = {"dino": w.dino, "ibot": now["ibot_weight"], "koleo": w.koleo}
     device = batch.crops_global.device
+    impl = resolve(w.prototypes, device)
     autocast = torch.autocast(device.type, DTYPES[state.precision], enabled=state.precision != "fp32")
     parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
     with autocast:
@@ -170,7 +173,7 @@ def _backward(
     patch_temp = now["teacher_temp"] if config.teacher.patch_temp is None else config.teacher.patch_temp
     targets, center = make_targets(
         TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
-        targets=w.targets, center=state.center,
+        targets=w.targets, center=state.center, impl=impl,
     )  # fmt: skip
     # the divisor counts the masked crops of the whole batch: its parts have more and fewer
     n_masked = max(int(batch.masks.any(-1).sum()), 1) / n_parts if w.ibot_divisor == "paper" else None
@@ -181,7 +184,7 @@ def _backward(
         with autocast:
             shares, class_tokens = student_losses(
                 state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views, n_masked,
-                w.dino_divisor,
+                w.dino_divisor, impl,
             )  # fmt: skip
         state.scaler.scale(sum(shares.values()) / n_parts).backward()
         losses = {name: losses.get(name, 0) + share.detach() / n_parts for name, share in shares.items()}
@@ -207,9 +210,9 @@ def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> d
     return norms
 
 
-def _vital_signs(targets: Tensor, class_tokens: Tensor) -> dict[str, float]:
+def _vital_signs(targets: Tensor | Potentials, class_tokens: Tensor) -> dict[str, float]:
     """What tells learning from collapse: see `minidino.learning.doctor`."""
-    probs, features = targets.flatten(0, 1), class_tokens[0].detach().float()
+    probs, features = dense(targets).flatten(0, 1), class_tokens[0].detach().float()
     spread = doctor.feature_spread(features)
     return {
         "teacher_entropy": doctor.entropy(probs), "prototypes_used": doctor.prototypes_used(probs).perplexity,
