@@ -17,8 +17,6 @@ CHECKED = ["minidino.learning.losses", "minidino.learning.prototypes", "minidino
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run step by step on the CPU
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported: an annotation cannot lie
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run here, as Python
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the same sums in the same order, also on large machines
 
 

@@ -92,12 +92,11 @@ def test_a_picture_of_518_pixels(dtype):
     check([37 * 37 + 1], dtype, heads=1)
 
 
-@pytest.mark.parametrize("tiling", range(3))
+@pytest.mark.parametrize("tiling", range(2))
 def test_every_tiling_gives_the_same_answer(tiling, monkeypatch):
     from minidino.kernels import attention as kernels
 
-    chosen = {kernel: (tilings[tiling % len(tilings)],) for kernel, tilings in kernels.TILINGS.items()}
-    monkeypatch.setattr(kernels, "TILINGS", chosen)
+    monkeypatch.setattr(kernels, "fastest", lambda key, tilings, *rest: tilings[tiling % len(tilings)])
     check([37, 37, 30, 100, 28, 197, 9], torch.float32)
 
 
@@ -207,7 +206,7 @@ def compile_all(chip: int) -> None:
 
     from minidino.kernels import attention as kernels
 
-    for dtype, width, kernel in itertools.product(kernels.DTYPES, kernels.WIDTHS, kernels.KERNELS):
+    for dtype, width, kernel in itertools.product(TYPES, kernels.WIDTHS, kernels.TILINGS):
         kinds = {name: kind_of(name, TYPES[dtype]) for name in inspect.signature(kernel.fn).parameters}
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] in "*i"}
         for tiling in kernels.tilings_of(kernel, width, dtype):

@@ -17,78 +17,21 @@ Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691) for the long tiles; packin
 """
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from itertools import groupby
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
-from minidino.kernels.tiling import Tiling, fastest, precision
+from minidino.kernels.plans import Plan, plan_of, runs_of
+from minidino.kernels.tuning import Tiling, fastest, launch_options, precision
 
 LOG2_E = 1.4426950408889634
 WIDTHS = (32, 64, 128)  # of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHORT = 64  # tokens of the longest crop that is a short tile's
 TAIL = tl.constexpr(16)  # rows or columns of a leftover; the least that a matrix instruction takes
-
-
-# -- what each program works on ----------------------------------------------------------------------------------------
-
-
-SHORT = 64  # longest crop that is a short tile's
-
-
-class Plan:
-    """Which program works on what, for one sequence of lengths on one device; made once, looked up afterwards.
-
-    A tile is (first row, first row of its crop, row behind its crop), and a short tile counts as one crop.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.device, self.short, self.long = device, [], []
-        first = 0
-        for n in lengths:
-            (self.short if n <= SHORT else self.long).append((first, first + n))
-            first += n
-        self.lengths, self._tiles = torch.tensor(lengths, dtype=torch.int64), {}
-
-    def tiles(self, tiling: Tiling) -> Int32[Tensor, "tiles 3"]:
-        if tiling not in self._tiles:
-            cut = self._short_tiles(tiling.rows) if not tiling.columns else [
-                (start, first, end) for first, end in self.long for start in range(first, end, tiling.rows)
-            ]  # fmt: skip
-            self._tiles[tiling] = torch.tensor(cut, dtype=torch.int32, device=self.device)
-        return self._tiles[tiling]
-
-    def _short_tiles(self, rows: int) -> list[tuple[int, int, int]]:
-        """As many whole crops as fit, next to each other."""
-        tiles: list[tuple[int, int, int]] = []
-        for first, end in self.short:
-            if tiles and tiles[-1][2] == first and end - tiles[-1][0] <= rows:
-                tiles[-1] = (tiles[-1][0], tiles[-1][0], end)
-            else:
-                tiles.append((first, first, end))
-        return tiles
-
-    @cached_property
-    def crops(self) -> Int32[Tensor, "T"]:
-        """Number of the crop that each token is in."""
-        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
-        return torch.repeat_interleave(numbers, self.lengths).to(self.device)
-
-
-@lru_cache(maxsize=256)
-def plan_of(runs: tuple[int, ...], device: torch.device) -> Plan:
-    """The plan of `runs`: a length, how many crops have it, the next length, ..."""
-    return Plan([n for n, count in zip(runs[::2], runs[1::2]) for _ in range(count)], device)
-
-
-@lru_cache(maxsize=256)
-def runs_of(seqlens: tuple[int, ...]) -> list[int]:
-    """Lengths as `plan_of` takes them: torch hands a list from layer to layer number by number, so it is kept short."""
-    return [x for n, run in groupby(seqlens) for x in (n, len(list(run)))]
 
 
 # -- short crops -------------------------------------------------------------------------------------------------------
@@ -319,12 +262,26 @@ def _take_keys(
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-TILINGS = {  # the first of them where nothing was measured
-    short_forward: (Tiling(64, 0, 4), Tiling(128, 0, 4), Tiling(128, 0, 8)),
-    short_backward: (Tiling(64, 0, 4), Tiling(128, 0, 4), Tiling(128, 0, 8)),
-    long_forward: (Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3), Tiling(128, 64, 8, 2)),
-    long_backward: (Tiling(64, 32, 4, 3), Tiling(64, 64, 4, 2)),
+TILINGS = {  # heads of at most 128 bytes; wider in half precision; wider in float32. The first where nothing was measured
+    short_forward: ((Tiling(64, 0, 4), Tiling(64, 0, 8)), (Tiling(64, 0, 8),), ()),
+    short_backward: ((Tiling(64, 0, 4), Tiling(64, 0, 8)), (Tiling(64, 0, 8),), ()),
+    long_forward: (
+        (Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3)),
+        (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
+        (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
+    ),
+    long_backward: (
+        (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
+        (Tiling(64, 32, 8, 2), Tiling(32, 32, 4, 1)),
+        (Tiling(32, 32, 4, 1),),
+    ),
 }
+
+
+def tilings_of(kernel, width: int, dtype: torch.dtype) -> tuple[Tiling, ...]:
+    """What tuning chooses among: no register is spilt on compute capability 8.0, 9.0 and 10.0. Empty: not for these."""
+    wide = width * dtype.itemsize > 128
+    return TILINGS[kernel][(1 if dtype.itemsize == 2 else 2) if wide else 0]
 
 
 def packed_attention(
@@ -363,7 +320,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, runs: list[int]) -> tuple[Tensor, 
     """out, and of long crops each softmax's greatest power of two and 1 / sum beside it, (T, h, 2)."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     out, norm = _empty(q, k, v, runs)
-    plan, power = plan_of(tuple(runs), q.device), q.shape[2] ** -0.5 * LOG2_E
+    plan, power = _plan(q, runs), q.shape[2] ** -0.5 * LOG2_E
     steps = *_steps(q, k, v), *out.stride()[:2], power
     if plan.short:
         _launch(short_forward, plan, (q, k, v, out), steps)
@@ -383,7 +340,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     dq, dk, dv = _empty_gradients(grad, q, k, v, out, norm, runs)
-    plan, scale = plan_of(tuple(runs), q.device), q.shape[2] ** -0.5
+    plan, scale = _plan(q, runs), q.shape[2] ** -0.5
     steps = *_steps(q, k, v), *out.stride()[:2], *grad.stride()[:2], scale * LOG2_E, scale
     if plan.short:
         _launch(short_backward, plan, (q, k, v, grad, dq, dk, dv), steps)
@@ -419,16 +376,22 @@ def _steps(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1)
 
 
+def _plan(q: Tensor, runs: list[int]) -> Plan:
+    short = tilings_of(short_backward, q.shape[2], q.dtype)
+    return plan_of(tuple(runs), SHORT if short else 0, q.device)
+
+
 def _launch(kernel, plan: Plan, tensors: tuple[Tensor, ...], numbers: tuple) -> None:
     """Run a kernel over all tiles of its kind, cut as it is fastest on this device."""
     q = tensors[0]
 
     def launch(tiling: Tiling) -> None:
-        tiles = plan.tiles(tiling)
-        blocks = {"COLUMNS": tiling.columns} if tiling.columns else {}
+        tiles, options = plan.tiles(tiling), launch_options(tiling)
+        if not tiling.columns:
+            del options["COLUMNS"]
         crops = () if tiling.columns else (plan.crops,)
-        kernel[len(tiles), q.shape[1]](*tensors, tiles, *crops, *numbers, D=q.shape[2], ROWS=tiling.rows, **blocks,
-                                       PRECISION=precision(), num_warps=tiling.warps, num_stages=tiling.stages)  # fmt: skip
+        grid = len(tiles), q.shape[1]
+        kernel[grid](*tensors, tiles, *crops, *numbers, D=q.shape[2], PRECISION=precision(), **options)
 
-    shape_class = kernel, q.shape[1:], q.dtype
-    launch(fastest(shape_class, TILINGS[kernel], q.device, launch))
+    key = kernel, q.shape[1:], q.dtype, q.device
+    launch(fastest(key, tilings_of(kernel, q.shape[2], q.dtype), launch, q))

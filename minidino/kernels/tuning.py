@@ -11,12 +11,12 @@ MAX_SPLITS = 64  # parts of K, or of the rows, that are summed up afterwards
 
 
 class Tiling(NamedTuple):
-    """How rows x K is cut; what tuning chooses among."""
+    """How the work of one shape class is cut; what tuning chooses among."""
 
-    rows: int
-    columns: int  # looked at in one turn
+    rows: int  # of a tile
+    columns: int  # looked at in one turn; 0: as many as rows, in one turn
     warps: int
-    stages: int = 1
+    stages: int = 1  # of loads under way at once
 
 
 def dense(*tensors: Tensor) -> tuple[Tensor, ...]:

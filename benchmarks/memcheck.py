@@ -1,0 +1,69 @@
+"""Do the kernels stay within their memory? Small runs of each under compute-sanitizer's memcheck, on a GPU.
+
+    python benchmarks/memcheck.py run        needs NVIDIA's compute-sanitizer; data/results/memcheck.json
+
+Every tensor is an allocation of its own, so that one number beyond its end is seen.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from minidino.kernels.attention import packed_attention
+from minidino.learning.prototypes import prototype_loss, sinkhorn_potentials
+from minidino.runs import environment, write_atomically
+
+RESULT = Path(__file__).resolve().parents[1] / "data" / "results" / "memcheck.json"
+PACKS = ([1], [37, 50, 64, 1], [65, 257, 50, 37, 37], [3, 130, 197])
+SIZES = ((1, 77, 32), (67, 1031, 256), (130, 515, 384))  # rows, prototypes, bottleneck
+
+
+def attend(seqlens: list[int], dtype: torch.dtype) -> None:
+    """Forward and backward of a pack."""
+    qkv = torch.randn(sum(seqlens), 3, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+    packed_attention(*qkv.unbind(1), seqlens).square().sum().backward()
+
+
+def lose(rows: int, n_prototypes: int, width: int, dtype: torch.dtype) -> None:
+    """Sinkhorn, loss and both gradients."""
+    x = torch.randn(rows, width, device="cuda", dtype=dtype, requires_grad=True)
+    w = torch.randn(n_prototypes, width, device="cuda", dtype=dtype, requires_grad=True)
+    teacher = sinkhorn_potentials(torch.randn(rows, n_prototypes, device="cuda"), 0.07, impl="triton")
+    index, weight = torch.arange(rows, device="cuda")[:, None], torch.ones(rows, 1, device="cuda")
+    prototype_loss(x, w, teacher, index, weight, impl="triton").sum().backward()
+
+
+def small_runs() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for seqlens in PACKS:
+            attend(seqlens, dtype)
+        for size in SIZES:
+            lose(*size, dtype)
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "small"), help="small: the runs alone, without the sanitizer")
+    if parser.parse_args().what == "small":
+        small_runs()
+        return
+    command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "small"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    said = done.stdout + done.stderr
+    errors = re.search(r"ERROR SUMMARY: (\d+) error", said)
+    if done.returncode or not errors:
+        sys.exit(f"the runs did not end well (code {done.returncode}):\n{said[-3000:]}")
+    found = {"errors": int(errors[1]), "packs": PACKS, "sizes": SIZES, "dtypes": ["bfloat16", "float32"]}
+    write_atomically(RESULT, json.dumps({"environment": environment("cuda", 0)} | found, indent=1).encode())
+    print(errors[0])
+
+
+if __name__ == "__main__":
+    main()
