@@ -21,7 +21,8 @@ from minidino.runs import environment, write_atomically
 
 RESULT = Path(__file__).resolve().parents[1] / "data" / "results" / "memcheck.json"
 PACKS = ([1], [37, 50, 64, 1], [65, 257, 50, 37, 37], [3, 130, 197])
-SIZES = ((1, 77, 32), (67, 1031, 256), (130, 515, 384))  # rows, prototypes, bottleneck
+SIZES = ((1, 77, 32), (67, 517, 48), (67, 1031, 256), (130, 515, 384))  # rows, prototypes, bottleneck
+MODES = ((torch.bfloat16, "high"), (torch.float32, "highest"), (torch.float32, "high"))  # the last in tf32
 
 
 def attend(seqlens: list[int], dtype: torch.dtype) -> None:
@@ -40,7 +41,8 @@ def lose(rows: int, n_prototypes: int, width: int, dtype: torch.dtype) -> None:
 
 
 def small_runs() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, precision in MODES:
+        torch.set_float32_matmul_precision(precision)
         for seqlens in PACKS:
             attend(seqlens, dtype)
         for size in SIZES:
@@ -60,9 +62,9 @@ def main() -> None:
     errors = re.search(r"ERROR SUMMARY: (\d+) error", said)
     if done.returncode or not errors:
         sys.exit(f"the runs did not end well (code {done.returncode}):\n{said[-3000:]}")
-    found = {"errors": int(errors[1]), "packs": PACKS, "sizes": SIZES, "dtypes": ["bfloat16", "float32"]}
-    write_atomically(RESULT, json.dumps({"environment": environment("cuda", 0)} | found, indent=1).encode())
-    print(errors[0])
+    found = {"errors": int(errors[1]), "packs": PACKS, "sizes": SIZES, "modes": [[str(dtype), precision] for dtype, precision in MODES]}
+    write_atomically(RESULT, json.dumps({"environment": environment(0, torch.device("cuda"))} | found, indent=1).encode())
+    print(errors[0], *re.findall(r"(?:Invalid|at) .*", said)[:8], sep="\n")
 
 
 if __name__ == "__main__":

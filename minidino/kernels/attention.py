@@ -3,17 +3,17 @@
     packed_attention(q, k, v, seqlens) -> out        with gradients for q, k and v
 
 DINOv2's crops are short, and their lengths are a square plus one: 37 or 50 tokens of a local crop, 197 or 257 of a
-global one. So there are two kinds of tiles:
+global one. So a tile of ROWS tokens is one of two kinds, and one launch has them all:
 
-    short   whole crops, together at most `rows` tokens, which are queries and keys at once: the softmax needs no
-            second look, nothing is kept for the way back, and one program gives dq, dk and dv
-    long    some queries of one crop against its keys in turns, with a running maximum; on the way back the same
+    whole   crops that fit into a tile together: queries and keys at once, so the softmax needs no second look, and
+            one look gives dq, dk and dv
+    part    some queries of a longer crop against its keys in turns, with a running maximum; on the way back the same
             program gives dq of its rows as queries, and dk and dv of the same rows as keys. What is left over beside
-            whole tiles, one token of 257 = 4 x 64 + 1, is a tile of TAIL rows: nothing is padded from 257 to 320
+            whole blocks, one token of 257 = 4 x 64 + 1, is a tile of TAIL rows: nothing is padded from 257 to 320
 
 The readable twin is `minidino.model.attention.attention_reference`; tests hold this file to it.
 
-Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691) for the long tiles; packing as in xFormers' BlockDiagonalMask.
+Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691) for the parts; packing as in xFormers' BlockDiagonalMask.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,65 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from minidino.kernels.plans import Plan, plan_of, runs_of
+from minidino.kernels.plans import plan_of, runs_of
 from minidino.kernels.tuning import Tiling, fastest, launch_options, precision
 
 LOG2_E = 1.4426950408889634
 WIDTHS = (32, 64, 128)  # of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SHORT = 64  # tokens of the longest crop that is a short tile's
 TAIL = tl.constexpr(16)  # rows or columns of a leftover; the least that a matrix instruction takes
 
 
-# -- short crops -------------------------------------------------------------------------------------------------------
+# -- kernels -----------------------------------------------------------------------------------------------------------
 # Scores are powers of two, s = q . k * power with power = scale log2(e), since exp2 is what the chip has.
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, norm, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head, power,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(q k^T) v of one tile; keeps the maximum and 1 / sum of each softmax.
+
+    Both, not the logarithm of the sum, whose rounding would be an error of a millionth in every probability.
+    """
+    tile, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    start, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    q, k, v, out, norm = q + head * q_head, k + head * k_head, v + head * v_head, out + head * out_head, norm + 2 * head
+    if end - first <= ROWS:
+        _attend_whole(q, k, v, out, norm, crops, start, end, q_step, k_step, v_step, out_step, heads, power,
+                      D, ROWS, PRECISION)  # fmt: skip
+    elif end - start <= TAIL:
+        _attend_part(q, k, v, out, norm, start, first, end, q_step, k_step, v_step, out_step, heads, power,
+                     D, TAIL, COLUMNS, PRECISION)  # fmt: skip
+    else:
+        _attend_part(q, k, v, out, norm, start, first, end, q_step, k_step, v_step, out_step, heads, power,
+                     D, ROWS, COLUMNS, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, out, grad, dq, dk, dv, norm, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head,
+    grad_step, grad_head, power, scale, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv of the rows of one tile."""
+    tile, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    start, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    q, k, v, grad, norm = q + head * q_head, k + head * k_head, v + head * v_head, grad + head * grad_head, norm + 2 * head
+    out, dq, dk, dv = out + head * out_head, dq + head * out_head, dk + head * out_head, dv + head * out_head
+    if end - first <= ROWS:
+        _gradients_of_whole(q, k, v, grad, dq, dk, dv, crops, start, end, q_step, k_step, v_step, out_step, grad_step,
+                            power, scale, D, ROWS, PRECISION)  # fmt: skip
+    elif end - start <= TAIL:
+        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
+                           heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
+                              heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
+    else:
+        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
+                           heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
+                              heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -50,81 +97,65 @@ def _store(base, row, inside, step, value, D: tl.constexpr):
     tl.store(place, value.to(base.dtype.element_ty), mask=inside[:, None])
 
 
+# Whole crops, side by side in a tile; rows behind its end are a crop of their own, so that none is without a key.
+
+
 @triton.jit
-def _softmax(q, k, crop, power, PRECISION: tl.constexpr):
-    """Probabilities within a short tile; rows behind its end are a crop of their own, so none is without a key."""
+def _scores(q, k, crops, row, inside, PRECISION: tl.constexpr):
+    crop = tl.load(crops + row, mask=inside, other=-1)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = tl.where(crop[:, None] == crop[None, :], s, float("-inf"))
-    p = tl.exp2(s * power - tl.max(s, 1)[:, None] * power)
-    return p / tl.sum(p, 1)[:, None]
+    return tl.where(crop[:, None] == crop[None, :], s, float("-inf"))
 
 
 @triton.jit
-def short_forward(
-    q, k, v, out, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head, power,
+def _attend_whole(
+    q, k, v, out, norm, crops, start, end, q_step, k_step, v_step, out_step, heads, power,
     D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q k^T) v of the crops in one tile."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.load(tiles + 3 * tile) + tl.arange(0, ROWS)
-    inside = row < tl.load(tiles + 3 * tile + 2)
-    crop = tl.load(crops + row, mask=inside, other=-1)
-    qs = _load(q + head * q_head, row, inside, q_step, D)
-    ks = _load(k + head * k_head, row, inside, k_step, D)
-    vs = _load(v + head * v_head, row, inside, v_step, D)
-    p = _softmax(qs, ks, crop, power, PRECISION)
-    _store(out + head * out_head, row, inside, out_step, tl.dot(p.to(vs.dtype), vs, input_precision=PRECISION), D)
+    row = start + tl.arange(0, ROWS)
+    inside = row < end
+    s = _scores(_load(q, row, inside, q_step, D), _load(k, row, inside, k_step, D), crops, row, inside, PRECISION)
+    vs = _load(v, row, inside, v_step, D)
+    top = tl.max(s, 1) * power
+    p = tl.exp2(s * power - top[:, None])
+    total = tl.sum(p, 1)
+    found = tl.dot(p.to(vs.dtype), vs, input_precision=PRECISION)
+    _store(out, row, inside, out_step, found / total[:, None], D)
+    _keep_softmax(norm, row, inside, heads, top, total)
 
 
 @triton.jit
-def short_backward(
-    q, k, v, grad, dq, dk, dv, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head,
-    grad_step, grad_head, power, scale, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+def _gradients_of_whole(
+    q, k, v, grad, dq, dk, dv, crops, start, end, q_step, k_step, v_step, out_step, grad_step, power, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv = p^T g,   ds = p (g v^T - rowsum(p g v^T)),   dq = ds k,   dk = ds^T q, all of one tile."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.load(tiles + 3 * tile) + tl.arange(0, ROWS)
-    inside = row < tl.load(tiles + 3 * tile + 2)
-    crop = tl.load(crops + row, mask=inside, other=-1)
-    qs = _load(q + head * q_head, row, inside, q_step, D)
-    ks = _load(k + head * k_head, row, inside, k_step, D)
-    vs = _load(v + head * v_head, row, inside, v_step, D)
-    gs = _load(grad + head * grad_head, row, inside, grad_step, D)
-    p = _softmax(qs, ks, crop, power, PRECISION)
-    found = tl.dot(tl.trans(p.to(gs.dtype)), gs, input_precision=PRECISION)
-    _store(dv + head * out_head, row, inside, out_step, found, D)
+    """dv = p^T g,   ds = p (g v^T - rowsum(p g v^T)),   dq = ds k,   dk = ds^T q"""
+    row = start + tl.arange(0, ROWS)
+    inside = row < end
+    qs, ks = _load(q, row, inside, q_step, D), _load(k, row, inside, k_step, D)
+    vs, gs = _load(v, row, inside, v_step, D), _load(grad, row, inside, grad_step, D)
+    s = _scores(qs, ks, crops, row, inside, PRECISION) * power
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    _store(dv, row, inside, out_step, tl.dot(tl.trans(p.to(gs.dtype)), gs, input_precision=PRECISION), D)
     dp = tl.dot(gs, tl.trans(vs), input_precision=PRECISION)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(qs.dtype)
-    _store(dq + head * out_head, row, inside, out_step, tl.dot(ds, ks, input_precision=PRECISION), D)
-    _store(dk + head * out_head, row, inside, out_step, tl.dot(tl.trans(ds), qs, input_precision=PRECISION), D)
-
-
-# -- long crops --------------------------------------------------------------------------------------------------------
-# Rows walk over the other side of their crop: in whole blocks without a mask, then over what is left, TAIL at a time.
+    _store(dq, row, inside, out_step, tl.dot(ds, ks, input_precision=PRECISION), D)
+    _store(dk, row, inside, out_step, tl.dot(tl.trans(ds), qs, input_precision=PRECISION), D)
 
 
 @triton.jit
-def long_forward(
-    q, k, v, out, norm, tiles, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head, power,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Some queries against all keys of their crop; keeps each softmax's maximum and 1 / sum.
+def _keep_softmax(norm, row, inside, heads, top, total):
+    place = norm + 2 * row.to(tl.int64) * heads
+    tl.store(place, top, mask=inside)
+    tl.store(place + 1, 1 / total, mask=inside)
 
-    Both, not the logarithm of the sum, whose rounding would be an error of a millionth in every probability.
-    """
-    tile, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    start, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    q, k, v, out, norm = q + head * q_head, k + head * k_head, v + head * v_head, out + head * out_head, norm + 2 * head
-    if end - start <= TAIL:
-        _gather(q, k, v, out, norm, start, first, end, q_step, k_step, v_step, out_step, heads, power,
-                D, TAIL, COLUMNS, PRECISION)  # fmt: skip
-    else:
-        _gather(q, k, v, out, norm, start, first, end, q_step, k_step, v_step, out_step, heads, power,
-                D, ROWS, COLUMNS, PRECISION)  # fmt: skip
+
+# Parts walk over the other side of their crop: in whole blocks without a mask, then over what is left, TAIL at a time.
 
 
 @triton.jit
-def _gather(
+def _attend_part(
     q, k, v, out, norm, start, first, end, q_step, k_step, v_step, out_step, heads, power,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,19 +165,17 @@ def _gather(
     total, found = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
     rest = end - (end - first) % COLUMNS
     for key in range(first, rest, COLUMNS):
-        top, total, found = _attend(qs, k, v, key, end, k_step, v_step, power, top, total, found,
+        top, total, found = _attend_block(qs, k, v, key, end, k_step, v_step, power, top, total, found,
                                     D, COLUMNS, False, PRECISION)  # fmt: skip
     for key in range(rest, end, TAIL):
-        top, total, found = _attend(qs, k, v, key, end, k_step, v_step, power, top, total, found,
+        top, total, found = _attend_block(qs, k, v, key, end, k_step, v_step, power, top, total, found,
                                     D, TAIL, True, PRECISION)  # fmt: skip
     _store(out, row, row < end, out_step, found / total[:, None], D)
-    place = 2 * row.to(tl.int64) * heads
-    tl.store(norm + place, top, mask=row < end)
-    tl.store(norm + place + 1, 1 / total, mask=row < end)
+    _keep_softmax(norm, row, row < end, heads, top, total)
 
 
 @triton.jit
-def _attend(
+def _attend_block(
     qs, k, v, key, end, k_step, v_step, power, top, total, found,
     D: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,28 +190,6 @@ def _attend(
     p, shrink = tl.exp2(s * power - higher[:, None]), tl.exp2(top - higher)
     found = tl.dot(p.to(vs.dtype), vs, found * shrink[:, None], input_precision=PRECISION)
     return higher, total * shrink + tl.sum(p, 1), found
-
-
-@triton.jit
-def long_backward(
-    q, k, v, out, grad, dq, dk, dv, norm, tiles, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head,
-    grad_step, grad_head, power, scale, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of some rows from all queries of their crop, then dq of the same rows from all keys."""
-    tile, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    start, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    q, k, v, grad, norm = q + head * q_head, k + head * k_head, v + head * v_head, grad + head * grad_head, norm + 2 * head
-    out, dq, dk, dv = out + head * out_head, dq + head * out_head, dk + head * out_head, dv + head * out_head
-    if end - start <= TAIL:
-        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                           heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
-        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                              heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
-    else:
-        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                           heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
-        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                              heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -263,14 +270,12 @@ def _take_keys(
 # -- the operation -----------------------------------------------------------------------------------------------------
 
 TILINGS = {  # heads of at most 128 bytes; wider in half precision; wider in float32. The first where nothing was measured
-    short_forward: ((Tiling(64, 0, 4), Tiling(64, 0, 8)), (Tiling(64, 0, 8),), ()),
-    short_backward: ((Tiling(64, 0, 4), Tiling(64, 0, 8)), (Tiling(64, 0, 8),), ()),
-    long_forward: (
+    forward_kernel: (
         (Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3)),
-        (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
-        (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
+        (Tiling(64, 32, 8, 2),),
+        (Tiling(64, 32, 8, 2),),
     ),
-    long_backward: (
+    backward_kernel: (
         (Tiling(64, 32, 4, 3), Tiling(64, 32, 8, 2)),
         (Tiling(64, 32, 8, 2), Tiling(32, 32, 4, 1)),
         (Tiling(32, 32, 4, 1),),
@@ -279,7 +284,7 @@ TILINGS = {  # heads of at most 128 bytes; wider in half precision; wider in flo
 
 
 def tilings_of(kernel, width: int, dtype: torch.dtype) -> tuple[Tiling, ...]:
-    """What tuning chooses among: no register is spilt on compute capability 8.0, 9.0 and 10.0. Empty: not for these."""
+    """What tuning chooses among: no register is spilt on compute capability 8.0, 9.0 and 10.0."""
     wide = width * dtype.itemsize > 128
     return TILINGS[kernel][(1 if dtype.itemsize == 2 else 2) if wide else 0]
 
@@ -296,8 +301,8 @@ def packed_attention(
             one projection are read where they lie.
         seqlens: tokens of each crop, in order.
     Raises:
-        ValueError: another width, dtypes or shapes that differ.
-        TypeError: another dtype.
+        ValueError: another width, shapes that differ, or lengths that do not sum to T.
+        TypeError: another dtype, or dtypes that differ.
     Differs: float32 is multiplied as such, or as tf32 where `torch.set_float32_matmul_precision` allows it.
     """
     if not q.shape == k.shape == v.shape or q.dim() != 3 or q.shape[2] not in WIDTHS:
@@ -305,51 +310,35 @@ def packed_attention(
                          f"{tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise TypeError(f"expected q, k and v of one dtype of {DTYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
-    return torch.ops.minidino.packed_attention(q, k, v, runs_of(tuple(seqlens)))[0]
+    runs = runs_of(tuple(seqlens))
+    if sum(n * count for n, count in zip(runs[::2], runs[1::2])) != len(q) or min(runs, default=1) < 1:
+        raise ValueError(f"expected positive seqlens that sum to {len(q)} packed tokens, got {sum(seqlens)}: {seqlens}")
+    return torch.ops.minidino.packed_attention(q, k, v, runs)[0]
 
 
-torch.library.define("minidino::packed_attention", "(Tensor q, Tensor k, Tensor v, int[] runs) -> (Tensor, Tensor)")
-torch.library.define(
-    "minidino::packed_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norm, int[] runs) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("minidino::packed_attention", ("cpu", "cuda"))
 def _forward(q: Tensor, k: Tensor, v: Tensor, runs: list[int]) -> tuple[Tensor, Tensor]:
-    """out, and of long crops each softmax's greatest power of two and 1 / sum beside it, (T, h, 2)."""
+    """out, and each softmax's greatest power of two with 1 / sum beside it, (T, h, 2)."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     out, norm = _empty(q, k, v, runs)
-    plan, power = _plan(q, runs), q.shape[2] ** -0.5 * LOG2_E
-    steps = *_steps(q, k, v), *out.stride()[:2], power
-    if plan.short:
-        _launch(short_forward, plan, (q, k, v, out), steps)
-    if plan.long:
-        _launch(long_forward, plan, (q, k, v, out, norm), steps)
+    power = q.shape[2] ** -0.5 * LOG2_E
+    _launch(forward_kernel, runs, (q, k, v, out, norm), (*_steps(q, k, v), *out.stride()[:2], power))
     return out, norm
 
 
-@torch.library.register_fake("minidino::packed_attention")
-def _empty(q: Tensor, k: Tensor, v: Tensor, runs: list[int]) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_zeros(*q.shape[:2], 2, dtype=torch.float32)
-
-
-@torch.library.impl("minidino::packed_attention_backward", ("cpu", "cuda"))
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, runs: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
-    dq, dk, dv = _empty_gradients(grad, q, k, v, out, norm, runs)
-    plan, scale = _plan(q, runs), q.shape[2] ** -0.5
-    steps = *_steps(q, k, v), *out.stride()[:2], *grad.stride()[:2], scale * LOG2_E, scale
-    if plan.short:
-        _launch(short_backward, plan, (q, k, v, grad, dq, dk, dv), steps)
-    if plan.long:
-        _launch(long_backward, plan, (q, k, v, out, grad, dq, dk, dv, norm), steps)
-    return dq, dk, dv
+    found, scale = _empty_gradients(grad, q, k, v, out, norm, runs), q.shape[2] ** -0.5
+    numbers = *_steps(q, k, v), *out.stride()[:2], *grad.stride()[:2], scale * LOG2_E, scale
+    _launch(backward_kernel, runs, (q, k, v, out, grad, *found, norm), numbers)
+    return found
 
 
-@torch.library.register_fake("minidino::packed_attention_backward")
+def _empty(q: Tensor, k: Tensor, v: Tensor, runs: list[int]) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
+
+
 def _empty_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, runs: list[int]):
     return torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
 
@@ -363,6 +352,15 @@ def _gradients(ctx, grad: Tensor, _: Tensor | None):
     return *torch.ops.minidino.packed_attention_backward(grad, *ctx.saved_tensors, ctx.runs), None
 
 
+torch.library.define("minidino::packed_attention", "(Tensor q, Tensor k, Tensor v, int[] runs) -> (Tensor, Tensor)")
+torch.library.define(
+    "minidino::packed_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norm, int[] runs) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("minidino::packed_attention", ("cpu", "cuda"), _forward)
+torch.library.impl("minidino::packed_attention_backward", ("cpu", "cuda"), _backward)
+torch.library.register_fake("minidino::packed_attention", _empty)
+torch.library.register_fake("minidino::packed_attention_backward", _empty_gradients)
 torch.library.register_autograd("minidino::packed_attention", _gradients, setup_context=_keep)
 
 
@@ -376,22 +374,16 @@ def _steps(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1)
 
 
-def _plan(q: Tensor, runs: list[int]) -> Plan:
-    short = tilings_of(short_backward, q.shape[2], q.dtype)
-    return plan_of(tuple(runs), SHORT if short else 0, q.device)
-
-
-def _launch(kernel, plan: Plan, tensors: tuple[Tensor, ...], numbers: tuple) -> None:
-    """Run a kernel over all tiles of its kind, cut as it is fastest on this device."""
+def _launch(kernel, runs: list[int], tensors: tuple[Tensor, ...], numbers: tuple) -> None:
+    """Run a kernel over all tiles, cut as it is fastest on this device."""
     q = tensors[0]
+    plan = plan_of(tuple(runs), q.device)
 
     def launch(tiling: Tiling) -> None:
-        tiles, options = plan.tiles(tiling), launch_options(tiling)
-        if not tiling.columns:
-            del options["COLUMNS"]
-        crops = () if tiling.columns else (plan.crops,)
-        grid = len(tiles), q.shape[1]
-        kernel[grid](*tensors, tiles, *crops, *numbers, D=q.shape[2], PRECISION=precision(), **options)
+        tiles = plan.tiles(tiling.rows)
+        kernel[len(tiles), q.shape[1]](
+            *tensors, tiles, plan.crops, *numbers, D=q.shape[2], PRECISION=precision(), **launch_options(tiling)
+        )
 
     key = kernel, q.shape[1:], q.dtype, q.device
     launch(fastest(key, tilings_of(kernel, q.shape[2], q.dtype), launch, q))

@@ -8,55 +8,48 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from minidino.kernels.tuning import Tiling
-
 
 class Plan:
-    """Which program works on what, for one sequence of lengths on one device; made once, looked up afterwards.
+    """Which program works on what, for one sequence of lengths on one device."""
 
-    A tile is (first row, first row of its crop, row behind its crop), and a short tile counts as one crop.
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.lengths, self.device = lengths, device
+        self._tiles: dict[int, Tensor] = {}
 
-    Args:
-        longest: tokens of a crop that a short tile takes.
-    """
+    def tiles(self, rows: int) -> Int32[Tensor, "tiles 3"]:
+        """First row of a tile, first row of its crop, row behind its crop; whole crops in one tile count as one crop.
 
-    def __init__(self, lengths: Sequence[int], longest: int, device: torch.device):
-        self.device, self.short, self.long = device, [], []
-        first = 0
-        for n in lengths:
-            (self.short if n <= longest else self.long).append((first, first + n))
-            first += n
-        self.lengths, self._tiles = torch.tensor(lengths, dtype=torch.int64), {}
+        Parts of long crops come first: they take longest, and the others fill the gaps at the end.
+        """
+        if rows not in self._tiles:
+            cut = self._cut(rows)
+            self._tiles[rows] = torch.tensor(cut, dtype=torch.int32, device=self.device).view(-1, 3)
+        return self._tiles[rows]
 
-    def tiles(self, tiling: Tiling) -> Int32[Tensor, "tiles 3"]:
-        if tiling not in self._tiles:
-            cut = self._short_tiles(tiling.rows) if not tiling.columns else [
-                (start, first, end) for first, end in self.long for start in range(first, end, tiling.rows)
-            ]  # fmt: skip
-            self._tiles[tiling] = torch.tensor(cut, dtype=torch.int32, device=self.device)
-        return self._tiles[tiling]
-
-    def _short_tiles(self, rows: int) -> list[tuple[int, int, int]]:
-        """As many whole crops as fit, next to each other."""
-        tiles: list[tuple[int, int, int]] = []
-        for first, end in self.short:
-            if tiles and tiles[-1][2] == first and end - tiles[-1][0] <= rows:
-                tiles[-1] = (tiles[-1][0], tiles[-1][0], end)
+    def _cut(self, rows: int) -> list[tuple[int, int, int]]:
+        parts, whole, first = [], [], 0
+        for n in self.lengths:
+            end = first + n
+            if n > rows:
+                parts += [(start, first, end) for start in range(first, end, rows)]
+            elif whole and whole[-1][2] == first and end - whole[-1][0] <= rows:
+                whole[-1] = (whole[-1][0], whole[-1][0], end)
             else:
-                tiles.append((first, first, end))
-        return tiles
+                whole.append((first, first, end))
+            first = end
+        return parts + whole
 
     @cached_property
     def crops(self) -> Int32[Tensor, "T"]:
         """Number of the crop that each token is in."""
         numbers = torch.arange(len(self.lengths), dtype=torch.int32)
-        return torch.repeat_interleave(numbers, self.lengths).to(self.device)
+        return torch.repeat_interleave(numbers, torch.tensor(self.lengths, dtype=torch.int64)).to(self.device)
 
 
 @lru_cache(maxsize=256)
-def plan_of(runs: tuple[int, ...], longest: int, device: torch.device) -> Plan:
+def plan_of(runs: tuple[int, ...], device: torch.device) -> Plan:
     """The plan of `runs`: a length, how many crops have it, the next length, ..."""
-    return Plan([n for n, count in zip(runs[::2], runs[1::2]) for _ in range(count)], longest, device)
+    return Plan([n for n, count in zip(runs[::2], runs[1::2]) for _ in range(count)], device)
 
 
 @lru_cache(maxsize=256)

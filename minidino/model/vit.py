@@ -68,7 +68,7 @@ def build_vit(
         drop_path_rate: fraction of the residuals left out while training, the same in every block.
         interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`; 0.1 and False for the published
             models without registers, 0.0 and True for those with.
-        attention: "auto", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
+        attention: "auto", "triton", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
         width, depth, heads: replace those of the name, for models that fit a laptop.
         init_std: of the linear weights. 0.02 as published suits widths of 384 and more; a net 64 wide that starts so
             small passes hardly anything on, and learns late.
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         self.width, self.depth, self.heads, self.patch_size = width, depth, heads, patch_size
         self.num_register_tokens = num_register_tokens
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
-        impl = resolve(attention, torch.get_default_device())
+        resolve(attention, "cuda")  # is there such a thing? Which one runs, each call decides by its device
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, ffn, layerscale, drop_path_rate, drop_path, impl) for _ in range(depth)
+            Block(width, heads, ffn, layerscale, drop_path_rate, drop_path, attention) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.init_weights(init_std)
