@@ -1,7 +1,9 @@
 """Is the choice better? How even what curation chooses is, and what a network learns from it.
 
     python benchmarks/curation.py balance [--seeds 5] [--data PATH]   a long-tailed pool: the classes of what is chosen
-    python benchmarks/curation.py helps [--seeds 3] [--data PATH]     the same net on chosen and on random pictures
+    python benchmarks/curation.py choose [--seeds 3] [--data PATH]    what curation chooses of the same pools
+    python benchmarks/curation.py learn [--jobs 8]                    nets on chosen and on random pictures; on a GPU, say
+    python benchmarks/curation.py helps [--seeds 3] [--data PATH]     both, as far as not done before, and judge
     python benchmarks/curation.py draw                                README tables and docs/curation-*.png
 
 PATH holds the set `imagenette`; --features RUN is a network that chooses among its photographs. Pools, networks and
@@ -14,6 +16,8 @@ knows is measured by benchmarks/copies.py, and how the stages grow by benchmarks
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +41,12 @@ from minidino.judge import class_tokens, judge_knn, judge_linear
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.pictures import COLORS
-from minidino.runs import keep_freed_memory, pick_device
+from minidino.runs import environment, keep_freed_memory, pick_device
 from minidino.stages import World
 
 WORK = ROOT / "runs" / "curation"
 POOL_WORLD, JUDGING_WORLD, TAIL = 21, 1021, 1.5
+CHOOSER_WORLD, CHOOSER_SCENES = 31, 4000
 
 
 class Raw(NamedTuple):
@@ -87,6 +92,23 @@ def photograph_pool(data: Path, features: Path | None, n: int = 2400) -> Raw:
     return Raw(archive, pool, parts["train"].select(rest), parts["val"], "imagenette-cpu", features)
 
 
+class Net(NamedTuple):
+    """A network to be trained: on these files of an archive, or on clean scenes of the chooser's world."""
+
+    name: str
+    preset: str
+    steps: int
+    seed: int
+    archive: Path | None
+    files: tuple[str, ...] = ()
+
+    def pixels(self) -> Pixels:
+        if self.archive is None:
+            drawn = draw_scenes(CHOOSER_SCENES, seed=CHOOSER_WORLD)
+            return Pixels.from_array(drawn.images, drawn.labels, list(KINDS))
+        return files_of(self.archive, self.files)
+
+
 def raw_pools(data: Path | None, features: Path | None) -> Iterator[Raw]:
     WORK.mkdir(parents=True, exist_ok=True)
     yield drawn_pool()
@@ -94,34 +116,34 @@ def raw_pools(data: Path | None, features: Path | None) -> Iterator[Raw]:
         yield photograph_pool(data, features)
 
 
-def pixels_of(raw: Raw, rows: Sequence[int]) -> Pixels:
-    """These files of the pool, decoded."""
-    images = open_images(raw.archive)
+def files_of(archive: Path, files: Sequence[str]) -> Pixels:
+    """These files of a pool, decoded."""
+    images = open_images(archive)
     place = {name: i for i, name in enumerate(images.files)}
-    return load_pixels(images.select([place[raw.pool.names[row]] for row in rows]), 64, progress=False)
+    return load_pixels(images.select([place[file] for file in files]), 64, progress=False)
 
 
-def learned(raw: Raw, arm: str, rows: Sequence[int], steps: int, seed: int) -> VisionTransformer:
-    """The frozen backbone of the preset, trained on these files of the pool."""
-    path = WORK / f"{raw.name}-{arm}-{steps}-{seed}.safetensors"
-    config = override(preset(raw.preset), [f"run.steps={steps}", f"run.seed={seed}"])
+def learned(net: Net) -> VisionTransformer:
+    """The frozen backbone of a preset, trained on some files; from its file, if it was trained before."""
+    path = WORK / f"{net.name}.safetensors"
+    config = override(preset(net.preset), [f"run.steps={net.steps}", f"run.seed={net.seed}"])
     state = start(config, pick_device())
     backbone = state.teacher.backbone
     if path.exists():
         backbone.load_state_dict(load_file(path))
     else:
-        for _ in tqdm(train(config, pixels_of(raw, rows), state), total=steps, desc=path.stem, leave=False):
+        for _ in tqdm(train(config, net.pixels(), state), total=net.steps, desc=path.stem, leave=False):
             pass
         save_file(backbone.state_dict(), path)
-    return backbone
+    return backbone.cpu()
 
 
 def chooser(raw: Raw, steps: int) -> Describer:
-    """The semantic network: a given run, or the preset trained on the raw pool itself, junk and copies included."""
+    """The semantic network: a given run, or the preset trained on other scenes, evenly drawn and clean."""
     if raw.features:
         return semantic_describer(raw.features)
-    net = learned(raw, "everything", range(len(raw.pool.names)), steps, 0)
-    return Describer("semantic", network(net), raw.size, f"{raw.preset}, {steps} steps on the raw pool")
+    net = learned(Net(f"chooser-{steps}", raw.preset, steps, 0, None))
+    return Describer("semantic", network(net), raw.size, f"{raw.preset}, {steps} steps on {CHOOSER_SCENES:,} other scenes")
 
 
 # -- how even ----------------------------------------------------------------------------------------------------------
@@ -133,7 +155,7 @@ def balance(pools: Iterator[Raw], seeds: int, steps: int) -> None:
     for raw in pools:
         own = np.flatnonzero(np.array(raw.pool.made) == "own")
         describer = chooser(raw, steps)
-        rows = describer.describe(pixels_of(raw, own).whole(describer.size)).numpy()
+        rows = describer.describe(files_of(raw.archive, [raw.pool.names[row] for row in own]).whole(describer.size)).numpy()
         labels = raw.pool.labels[own]
         budget = fine = len(own) // 10
         runs: dict[str, list[float]] = {"the pool": [], "random": [], "k-means": [], "hierarchical k-means": []}
@@ -165,26 +187,65 @@ def entropy(labels: np.ndarray) -> float:
 # -- does it help ------------------------------------------------------------------------------------------------------
 
 
+def choose(raw: Raw, seeds: int, chooser_steps: int, copy_steps: int) -> dict[str, Any]:
+    """What curation chooses of a pool, and as many files at random for each seed; kept in a file."""
+    path = WORK / f"{raw.name}-chosen.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    describer = chooser(raw, chooser_steps)
+    curation = Curation(raw.archive, WORK / raw.name, short_side=64)
+    curation.drop_same()
+    distinct = curation.pixels.select(np.flatnonzero(curation.kept))
+    curation.drop_copies(trained_describer(distinct, curation.folder, copy_steps), threshold=None)
+    budget = int(curation.kept.sum()) // 2
+    curation.balance(budget, describer)
+    kept = {file for file, k in zip(curation.pixels.files, curation.kept) if k}
+    names = np.array(raw.pool.names)
+    draws = [np.sort(np.random.default_rng(seed).permutation(len(names))[:budget]) for seed in range(seeds)]
+    found = {
+        "pool": raw.name, "preset": raw.preset, "files": len(names), "budget": budget, "features": describer.made_by,
+        "copy_steps": copy_steps, "funnel": curation.funnel,
+        "arms": {"random": [names[rows].tolist() for rows in draws],
+                 "curated": [[str(name) for name in names if name in kept]] * seeds},
+    }  # fmt: skip
+    path.write_text(json.dumps(found))
+    return found
+
+
+def nets_of(chosen: dict[str, Any], steps: int) -> dict[str, list[Net]]:
+    """The networks of each arm, one for each seed."""
+    archive = WORK / f"{chosen['pool']}.zip"
+    return {
+        arm: [Net(f"{chosen['pool']}-{arm}-{steps}-{seed}", chosen["preset"], steps, seed, archive, tuple(files))
+              for seed, files in enumerate(draws)]
+        for arm, draws in chosen["arms"].items()
+    }  # fmt: skip
+
+
+def learn(steps: int, jobs: int) -> None:
+    """Train the networks of every pool that was chosen from, several at a time; on a machine with a GPU, say."""
+    if not (WORK / "drawn.zip").exists():
+        drawn_pool()
+    nets = [net for path in sorted(WORK.glob("*-chosen.json"))
+            for arm in nets_of(json.loads(path.read_text()), steps).values() for net in arm]  # fmt: skip
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as workers:
+        for net, _ in zip(nets, workers.map(learned, nets)):
+            print(net.name, flush=True)
+    (WORK / "learned.json").write_text(json.dumps(environment(0, pick_device())))
+
+
 def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy_steps: int) -> None:
     """Same net, same steps: on what curation chose and on as many pictures of the raw pool at random."""
     found: dict[str, Any] = {}
     for raw in pools:
-        n, describer = len(raw.pool.names), chooser(raw, chooser_steps)
-        curation = Curation(raw.archive, WORK / raw.name, short_side=64)
-        curation.drop_same()
-        distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-        curation.drop_copies(trained_describer(distinct, curation.folder, copy_steps), threshold=None)
-        budget = int(curation.kept.sum()) // 2
-        curation.balance(budget, describer)
-        kept = {file for file, k in zip(curation.pixels.files, curation.kept) if k}
-        curated = np.flatnonzero([file in kept for file in raw.pool.names])
-        world = World(raw.name, raw.bank, raw.test)
-        arms: dict[str, list[dict[str, float]]] = {"random": [], "curated": []}
-        for seed in range(seeds):
-            chance = np.random.default_rng(seed)
-            for arm, rows in (("random", np.sort(chance.permutation(n)[:budget])), ("curated", curated)):
-                net = learned(raw, arm, rows, steps, seed)
-                tokens = class_tokens(world, preset(raw.preset), {arm: net})
+        chosen = choose(raw, seeds, chooser_steps, copy_steps)
+        place, world = {name: row for row, name in enumerate(raw.pool.names)}, World(raw.name, raw.bank, raw.test)
+        arms: dict[str, list[dict[str, float]]] = {}
+        for arm, nets in nets_of(chosen, steps).items():
+            arms[arm] = []
+            for net in nets:
+                rows = np.array([place[file] for file in net.files])
+                tokens = class_tokens(world, preset(raw.preset), {arm: learned(net)})
                 arms[arm].append({
                     "knn": judge_knn(world, tokens.items())[arm]["k=20"],
                     "linear": judge_linear(world, tokens)[arm]["mean"],
@@ -192,11 +253,12 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
                     "junk": float((raw.pool.labels[rows] < 0).mean()),
                     "repeated": 1 - len(np.unique(raw.pool.original[rows])) / len(rows),
                 })  # fmt: skip
-                print(raw.name, arm, seed, arms[arm][-1], flush=True)
+                print(net.name, arms[arm][-1], flush=True)
         summary = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
-        found[raw.name] = {"files": n, "budget": budget, "steps": steps, "features": describer.made_by,
-                           "copy_steps": copy_steps, "funnel": curation.funnel, "summary": summary, "runs": arms}  # fmt: skip
-        store("curation-helps", {"pools": found})
+        found[raw.name] = {key: chosen[key] for key in ("files", "budget", "features", "copy_steps", "funnel")}
+        found[raw.name] |= {"steps": steps, "summary": summary, "runs": arms}
+    trained = WORK / "learned.json"  # of `learn`; the networks may come from another machine
+    store("curation-helps", {"trained_on": json.loads(trained.read_text()) if trained.exists() else None, "pools": found})
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
@@ -256,11 +318,12 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("balance", "helps", "draw"))
+    parser.add_argument("what", choices=("balance", "choose", "learn", "helps", "draw"))
     parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
     parser.add_argument("--features", type=Path, help="run of the network that chooses photographs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600, help="of pretraining")
+    parser.add_argument("--jobs", type=int, default=1, help="networks trained at a time")
     parser.add_argument("--chooser-steps", type=int, default=1000, help="of the network that chooses")
     parser.add_argument("--copy-steps", type=int, default=COPY_STEPS, help="of the copy network")
     options = parser.parse_args()
@@ -268,6 +331,11 @@ def main() -> None:
     pools = raw_pools(options.data, options.features)
     if options.what == "balance":
         balance(pools, options.seeds, options.chooser_steps)
+    elif options.what == "choose":
+        for raw in pools:
+            choose(raw, options.seeds, options.chooser_steps, options.copy_steps)
+    elif options.what == "learn":
+        learn(options.steps, options.jobs)
     elif options.what == "helps":
         helps(pools, options.seeds, options.steps, options.chooser_steps, options.copy_steps)
     else:

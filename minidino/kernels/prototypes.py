@@ -71,9 +71,11 @@ def tilings_of(width: int, dtype: torch.dtype) -> Tilings:
 
 
 def pieces_of(width: int) -> tuple[int, int]:
-    """A width as two powers of two that cover it, as tiles must be; the second may be 0. 384 = 256 + 128."""
-    whole = max(1 << width.bit_length() - 1, 16)
-    return whole, max(triton.next_power_of_2(width - whole), 16) if width > whole else 0
+    """A width as two powers of two that cover it, as tiles must be; the second may be 0. 384 = 256 + 128, 48 = 64."""
+    whole = 1 << width.bit_length() - 1
+    if width - whole < 64:
+        return max(triton.next_power_of_2(width), 16), 0
+    return whole, triton.next_power_of_2(width - whole)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
