@@ -229,9 +229,14 @@ def learn(steps: int, jobs: int) -> None:
     nets = [net for path in sorted(WORK.glob("*-chosen.json"))
             for arm in nets_of(json.loads(path.read_text()), steps).values() for net in arm]  # fmt: skip
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as workers:
-        for net, _ in zip(nets, workers.map(learned, nets)):
-            print(net.name, flush=True)
+        for name in workers.map(_train, nets):
+            print(name, flush=True)
     (WORK / "learned.json").write_text(json.dumps(environment(0, pick_device())))
+
+
+def _train(net: Net) -> str:
+    learned(net)
+    return net.name
 
 
 def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy_steps: int) -> None:

@@ -3,18 +3,18 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 from minidino.config import PRESETS, difference, override, preset
-from minidino.learning.prototypes import resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _curate, _train, _adapt, _probe, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _probe, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -82,6 +82,8 @@ def _curate(stages) -> None:
 
 def _train(stages) -> None:
     def run(options) -> None:
+        from minidino.learning import prototypes
+        from minidino.model import attention
         from minidino.runs import pick_device, pick_precision
         from minidino.stages import pretrain
 
@@ -101,8 +103,9 @@ def _train(stages) -> None:
         o, t, device = config.optim, config.teacher, pick_device(config.run.device)
         horizon = 1 / max(1 - t.momentum, 1e-9)
         print(f"resolved: {pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay "
-              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start, prototype loss "
-              f"{resolve(config.loss.prototypes, device)}")  # fmt: skip
+              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start, attention "
+              f"{attention.resolve(config.vit.attention, device)}, prototype loss "
+              f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
         pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
@@ -149,6 +152,18 @@ def _probe(stages) -> None:
     parser.add_argument("--task", choices=("knn", "linear"), default="knn")
     parser.add_argument("--data", help="labelled images; without it the run's own")
     parser.add_argument("--size", type=int, help="px of the evaluated square; without it the run's global crop")
+
+
+def _bench(stages) -> None:
+    def run(options) -> int:
+        script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{options.what}.py"
+        if not script.exists():
+            raise FileNotFoundError(f"no {script}: benchmarks come with a checkout, installed by `pip install -e .`")
+        return subprocess.run([sys.executable, str(script), options.how], check=False).returncode
+
+    parser = _stage(stages, "bench", "time the kernels against what else there is", "minidino bench attention", run)
+    parser.add_argument("what", choices=("attention", "prototypes"))
+    parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: README table of what is stored")
 
 
 def _doctor(stages) -> None:

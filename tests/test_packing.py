@@ -1,10 +1,13 @@
 """Crops of many sizes in one pass: attention, packing and stochastic depth."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minidino.model.attention import attention, attention_weights, resolve
+from minidino.model.attention import attention, attention_weights, resolve, suits_triton
 from minidino.model.layers import DROP_PATH, drop_path_subset
 from minidino.model.vit import build_vit
 
@@ -63,11 +66,28 @@ def test_attention_refuses_what_it_cannot_do():
         for impl in ("reference", "sdpa"):
             with pytest.raises(ValueError, match="sum to 4 packed tokens"):
                 attention(x, x, x, seqlens, impl)
-    with pytest.raises(NotImplementedError, match="choose 'sdpa'"):
-        resolve("triton", "cuda")
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         resolve("flash", "cpu")
     assert resolve("auto", "cpu") == "sdpa" and resolve("reference", "cuda") == "reference"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton on this system")
+def test_auto_takes_triton_on_a_gpu_where_it_is_faster(monkeypatch):
+    assert resolve("auto", "cuda") == resolve("triton", "cuda") == "triton" and resolve("auto", "mps") == "sdpa"
+    half = torch.zeros(300, 2, 64, dtype=torch.bfloat16)
+    assert suits_triton(half, [257, 43]) and suits_triton(half[:0], [])
+    assert not suits_triton(half.float(), [257, 43]) and not suits_triton(half[:, :, :48], [300])
+    assert not suits_triton(torch.zeros(1370, 2, 64, dtype=torch.bfloat16), [1370])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="needs a GPU, got cpu.*choose 'sdpa'"):
+        resolve("triton", "cpu")
+
+
+def test_without_triton_auto_takes_sdpa_and_the_name_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minidino.kernels.attention", None)  # what an import then raises: ImportError
+    assert resolve("auto", "cuda") == "sdpa"
+    with pytest.raises(NotImplementedError, match="needs Triton, which is not installed here; choose 'sdpa'"):
+        resolve("triton", "cuda")
 
 
 def tiny(ffn="mlp", registers=2, impl="auto", **options):

@@ -77,7 +77,8 @@ def attention_triton(
 
 
 IMPLEMENTATIONS = {"reference": attention_reference, "sdpa": attention_sdpa, "triton": attention_triton}
-AUTO = {"cpu": "sdpa", "cuda": "sdpa", "meta": "sdpa"}  # what "auto" means, by type of device
+AUTO = {"cuda": "triton"}  # what "auto" means, by type of device; "sdpa" on all others
+LONGEST = 320  # tokens of a crop for which "auto" takes Triton: data/results/attention.json has 257 and 1,370
 
 
 def resolve(impl: str, device: torch.device | str) -> str:
@@ -86,14 +87,19 @@ def resolve(impl: str, device: torch.device | str) -> str:
     Args:
         impl: "auto", "reference", "sdpa" or "triton".
         device: where the tensors will live; only its type matters.
+    Returns:
+        A key of IMPLEMENTATIONS. For "auto" on a GPU it is "triton", where that is installed; packs that it was not
+        measured to be faster for go to "sdpa" even so, see `suits_triton`.
     Raises:
         ValueError: the name is unknown.
         NotImplementedError: the implementation exists by name but cannot run here.
     """
+    kind = torch.device(device).type
     if impl == "auto":
-        return AUTO.get(torch.device(device).type, "sdpa")
-    if impl == "triton":
-        _check_triton(torch.device(device))
+        chosen = AUTO.get(kind, "sdpa")
+        return "sdpa" if chosen == "triton" and _no_triton(kind) else chosen
+    if impl == "triton" and (reason := _no_triton(kind)):
+        raise NotImplementedError(f"attention 'triton' {reason}; choose 'sdpa', which runs everywhere")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {impl!r}: expected 'auto', " + ", ".join(map(repr, IMPLEMENTATIONS)))
     return impl
@@ -113,7 +119,7 @@ def attention(
     Args:
         q, k, v: crops packed end to end.
         seqlens: tokens of each crop, in order; they sum to T.
-        impl: "reference", "sdpa", or "auto" for the choice of `resolve` on the device of q.
+        impl: "reference", "sdpa", "triton", or "auto" for the choice of `resolve` and `suits_triton`.
     Returns:
         (T, h, d), packed as q and in its dtype.
     Raises:
@@ -121,19 +127,29 @@ def attention(
     Source: official dinov2/layers/attention.py (b8931f7), MemEffAttention.
     Differs: needs no xFormers.
     """
-    return IMPLEMENTATIONS[resolve(impl, q.device)](q, k, v, seqlens)
+    name = resolve(impl, q.device)
+    if impl == "auto" and name == "triton" and not suits_triton(q, seqlens):
+        name = "sdpa"
+    return IMPLEMENTATIONS[name](q, k, v, seqlens)
 
 
-def _check_triton(device: torch.device) -> None:
-    """Triton runs on a GPU, and on a CPU in its interpreter, which is for tests: thousands of times slower."""
-    instead = "choose 'sdpa', which runs everywhere"
+def suits_triton(q: Float[Tensor, "T h d"], seqlens: list[int]) -> bool:
+    """Is the kernel the faster one for this pack? On an H200: 1.75 times as fast as cuDNN at 257 tokens, 0.76 at 1,370.
+
+    Float32 stays with SDPA, which multiplies it exactly where the kernel would take tf32 or be slow.
+    """
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (32, 64, 128) and max(seqlens, default=0) <= LONGEST
+
+
+def _no_triton(kind: str) -> str:
+    """Why Triton cannot run on this type of device; empty where it can."""
     try:
         import minidino.kernels.attention  # noqa: F401  # here, since Triton exists on Linux alone
-    except ImportError as error:
-        raise NotImplementedError(f"attention 'triton' needs Triton, which is not installed here; {instead}") from error
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotImplementedError(f"attention 'triton' needs a GPU, got {device}; {instead}. To try the kernels on a CPU "
-                                  "set TRITON_INTERPRET=1 before Python starts")  # fmt: skip
+    except ImportError:
+        return "needs Triton, which is not installed here"
+    if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a GPU, got {kind} (or TRITON_INTERPRET=1 before Python starts, to try the kernels slowly on a CPU)"
+    return ""
 
 
 def _check_lengths(q: Tensor, seqlens: list[int]) -> None:
