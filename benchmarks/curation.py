@@ -15,6 +15,7 @@ knows is measured by benchmarks/copies.py, and how the stages grow by benchmarks
 
 import argparse
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from recipe import DOCS, RESULTS, ROOT, put, spread, store
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -47,6 +49,7 @@ from minidino.stages import World
 WORK = ROOT / "runs" / "curation"
 POOL_WORLD, JUDGING_WORLD, TAIL = 21, 1021, 1.5
 CHOOSER_WORLD, CHOOSER_SCENES = 31, 4000
+QUERIES = 300  # pictures of the curated set that is asked with
 
 
 class Raw(NamedTuple):
@@ -54,6 +57,7 @@ class Raw(NamedTuple):
 
     archive: Path
     pool: Pool
+    queries: Path  # an archive of clean, even pictures: what is to be learned about
     bank: Pixels
     test: Pixels
     preset: str
@@ -74,7 +78,9 @@ def drawn_pool(n: int = 3000) -> Raw:
     archive = write_pool(pool, WORK / "drawn.zip")
     even = draw_scenes(3000, seed=JUDGING_WORLD)
     pixels = Pixels.from_array(even.images, even.labels, list(KINDS))
-    return Raw(archive, pool, pixels.select(range(2000)), pixels.select(range(2000, 3000)), "scenes-cpu", None)
+    asked = draw_scenes(QUERIES, seed=CHOOSER_WORLD + 1)
+    queries = write_queries(Pixels.from_array(asked.images, asked.labels, list(KINDS)), WORK / "drawn-queries.zip")
+    return Raw(archive, pool, queries, pixels.select(range(2000)), pixels.select(range(2000, 3000)), "scenes-cpu", None)
 
 
 def photograph_pool(data: Path, features: Path | None, n: int = 2400) -> Raw:
@@ -89,7 +95,17 @@ def photograph_pool(data: Path, features: Path | None, n: int = 2400) -> Raw:
     shown = [parts["train"].image(i).transpose(1, 2, 0) for i in rows]
     pool = make_pool(shown, labels[rows], copies=0.5, junk=0.25, seed=POOL_WORLD)
     archive = write_pool(pool, WORK / "photographs.zip")
-    return Raw(archive, pool, parts["train"].select(rest), parts["val"], "imagenette-cpu", features)
+    asked = np.concatenate([rest[labels[rest] == kind][: QUERIES // 10] for kind in range(10)])
+    queries = write_queries(parts["train"].select(asked), WORK / "photographs-queries.zip")
+    return Raw(archive, pool, queries, parts["train"].select(rest), parts["val"], "imagenette-cpu", features)
+
+
+def write_queries(pixels: Pixels, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for row in range(len(pixels)):
+            with archive.open(f"{row:04d}.png", "w") as file:
+                Image.fromarray(np.ascontiguousarray(pixels.image(row).transpose(1, 2, 0))).save(file, "PNG")
+    return path
 
 
 class Net(NamedTuple):
@@ -188,25 +204,33 @@ def entropy(labels: np.ndarray) -> float:
 
 
 def choose(raw: Raw, seeds: int, chooser_steps: int, copy_steps: int) -> dict[str, Any]:
-    """What curation chooses of a pool, and as many files at random for each seed; kept in a file."""
+    """What curation chooses of a pool in two ways, and as many files at random for each seed; kept in a file."""
     path = WORK / f"{raw.name}-chosen.json"
     if path.exists():
         return json.loads(path.read_text())
-    describer = chooser(raw, chooser_steps)
-    curation = Curation(raw.archive, WORK / raw.name, short_side=64)
-    curation.drop_same()
-    distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-    curation.drop_copies(trained_describer(distinct, curation.folder, copy_steps), threshold=None)
-    budget = int(curation.kept.sum()) // 2
-    curation.balance(budget, describer)
-    kept = {file for file, k in zip(curation.pixels.files, curation.kept) if k}
-    names = np.array(raw.pool.names)
+    describer, names = chooser(raw, chooser_steps), np.array(raw.pool.names)
+
+    def distinct() -> Curation:
+        curation = Curation(raw.archive, WORK / raw.name, short_side=64)
+        curation.drop_same()
+        left = curation.pixels.select(np.flatnonzero(curation.kept))
+        curation.drop_copies(trained_describer(left, curation.folder, copy_steps), threshold=None)
+        return curation
+
+    def kept(curation: Curation) -> list[str]:
+        chosen = {file for file, k in zip(curation.pixels.files, curation.kept) if k}
+        return [str(name) for name in names if name in chosen]
+
+    retrieved, balanced = distinct(), distinct()
+    retrieved.retrieve(raw.queries, describer)
+    budget = int(retrieved.kept.sum())
+    balanced.balance(budget, describer)
     draws = [np.sort(np.random.default_rng(seed).permutation(len(names))[:budget]) for seed in range(seeds)]
     found = {
         "pool": raw.name, "preset": raw.preset, "files": len(names), "budget": budget, "features": describer.made_by,
-        "copy_steps": copy_steps, "funnel": curation.funnel,
-        "arms": {"random": [names[rows].tolist() for rows in draws],
-                 "curated": [[str(name) for name in names if name in kept]] * seeds},
+        "copy_steps": copy_steps, "queries": QUERIES, "distinct": retrieved.funnel["without copies"],
+        "arms": {"random": [names[rows].tolist() for rows in draws], "balanced": [kept(balanced)] * seeds,
+                 "retrieved": [kept(retrieved)] * seeds},
     }  # fmt: skip
     path.write_text(json.dumps(found))
     return found
@@ -260,7 +284,7 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
                 })  # fmt: skip
                 print(net.name, arms[arm][-1], flush=True)
         summary = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
-        found[raw.name] = {key: chosen[key] for key in ("files", "budget", "features", "copy_steps", "funnel")}
+        found[raw.name] = {key: chosen[key] for key in ("files", "budget", "features", "copy_steps", "queries", "distinct")}
         found[raw.name] |= {"steps": steps, "summary": summary, "runs": arms}
     trained = WORK / "learned.json"  # of `learn`; the networks may come from another machine
     store("curation-helps", {"trained_on": json.loads(trained.read_text()) if trained.exists() else None, "pools": found})
