@@ -49,6 +49,7 @@ from minidino.stages import World
 WORK = ROOT / "runs" / "curation"
 POOL_WORLD, JUDGING_WORLD, TAIL = 21, 1021, 1.5
 CHOOSER_WORLD, CHOOSER_SCENES = 31, 4000
+POOLS = ("drawn", "photographs")
 QUERIES = 300  # pictures of the curated set that is asked with
 
 
@@ -125,11 +126,10 @@ class Net(NamedTuple):
         return files_of(self.archive, self.files)
 
 
-def raw_pools(data: Path | None, features: Path | None) -> Iterator[Raw]:
+def raw_pools(names: Sequence[str], data: Path | None, features: Path | None) -> Iterator[Raw]:
     WORK.mkdir(parents=True, exist_ok=True)
-    yield drawn_pool()
-    if data is not None:
-        yield photograph_pool(data, features)
+    for name in names:
+        yield drawn_pool() if name == "drawn" else photograph_pool(data, features)
 
 
 def files_of(archive: Path, files: Sequence[str]) -> Pixels:
@@ -246,16 +246,16 @@ def nets_of(chosen: dict[str, Any], steps: int) -> dict[str, list[Net]]:
     }  # fmt: skip
 
 
-def learn(steps: int, jobs: int) -> None:
+def learn(pools: Sequence[str], steps: int, jobs: int) -> None:
     """Train the networks of every pool that was chosen from, several at a time; on a machine with a GPU, say."""
     if not (WORK / "drawn.zip").exists():
         drawn_pool()
-    nets = [net for path in sorted(WORK.glob("*-chosen.json"))
-            for arm in nets_of(json.loads(path.read_text()), steps).values() for net in arm]  # fmt: skip
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as workers:
-        for name in workers.map(_train, nets):
-            print(name, flush=True)
-    (WORK / "learned.json").write_text(json.dumps(environment(0, pick_device())))
+        for pool in pools:
+            chosen = json.loads((WORK / f"{pool}-chosen.json").read_text())
+            for name in workers.map(_train, [net for arm in nets_of(chosen, steps).values() for net in arm]):
+                print(name, flush=True)
+            (WORK / f"{pool}-learned.json").write_text(json.dumps(environment(0, pick_device())))
 
 
 def _train(net: Net) -> str:
@@ -265,7 +265,7 @@ def _train(net: Net) -> str:
 
 def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy_steps: int) -> None:
     """Same net, same steps: on what curation chose and on as many pictures of the raw pool at random."""
-    found: dict[str, Any] = {}
+    found = stored("helps")["pools"] if (RESULTS / "curation-helps.json").exists() else {}
     for raw in pools:
         chosen = choose(raw, seeds, chooser_steps, copy_steps)
         place, world = {name: row for row, name in enumerate(raw.pool.names)}, World(raw.name, raw.bank, raw.test)
@@ -285,9 +285,10 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
                 print(net.name, arms[arm][-1], flush=True)
         summary = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
         found[raw.name] = {key: chosen[key] for key in ("files", "budget", "features", "copy_steps", "queries", "distinct")}
-        found[raw.name] |= {"steps": steps, "summary": summary, "runs": arms}
-    trained = WORK / "learned.json"  # of `learn`; the networks may come from another machine
-    store("curation-helps", {"trained_on": json.loads(trained.read_text()) if trained.exists() else None, "pools": found})
+        trained = WORK / f"{raw.name}-learned.json"  # of `learn`; the networks may come from another machine
+        found[raw.name] |= {"steps": steps, "trained_on": json.loads(trained.read_text()) if trained.exists() else None,
+                            "summary": summary, "runs": arms}  # fmt: skip
+        store("curation-helps", {"pools": found})
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
@@ -348,6 +349,7 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("balance", "choose", "learn", "helps", "draw"))
+    parser.add_argument("--pools", nargs="+", choices=POOLS, default=POOLS)
     parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
     parser.add_argument("--features", type=Path, help="run of the network that chooses photographs")
     parser.add_argument("--seeds", type=int, default=3)
@@ -357,14 +359,16 @@ def main() -> None:
     parser.add_argument("--copy-steps", type=int, default=COPY_STEPS, help="of the copy network")
     options = parser.parse_args()
     keep_freed_memory()
-    pools = raw_pools(options.data, options.features)
+    if "photographs" in options.pools and options.data is None and options.what not in ("learn", "draw"):
+        parser.error("expected --data PATH, where the photographs are, or --pools drawn")
+    pools = raw_pools(options.pools, options.data, options.features)
     if options.what == "balance":
         balance(pools, options.seeds, options.chooser_steps)
     elif options.what == "choose":
         for raw in pools:
             choose(raw, options.seeds, options.chooser_steps, options.copy_steps)
     elif options.what == "learn":
-        learn(options.steps, options.jobs)
+        learn(options.pools, options.steps, options.jobs)
     elif options.what == "helps":
         helps(pools, options.seeds, options.steps, options.chooser_steps, options.copy_steps)
     else:
