@@ -2,7 +2,7 @@
 
     python benchmarks/curation.py balance [--seeds 5] [--data PATH]   a long-tailed pool: the classes of what is chosen
     python benchmarks/curation.py choose [--seeds 3] [--data PATH]    what curation chooses of the same pools
-    python benchmarks/curation.py learn [--jobs 8]                    nets on chosen and on random pictures; on a GPU, say
+    python benchmarks/curation.py learn [--jobs 8]                    nets on chosen and random pictures; on a GPU, say
     python benchmarks/curation.py helps [--seeds 3] [--data PATH]     both, as far as not done before, and judge
     python benchmarks/curation.py draw                                README tables and docs/curation-*.png
 
@@ -42,7 +42,7 @@ from minidino.images.scenes import KINDS, draw_scenes
 from minidino.judge import class_tokens, judge_knn, judge_linear
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
-from minidino.pictures import COLORS
+from minidino.pictures import COLORS, DPI, WIDTH
 from minidino.runs import environment, keep_freed_memory, pick_device
 from minidino.stages import World
 
@@ -158,8 +158,8 @@ def chooser(raw: Raw, steps: int) -> Describer:
     """The semantic network: a given run, or the preset trained on other scenes, evenly drawn and clean."""
     if raw.features:
         return semantic_describer(raw.features)
-    net = learned(Net(f"chooser-{steps}", raw.preset, steps, 0, None))
-    return Describer("semantic", network(net), raw.size, f"{raw.preset}, {steps} steps on {CHOOSER_SCENES:,} other scenes")
+    net, made_by = Net(f"chooser-{steps}", raw.preset, steps, 0, None), f"{raw.preset}, {steps} steps on other scenes"
+    return Describer("semantic", network(learned(net)), raw.size, made_by)
 
 
 # -- how even ----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ def balance(pools: Iterator[Raw], seeds: int, steps: int) -> None:
     for raw in pools:
         own = np.flatnonzero(np.array(raw.pool.made) == "own")
         describer = chooser(raw, steps)
-        rows = describer.describe(files_of(raw.archive, [raw.pool.names[row] for row in own]).whole(describer.size)).numpy()
+        pixels = files_of(raw.archive, [raw.pool.names[row] for row in own])
+        rows = describer.describe(pixels.whole(describer.size)).numpy()
         labels = raw.pool.labels[own]
         budget = fine = len(own) // 10
         runs: dict[str, list[float]] = {"the pool": [], "random": [], "k-means": [], "hierarchical k-means": []}
@@ -284,7 +285,8 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
                 })  # fmt: skip
                 print(net.name, arms[arm][-1], flush=True)
         summary = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in arms.items()}
-        found[raw.name] = {key: chosen[key] for key in ("files", "budget", "features", "copy_steps", "queries", "distinct")}
+        kept = "files", "budget", "features", "copy_steps", "queries", "distinct"
+        found[raw.name] = {key: chosen[key] for key in kept}
         trained = WORK / f"{raw.name}-learned.json"  # of `learn`; the networks may come from another machine
         found[raw.name] |= {"steps": steps, "trained_on": json.loads(trained.read_text()) if trained.exists() else None,
                             "summary": summary, "runs": arms}  # fmt: skip
@@ -302,17 +304,22 @@ def tables() -> dict[str, str]:
     """The README's tables, written from the stored results."""
     even, helped = stored("balance"), stored("helps")
     names = list(even["pools"])
-    lines = ["| what is chosen | " + " | ".join(f"{name} (nats)" for name in names) + " |", "|---" * (1 + len(names)) + "|"]
+    lines = [f"| what is chosen | {' | '.join(f'{name} (nats)' for name in names)} |", "|---" * (1 + len(names)) + "|"]
     for who in even["pools"][names[0]]["entropy"]:
         cells = [_spread(even["pools"][name]["entropy"][who]) for name in names]
         lines.append(f"| {who} | " + " | ".join(cells) + " |")
-    written = {"balance": "\n".join([*lines, "", _source(even)])}
-    lines = ["| pool | learned from | k-NN | linear | junk | copies | entropy (nats) |", "|---" * 7 + "|"]
+    sizes = ", ".join(f"{pool['budget']:,} of {pool['pictures']:,} {name}" for name, pool in even["pools"].items())
+    note = f"Entropy over the classes of {sizes}; ln 10 = 2.303. {_source(even)}"
+    written = {"balance": "\n".join([*lines, "", note])}
+    lines = ["| pool | learned from | k-NN | linear | entropy (nats) | junk | copies |", "|---" * 7 + "|"]
+    notes = []
     for name, pool in helped["pools"].items():
         for arm, row in pool["summary"].items():
-            cells = [_spread(row[key]) for key in ("knn", "linear", "junk", "repeated", "entropy")]
+            cells = [_spread(row[key]) for key in ("knn", "linear", "entropy", "junk", "repeated")]
             lines.append(f"| {name} | {pool['budget']:,} {arm} | " + " | ".join(cells) + " |")
-    return written | {"helps": "\n".join([*lines, "", _source(helped)])}
+        seeds, machine = row["knn"]["n"], pool["trained_on"]["machine"]
+        notes.append(f"{name}: {pool['files']:,} files, {pool['steps']:,} steps, {seeds} seeds, trained on {machine}")
+    return written | {"helps": "\n".join([*lines, "", f"{'; '.join(notes)}. Judged on {_source(helped)}"])}
 
 
 def _spread(values: dict[str, float]) -> str:
@@ -327,22 +334,25 @@ def _source(found: dict[str, Any]) -> str:
 def draw() -> None:
     """Left of each pair: how even the choice is; right: what is learned from it. One dot for each seed."""
     even, helped = stored("balance")["pools"], stored("helps")["pools"]
-    figure = Figure(figsize=(9, 3 * len(even)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(even), 2, squeeze=False)
-    for (left, right), name in zip(axes, even):
-        for row, runs in enumerate(even[name]["runs"].values()):
-            left.plot(runs, [row] * len(runs), "o", color=COLORS["trained" if row == 3 else "pixels"])
+    figure = Figure(figsize=(WIDTH, 2.6 * len(even)), dpi=DPI, layout="constrained")
+    figure.suptitle("What curation chooses is more even, and more is learned from it", fontsize=11)
+    for (left, right), name in zip(figure.subplots(len(even), 2, squeeze=False), even):
+        for row, (who, runs) in enumerate(even[name]["runs"].items()):
+            color = COLORS["trained" if who.startswith("hierarchical") else "pixels"]
+            left.plot(runs, [row] * len(runs), "o", color=color)
         left.axvline(even[name]["ln_classes"], color=COLORS["limit"], linestyle=":")
         left.set_yticks(range(len(even[name]["runs"])), list(even[name]["runs"]))
-        left.set(xlabel="entropy over the classes (nats)", title=f"{name}: {even[name]['budget']} of {even[name]['pictures']}")
-        for row, (arm, runs) in enumerate(helped[name]["runs"].items()):
-            for key, marker in (("knn", "o"), ("linear", "s")):
-                label = {"knn": "k-NN", "linear": "linear probe"}[key] if row == 0 else None
+        title = f"{name}: {even[name]['budget']} of {even[name]['pictures']:,}"
+        left.set(xlabel="entropy over the classes (nats)", title=title)
+        for row, runs in enumerate(helped[name]["runs"].values()):
+            for (key, label), marker in zip({"knn": "k-NN", "linear": "linear probe"}.items(), "os"):
                 values = [100 * run[key] for run in runs]
-                right.plot(values, [row] * len(runs), marker, color=COLORS["student" if key == "knn" else "teacher"], label=label)
-        right.set_yticks(range(2), list(helped[name]["runs"]))
-        right.set(xlabel="accuracy (%)", title=f"{name}: learned from {helped[name]['budget']:,}", ylim=(-0.5, 1.5))
-        right.legend()
+                color = COLORS["student" if key == "knn" else "teacher"]
+                right.plot(values, [row] * len(runs), marker, color=color, label=label if row == 0 else None)
+        right.set_yticks(range(len(helped[name]["runs"])), list(helped[name]["runs"]))
+        right.set(xlabel="accuracy (%)", title=f"{name}: learned from {helped[name]['budget']:,}")
+        right.margins(y=0.2)
+        right.legend(fontsize=8)
     figure.savefig(DOCS / "curation-choice.png")
 
 

@@ -163,7 +163,7 @@ def _bench(stages) -> None:
 
     parser = _stage(stages, "bench", "time the kernels against what else there is", "minidino bench attention", run)
     parser.add_argument("what", choices=("attention", "prototypes"))
-    parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: README table of what is stored")
+    parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: the README's table")
 
 
 def _doctor(stages) -> None:

@@ -62,27 +62,29 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    q, k, v, out, grad, dq, dk, dv, norm, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step, out_head,
-    grad_step, grad_head, power, scale, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, grad, dq, dk, dv, norm, tiles, crops, q_step, k_step, v_step, q_head, k_head, v_head, out_step,
+    out_head, grad_step, grad_head, power, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of the rows of one tile."""
     tile, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     start, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    q, k, v, grad, norm = q + head * q_head, k + head * k_head, v + head * v_head, grad + head * grad_head, norm + 2 * head
-    out, dq, dk, dv = out + head * out_head, dq + head * out_head, dk + head * out_head, dv + head * out_head
+    q, k, v, grad = q + head * q_head, k + head * k_head, v + head * v_head, grad + head * grad_head
+    out, norm = out + head * out_head, norm + 2 * head
+    dq, dk, dv = dq + head * out_head, dk + head * out_head, dv + head * out_head
     if end - first <= ROWS:
         _gradients_of_whole(q, k, v, grad, dq, dk, dv, crops, start, end, q_step, k_step, v_step, out_step, grad_step,
                             power, scale, D, ROWS, PRECISION)  # fmt: skip
     elif end - start <= TAIL:
-        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                           heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
-        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                              heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step,
+                           grad_step, heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step,
+                              grad_step, heads, power, scale, D, TAIL, COLUMNS, PRECISION)  # fmt: skip
     else:
-        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                           heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
-        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step,
-                              heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_keys(q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step,
+                           grad_step, heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
+        _gradients_of_queries(q, k, v, out, grad, dq, norm, start, first, end, q_step, k_step, v_step, out_step,
+                              grad_step, heads, power, scale, D, ROWS, COLUMNS, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -194,19 +196,19 @@ def _attend_block(
 
 @triton.jit
 def _gradients_of_keys(
-    q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step, heads, power, scale,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, grad, dk, dv, norm, start, first, end, q_step, k_step, v_step, out_step, grad_step, heads, power,
+    scale, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = start + tl.arange(0, ROWS)
     ks, vs = _load(k, key, key < end, k_step, D), _load(v, key, key < end, v_step, D)
     dks, dvs = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
     rest = end - (end - first) % COLUMNS
     for row in range(first, rest, COLUMNS):
-        dks, dvs = _take_queries(ks, vs, q, out, grad, norm, row, end, q_step, out_step, grad_step, heads, power, dks, dvs,
-                                 D, COLUMNS, False, PRECISION)  # fmt: skip
+        dks, dvs = _take_queries(ks, vs, q, out, grad, norm, row, end, q_step, out_step, grad_step, heads, power,
+                                 dks, dvs, D, COLUMNS, False, PRECISION)  # fmt: skip
     for row in range(rest, end, TAIL):
-        dks, dvs = _take_queries(ks, vs, q, out, grad, norm, row, end, q_step, out_step, grad_step, heads, power, dks, dvs,
-                                 D, TAIL, True, PRECISION)  # fmt: skip
+        dks, dvs = _take_queries(ks, vs, q, out, grad, norm, row, end, q_step, out_step, grad_step, heads, power,
+                                 dks, dvs, D, TAIL, True, PRECISION)  # fmt: skip
     _store(dk, key, key < end, out_step, dks * scale, D)
     _store(dv, key, key < end, out_step, dvs, D)
 
@@ -247,9 +249,11 @@ def _gradients_of_queries(
     found = tl.zeros((ROWS, D), tl.float32)
     rest = end - (end - first) % COLUMNS
     for key in range(first, rest, COLUMNS):
-        found = _take_keys(qs, gs, k, v, key, end, k_step, v_step, power, top, mean, found, D, COLUMNS, False, PRECISION)
+        found = _take_keys(qs, gs, k, v, key, end, k_step, v_step, power, top, mean, found,
+                           D, COLUMNS, False, PRECISION)  # fmt: skip
     for key in range(rest, end, TAIL):
-        found = _take_keys(qs, gs, k, v, key, end, k_step, v_step, power, top, mean, found, D, TAIL, True, PRECISION)
+        found = _take_keys(qs, gs, k, v, key, end, k_step, v_step, power, top, mean, found,
+                           D, TAIL, True, PRECISION)  # fmt: skip
     _store(dq, row, row < end, out_step, found * (share * scale)[:, None], D)
 
 
@@ -269,7 +273,7 @@ def _take_keys(
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-TILINGS = {  # heads of at most 128 bytes; wider in half precision; wider in float32. The first where nothing was measured
+TILINGS = {  # heads up to 128 bytes; wider in half precision; wider in float32. The first where nothing was measured
     forward_kernel: (
         (Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 3)),
         (Tiling(64, 32, 8, 2),),

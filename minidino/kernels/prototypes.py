@@ -71,7 +71,10 @@ def tilings_of(width: int, dtype: torch.dtype) -> Tilings:
 
 
 def pieces_of(width: int) -> tuple[int, int]:
-    """A width as two powers of two that cover it, as tiles must be; the second may be 0. 384 = 256 + 128, 48 = 64."""
+    """A width as two powers of two that cover it, as tiles must be; the second may be 0. 384 = 256 + 128, 48 = 64.
+
+    A second piece of 16 is not made: as part of a tf32 product Triton 3.6 compiled it to addresses out of bounds.
+    """
     whole = 1 << width.bit_length() - 1
     if width - whole < 64:
         return max(triton.next_power_of_2(width), 16), 0

@@ -29,8 +29,14 @@ from minidino.learning.objective import (
     student_losses,
     teacher_logits,
 )
-from minidino.learning.optim import Schedule, clip_gradients, cosine_schedule, last_layer_lr, linear_schedule
-from minidino.learning.optim import parameter_groups
+from minidino.learning.optim import (
+    Schedule,
+    clip_gradients,
+    cosine_schedule,
+    last_layer_lr,
+    linear_schedule,
+    parameter_groups,
+)
 from minidino.learning.prototypes import Potentials, dense, resolve
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
 from minidino.runs import pick_precision
