@@ -57,13 +57,16 @@ def main() -> None:
         small_runs()
         return
     command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "small"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     said = done.stdout + done.stderr
     errors = re.search(r"ERROR SUMMARY: (\d+) error", said)
     if done.returncode or not errors:
         sys.exit(f"the runs did not end well (code {done.returncode}):\n{said[-3000:]}")
-    found = {"errors": int(errors[1]), "packs": PACKS, "sizes": SIZES, "modes": [[str(dtype), precision] for dtype, precision in MODES]}
-    write_atomically(RESULT, json.dumps({"environment": environment(0, torch.device("cuda"))} | found, indent=1).encode())
+    modes = [[str(dtype), precision] for dtype, precision in MODES]
+    found = {"environment": environment(0, torch.device("cuda")), "errors": int(errors[1])}
+    found |= {"packs": PACKS, "sizes": SIZES, "modes": modes}
+    write_atomically(RESULT, json.dumps(found, indent=1).encode())
     print(errors[0], *re.findall(r"(?:Invalid|at) .*", said)[:8], sep="\n")
 
 
