@@ -323,7 +323,7 @@ def tables() -> dict[str, str]:
 
 
 def _spread(values: dict[str, float]) -> str:
-    return f"{values['mean']:.3f}" + (f" ± {values['sd']:.3f}" if values["sd"] else "")
+    return f"{values['mean']:.3f}" + (f" ± {values['sd']:.3f}" if values["sd"] > 1e-9 else "")
 
 
 def _source(found: dict[str, Any]) -> str:
@@ -335,7 +335,7 @@ def draw() -> None:
     """Left of each pair: how even the choice is; right: what is learned from it. One dot for each seed."""
     even, helped = stored("balance")["pools"], stored("helps")["pools"]
     figure = Figure(figsize=(WIDTH, 2.6 * len(even)), dpi=DPI, layout="constrained")
-    figure.suptitle("What curation chooses is more even, and more is learned from it", fontsize=11)
+    figure.suptitle("What curation chooses is more even; on drawn scenes more is learned from it", fontsize=11)
     for (left, right), name in zip(figure.subplots(len(even), 2, squeeze=False), even):
         for row, (who, runs) in enumerate(even[name]["runs"].items()):
             color = COLORS["trained" if who.startswith("hierarchical") else "pixels"]
@@ -352,7 +352,8 @@ def draw() -> None:
         right.set_yticks(range(len(helped[name]["runs"])), list(helped[name]["runs"]))
         right.set(xlabel="accuracy (%)", title=f"{name}: learned from {helped[name]['budget']:,}")
         right.margins(y=0.2)
-        right.legend(fontsize=8)
+        if name == next(iter(even)):
+            right.legend(fontsize=8)
     figure.savefig(DOCS / "curation-choice.png")
 
 
