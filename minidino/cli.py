@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         options.changes += later
     try:
         return options.run(options) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)
         return 2
 

@@ -12,7 +12,7 @@ from minidino.cli import main
 from minidino.config import preset
 from minidino.runs import Run
 
-STAGES = ["tour", "train", "probe", "doctor", "data list", "data get", "data check", "data"]
+STAGES = ["tour", "train", "probe", "bench", "doctor", "data list", "data get", "data check", "data"]
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_doctor_of_a_run_that_has_just_begun(tmp_path, capsys):
     assert "expected at least one record of a run, got none" in capsys.readouterr().err
 
 
-def test_train_prints_what_it_is_and_runs(capsys):
+def test_train_prints_what_it_is_and_runs(capsys, monkeypatch):
     sizes = ["data.n_scenes=16", "data.n_test_scenes=8", "data.short_side=32", "crops.global_size=32",
              "crops.local_size=16", "vit.width=16", "vit.depth=1", "vit.heads=1", "optim.batch_size=4",
              "heads.hidden_dim=8", "heads.bottleneck_dim=8", "run.steps=2", "run.device=cpu",
@@ -127,6 +127,11 @@ def test_train_prints_what_it_is_and_runs(capsys):
     told = capsys.readouterr().out
     assert "vit.depth = 1  (published: None)" in told and "optim.batch_size = 4  (published: 3072)" in told
     assert "resolved: fp32 on cpu, lr 5.00e-04" in told  # 8e-3 * sqrt(4 / 1024)
+    assert "attention sdpa, prototype loss reference" in told
     assert main(["train", "--out", "run", *sizes]) == 2  # an hour of training is not replaced without a word
     assert "run holds a run: go on with train --resume run" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("vit.attention", "loss.prototypes"):
+        assert main(["train", "--out", "other", *sizes, f"{name}=triton"]) == 2
+        assert "choose" in capsys.readouterr().err
     assert main(["doctor", "run"]) == 0

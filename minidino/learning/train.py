@@ -39,6 +39,7 @@ from minidino.learning.optim import (
 )
 from minidino.learning.prototypes import Potentials, dense, resolve
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
+from minidino.model.attention import resolve as resolve_attention
 from minidino.runs import pick_precision
 
 DROPS = -3  # stands in for an image index in the seed of a step's stochastic depth
@@ -78,7 +79,8 @@ class State:
 
 def start(config: RunConfig, device: torch.device) -> State:
     """A fresh student, its teacher and optimizer; the run's seed decides the weights."""
-    resolve(config.loss.prototypes, device)  # raises what cannot run here before anything is built
+    resolve(config.loss.prototypes, device)  # these two raise what cannot run here before anything is built
+    resolve_attention(config.vit.attention, device)
     torch.manual_seed(config.run.seed)
     student = build_student(config).to(device).train()
     o = config.optim
