@@ -50,3 +50,20 @@ def test_the_trained_net_beats_every_baseline_by_three_sigma():
     for name in set(knn) - {"trained"}:
         error = ((trained["sd"] ** 2 + knn[name]["sd"] ** 2) / 3) ** 0.5
         assert trained["mean"] - knn[name]["mean"] > 3 * error
+
+
+def test_the_kernels_are_faster_where_the_readme_says_so():
+    claims = json.loads((ROOT / "data" / "results" / "attention.json").read_text())["claims"]
+    claims = [claim for claim in claims if claim["shape"] in ("S/16", "B/14", "L/14")]
+    assert len(claims) == 6  # as launched, and on the device alone
+    for claim in claims:
+        assert claim["best_over_ours"] > 1.05 and claim["best_packed_over_ours"] > 1.2
+
+
+def test_curation_helps_on_drawn_scenes_by_three_sigma():
+    summary = json.loads((ROOT / "data" / "results" / "curation-helps.json").read_text())["pools"]["drawn"]["summary"]
+    for better in ("balanced", "retrieved"):
+        for probe in ("knn", "linear"):
+            arms = summary[better][probe], summary["random"][probe]
+            error = (sum(arm["sd"] ** 2 for arm in arms) / 3) ** 0.5
+            assert arms[0]["mean"] - arms[1]["mean"] > 3 * error
