@@ -273,11 +273,11 @@ def stored(name: str = "attention") -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def by_shape(found: dict[str, Any], timing: str = "fwd_bwd") -> dict[str, dict[str, dict[str, Any]]]:
+def by_shape(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """{rival: {shape: row}} of what ran on at least one of the drawn shapes."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for row in found["rows"]:
-        if timing in row and row["shape"] in DRAWN:
+        if SHOWN in row and row["shape"] in DRAWN:
             rows.setdefault(row["rival"], {})[row["shape"]] = row
     return rows
 

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run step by step
 
 import torch.nn.functional as F
+from attention import extra_memory_mb
 from torch import Tensor
 
 from minidino.learning import losses
@@ -149,16 +150,6 @@ def _events(function: Callable[[], Any], flush: Tensor) -> Iterator[float]:
         yield first.elapsed_time(last)
 
 
-def peak_mb(function: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB beyond what there was before; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def ceilings(device: torch.device) -> dict[str, float]:
     """What this machine reaches with a large product and a large copy."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
@@ -191,7 +182,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
                 "targets_ms": timed(lambda step=step: step.targets(logits), device),
                 "forward_ms": timed(forward, device),
                 "both_ms": timed(both, device),
-                "peak_mb": peak_mb(whole, device),
+                "peak_mb": extra_memory_mb(whole, device),
             }
             del targets, forward, both, whole
         except torch.OutOfMemoryError as error:

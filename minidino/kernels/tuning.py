@@ -14,7 +14,7 @@ class Tiling(NamedTuple):
     """How the work of one shape class is cut; what tuning chooses among."""
 
     rows: int  # of a tile
-    columns: int  # looked at in one turn; 0: as many as rows, in one turn
+    columns: int  # looked at in one turn
     warps: int
     stages: int = 1  # of loads under way at once
 
