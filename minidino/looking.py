@@ -104,7 +104,8 @@ def pca_before_after(
 
 
 def _picture_rows(rows: Sequence[tuple[str, np.ndarray]], title: str, path: str | Path | None) -> None:
-    figure, axes = tiles(len(rows), len(rows[0][1]), title)
+    n, height, width, _ = rows[0][1].shape
+    figure, axes = tiles(len(rows), n, title, aspect=height / width)
     for line, (_, pictures) in zip(axes, rows, strict=True):
         for ax, picture in zip(line, pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
@@ -130,7 +131,7 @@ def attention_maps(images: Array, attn: Float[Array, "n h Hp Wp"], path: str | P
     spread = -(shares * np.log(np.maximum(shares, 1e-300))).sum((2, 3))
     uniform = math.log(attn.shape[2] * attn.shape[3])
     title = f"A head looks at {np.exp(spread).mean():.0f} of {attn.shape[2] * attn.shape[3]} patches on average"
-    figure, axes = tiles(1 + attn.shape[1], len(pictures), title)
+    figure, axes = tiles(1 + attn.shape[1], len(pictures), title, aspect=pictures.shape[1] / pictures.shape[2])
     for i, picture in enumerate(pictures):
         axes[0, i].imshow(picture, interpolation="nearest")
         for head in range(attn.shape[1]):

@@ -65,8 +65,8 @@ def test_foreground_shows_what_was_cut_out(tmp_path):
     thing = np.zeros(grid, bool)
     thing[1:3, 2:6] = True
     features[:, thing.ravel(), 2] -= 4
-    pictures_ = np.zeros((2, 16, 16, 3))  # black pixels: what is no foreground turns pale
-    found = looking.foreground_rgb(pictures_, foreground_pca(features, grid), grid, tmp_path / "fg.png")
+    black = np.zeros((2, 16, 32, 3))  # black pixels: what is no foreground turns pale
+    found = looking.foreground_rgb(black, foreground_pca(features, grid), grid, tmp_path / "fg.png")
     assert (found["mask"] == thing).all() and found["share"] == 0.25 and found["rgb"].shape == (2, 4, 8, 3)
     assert (found["rgb"][:, ~thing] == 0).all() and found["explained"].shape == (3,)
     assert title_of(tmp_path / "fg.png").startswith("25% of the patches are foreground")
@@ -115,14 +115,14 @@ def test_segmentation_sheet_judges_what_is_known(tmp_path):
     truth[0, :, 4:], truth[1] = 2, -1
     predicted = np.zeros((2, 8, 8), int)
     predicted[0, :2, 4:], predicted[1] = 2, 1
-    names = ["wall", "floor", "chair", "lamp"]
+    names = ["wall", "floor", "chair", "lamp", "door"]
     found = looking.segmentation_sheet(images(2), truth, torch.from_numpy(predicted), names, tmp_path / "s.png")
     assert found["accuracy"] == 40 / 64 and found["per_image"] == [40 / 64, pytest.approx(math.nan, nan_ok=True)]
     assert found["classes_seen"] == [0, 1, 2]
     assert title_of(tmp_path / "s.png") == "62.5% of the pixels of these 2 pictures are named rightly"
     assert_shows_something(tmp_path / "s.png")
-    shown = [pixels_of(tmp_path / "s.png", color) for color in pictures.SEGMENTS[:4]]
-    assert shown[1] > shown[2] > 1000 > 10 > shown[3]  # a whole picture; half of one and an eighth; not there
+    shown = [pixels_of(tmp_path / "s.png", color) for color in pictures.SEGMENTS[:5]]
+    assert shown[1] > shown[2] > 1000 > 10 > shown[4]  # a whole picture; half of one and an eighth; not there
     with pytest.raises(ValueError, match="one size"):
         looking.segmentation_sheet(images(2), truth, predicted[:, :4], names)
     with pytest.raises(ValueError, match="classes from 0 to 1, got 0 to 2"):
