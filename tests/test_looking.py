@@ -114,7 +114,7 @@ def test_segmentation_sheet_judges_what_is_known(tmp_path):
     truth = np.zeros((2, 8, 8), int)
     truth[0, :, 4:], truth[1] = 2, -1
     predicted = np.zeros((2, 8, 8), int)
-    predicted[0, :2, 4:], predicted[1] = 2, 1
+    predicted[0, :2, 4:], predicted[1], predicted[1, 7] = 2, 1, -1
     names = ["wall", "floor", "chair", "lamp", "door"]
     found = looking.segmentation_sheet(images(2), truth, torch.from_numpy(predicted), names, tmp_path / "s.png")
     assert found["accuracy"] == 40 / 64 and found["per_image"] == [40 / 64, pytest.approx(math.nan, nan_ok=True)]

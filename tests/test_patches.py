@@ -146,7 +146,7 @@ def test_mutual_matches_are_those_of_two_loops(masked):
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
 def test_assignment_is_the_cheapest_of_all(shape):
-    a, b = rng(3).standard_normal((shape[0], 3)), 2 * rng(4).standard_normal((shape[1], 3))
+    a, b = rng(13).standard_normal((shape[0], 3)), 2 * rng(14).standard_normal((shape[1], 3))  # squares differ
     distance = np.array([[np.sqrt(((x - y) ** 2).sum()) for y in b] for x in a])
     distance = distance if shape[0] <= shape[1] else distance.T
     cheapest = min(
