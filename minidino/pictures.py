@@ -1,12 +1,13 @@
-"""Every figure of the project. Each function draws, saves a PNG when given a path, and returns the numbers it drew."""
+"""Figures of a run, and what all figures share. Each draws, saves a PNG when given a path, and returns its numbers.
+
+What features know has its figures in looking.py.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidino.images.crops import IMAGENET_MEAN, IMAGENET_STD
@@ -34,7 +35,7 @@ DPI = 100
 # ---------------------------------------------------------------- paper and pencil
 
 
-def _figure(rows: int, columns: int, height: float, title: str, layout: str | None = "constrained", **grid):
+def figure_of(rows: int, columns: int, height: float, title: str, layout: str | None = "constrained", **grid):
     """A figure of the one width, its axes as an array (rows, columns), and its title, which is a sentence."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no window, no backend to choose
 
@@ -44,19 +45,20 @@ def _figure(rows: int, columns: int, height: float, title: str, layout: str | No
     return figure, axes
 
 
-def _save(figure, path: str | Path | None) -> None:
+def save(figure, path: str | Path | None) -> None:
+    """Write a figure as PNG, its title inside the file as its description; None saves nothing."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", metadata={"Description": figure.get_suptitle()})
 
 
-def _wall(rows: int, columns: int, title: str, aspect: float = 1.0, right: float = 0.995):
+def tiles(rows: int, columns: int, title: str, aspect: float = 1.0, right: float = 0.995):
     """A figure of small pictures without ticks, each at most a fifth of it wide; aspect is height over width of one."""
     left, head, gap = 0.035, 0.55, 0.07  # fraction of the width, inches, fraction of a picture
     right = left + (right - left) * min(1, columns / 5)
     height = WIDTH * (right - left) / columns * rows * aspect + head
     margins = {"left": left, "right": right, "top": 1 - head / height, "bottom": 0.005}
-    figure, axes = _figure(rows, columns, height, title, layout=None, **margins, wspace=gap, hspace=gap)
+    figure, axes = figure_of(rows, columns, height, title, layout=None, **margins, wspace=gap, hspace=gap)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values():
@@ -64,13 +66,14 @@ def _wall(rows: int, columns: int, title: str, aspect: float = 1.0, right: float
     return figure, axes
 
 
-def _array(values: Array) -> np.ndarray:
+def array_of(values: Array) -> np.ndarray:
+    """The numbers of an array or of a tensor on any device."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _colors_last(images: Array) -> np.ndarray:
+def colors_last(images: Array) -> np.ndarray:
     """Images as (n, H, W, 3) in [0, 1], from uint8 or [0, 1] floats, channels first or last."""
-    images = _array(images)
+    images = array_of(images)
     if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
         raise ValueError(f"expected images of shape (n, 3, H, W) or (n, H, W, 3), got {images.shape}")
     images = images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)
@@ -79,13 +82,33 @@ def _colors_last(images: Array) -> np.ndarray:
 
 def _undo_normalise(crops: Array) -> np.ndarray:
     """Crops as the network sees them, back to (n, s, s, 3) in [0, 1]."""
-    crops = _array(crops).transpose(0, 2, 3, 1)
+    crops = array_of(crops).transpose(0, 2, 3, 1)
     return np.clip(crops * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN), 0, 1)
 
 
-def _label_rows(axes: np.ndarray, labels: Sequence[str]) -> None:
+def label_rows(axes: np.ndarray, labels: Sequence[str]) -> None:
+    """Say at the left of each row of pictures what it shows."""
     for ax, label in zip(axes[:, 0], labels, strict=True):
         ax.set_ylabel(label)
+
+
+def plain_numbers(axis) -> None:
+    """Ticks of a logarithmic axis as 2, 5, 10 and not as powers; more of them within one power of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def wall(images: Array, title: str, path: str | Path | None = None, columns: int = 10) -> dict:
+    """Draw many pictures side by side, row by row; returns how many."""
+    figure, axes = tiles(math.ceil(len(images) / columns), columns, f"{title}: {len(images)} of them")
+    for ax, picture in zip(axes.flat, colors_last(images)):
+        ax.imshow(picture, interpolation="nearest")
+    save(figure, path)
+    return {"n": len(images)}
 
 
 # ---------------------------------------------------------------- what the student sees
@@ -106,23 +129,23 @@ def crops_and_masks(
         "masked_frac" share of hidden patches per global crop; "n_global", "n_local".
     """
     globals_, locals_ = _undo_normalise(crops_global), _undo_normalise(crops_local)
-    masks = _array(masks).astype(bool)
+    masks = array_of(masks).astype(bool)
     side = globals_.shape[1] // patch_size
     holes = masks.reshape(-1, side, side).repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
-    pictures = [("image", _colors_last(_array(image)[None])[0])]
+    pictures = [("image", colors_last(array_of(image)[None])[0])]
     pictures += [(f"global {i + 1}: teacher", crop) for i, crop in enumerate(globals_)]
     student = np.where(holes, 0.5, globals_)
     pictures += [(f"global {i + 1}: student", crop) for i, crop in enumerate(student)]
     pictures += [(f"local {i + 1}: student", crop) for i, crop in enumerate(locals_)]
     columns = min(len(pictures), 5)
     title = f"The student sees {len(globals_)} large crops with holes and {len(locals_)} small ones of the same image"
-    figure, axes = _wall(math.ceil(len(pictures) / columns), columns, title, aspect=1.2)
+    figure, axes = tiles(math.ceil(len(pictures) / columns), columns, title, aspect=1.2)
     for ax in axes.flat[len(pictures) :]:
         ax.set_visible(False)
     for ax, (name, picture) in zip(axes.flat, pictures, strict=False):
         ax.imshow(picture, interpolation="nearest")
         ax.set_title(f"{name}, {picture.shape[1]} px", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
     return {"masked_frac": masks.mean(1).tolist(), "n_global": len(globals_), "n_local": len(locals_)}
 
 
@@ -142,19 +165,19 @@ def scenes_sheet(
     """
     from matplotlib.colors import LogNorm, to_rgb
 
-    pictures, masks, depth = _colors_last(images), _array(masks).astype(int), _array(depth).astype(float)
+    pictures, masks, depth = colors_last(images), array_of(masks).astype(int), array_of(depth).astype(float)
     palette = np.array([to_rgb(color) for color in SEGMENTS])
     near, far = float(depth.min()), float(depth.max())
-    figure, axes = _wall(3, len(pictures), "Every image comes with its class, its segments and its depth", right=0.92)
+    figure, axes = tiles(3, len(pictures), "Every image comes with its class, its segments and its depth", right=0.92)
     for i, name in enumerate(classes):
         axes[0, i].set_title(name, fontsize=8)
         axes[0, i].imshow(pictures[i], interpolation="nearest")
         axes[1, i].imshow(palette[masks[i] % len(palette)], interpolation="nearest")
         shown = axes[2, i].imshow(depth[i], cmap="viridis_r", norm=LogNorm(near, far), interpolation="nearest")
-    _label_rows(axes, ("image", "segments", "depth"))
+    label_rows(axes, ("image", "segments", "depth"))
     last = axes[2, -1].get_position()
     figure.colorbar(shown, cax=figure.add_axes((last.x1 + 0.01, last.y0, 0.012, last.height)), label="depth (m)")
-    _save(figure, path)
+    save(figure, path)
     seen, counts = np.unique(masks, return_counts=True)
     return {"classes_seen": seen.tolist(), "share": (counts / masks.size).tolist(), "depth_m": (near, far)}
 
@@ -177,7 +200,7 @@ def training_curves(records: Sequence[dict], path: str | Path | None = None, ln_
         points = [(r["seconds"], r[key]) for r in records if r.get(key) is not None and r.get("seconds") is not None]
         if points:
             curves[key] = tuple(np.array(points, dtype=float).T)
-    figure, axes = _figure(3, 1, 6.5, _curves_title(curves), height_ratios=(2, 2, 1.5))
+    figure, axes = figure_of(3, 1, 6.5, _curves_title(curves), height_ratios=(2, 2, 1.5))
     losses, target, judge = axes[:, 0]
     for key, style in (("dino", "-"), ("ibot", "--"), ("koleo", ":")):
         if key in curves:
@@ -196,7 +219,7 @@ def training_curves(records: Sequence[dict], path: str | Path | None = None, ln_
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
     return curves
 
 
@@ -225,7 +248,7 @@ def baselines_bar(
     ranked = sorted(results.items(), key=lambda item: -item[1][0])
     names, means, sds = [n for n, _ in ranked], [m for _, (m, _) in ranked], [s for _, (_, s) in ranked]
     runner_up = f", {names[1]} {means[1]:.1%}" if len(names) > 1 else ""
-    figure, axes = _figure(1, 1, 0.45 * len(names) + 1.4, f"{names[0]} reaches {means[0]:.1%}{runner_up}")
+    figure, axes = figure_of(1, 1, 0.45 * len(names) + 1.4, f"{names[0]} reaches {means[0]:.1%}{runner_up}")
     ax, places = axes[0, 0], np.arange(len(names))
     colors = [COLORS[next((word for word in ("trained", "random") if word in n.lower()), "pixels")] for n in names]
     ax.barh(places, np.multiply(means, 100), xerr=np.multiply(sds, 100), color=colors, capsize=3)
@@ -234,7 +257,7 @@ def baselines_bar(
     ax.set(yticks=places, yticklabels=names, xlabel=f"{metric} (%)", xlim=(0, 110 * max(np.add(means, sds))))
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
     return {"names": names, "means": means, "sds": sds}
 
 
@@ -242,179 +265,44 @@ def funnel(counts: dict[str, int], path: str | Path | None = None) -> dict:
     """Draw how many pictures each stage of curation left; returns the share of the first that is left at each."""
     names, left = list(counts), np.array(list(counts.values()))
     title = f"{left[-1]:,} of {left[0]:,} files are left after {names[-1]!r}"
-    figure, axes = _figure(1, 1, 0.45 * len(names) + 1.2, title)
+    figure, axes = figure_of(1, 1, 0.45 * len(names) + 1.2, title)
     bars = axes[0, 0].barh(names, left, color=COLORS["trained"])
     axes[0, 0].bar_label(bars, [f"{n:,}" for n in left], padding=4)
     axes[0, 0].set(xlabel="pictures left", xlim=(0, 1.12 * left[0]))
     axes[0, 0].invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
     return {"share": (left / left[0]).tolist()}
 
 
-# ---------------------------------------------------------------- what the features know
-
-
-class PcaBasis(NamedTuple):
-    """Where the features lie and the directions in which they differ most; `explained` is each one's share."""
-
-    mean: Float[np.ndarray, "D"]
-    components: Float[np.ndarray, "n D"]
-    explained: Float[np.ndarray, "n"]
-
-
-def pca_basis(features: Array, n: int = 3) -> PcaBasis:
-    """Find the n directions in which features differ most.
+def grid_heatmap(table: Mapping[str, Mapping[float, float]], path: str | Path | None = None) -> dict:
+    """Draw the accuracy of a grid of linear classifiers: what they read from, times the learning rate.
 
     Args:
-        features: (m, D).
-        n: how many; at most D.
-    Returns:
-        Rows of length 1, strongest first. The sign of each is fixed: its entry of largest magnitude is positive.
-    """
-    x = _array(features).astype(np.float64)
-    if x.ndim != 2 or not 1 <= n <= x.shape[1]:
-        raise ValueError(f"expected features (m, D) and 1 <= n <= D, got {x.shape} and n = {n}")
-    mean = x.mean(0)
-    variance, directions = np.linalg.eigh((x - mean).T @ (x - mean))  # rising
-    components = directions.T[::-1][:n]
-    largest = np.abs(components).argmax(1)
-    components = components * np.sign(components[np.arange(n), largest])[:, None]
-    return PcaBasis(mean, components, variance[::-1][:n] / max(variance.sum(), 1e-300))
-
-
-def _rgb(patch_features: Array, grid: tuple[int, int]) -> tuple[np.ndarray, PcaBasis]:
-    """Three components as red, green, blue: one basis and one scale (1st to 99th percentile) for all the images."""
-    features = _array(patch_features).astype(np.float64)
-    n, n_patches, width = features.shape
-    if n_patches != grid[0] * grid[1]:
-        raise ValueError(f"expected {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches, got {n_patches}")
-    basis = pca_basis(features.reshape(-1, width), 3)
-    scores = (features - basis.mean) @ basis.components.T
-    low, high = np.percentile(scores, (1, 99), axis=(0, 1))
-    scaled = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return scaled.reshape(n, *grid, 3), basis
-
-
-def pca_rgb(patch_features: Array, grid: tuple[int, int], images: Array, path: str | Path | None = None) -> dict:
-    """Paint every patch by the three directions in which patch features differ most: equal colour, equal feature.
-
-    Args:
-        patch_features: (n, N, D).
-        grid: (Hp, Wp) with Hp * Wp = N.
-        images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
+        table: {what it reads: {learning rate: top-1 fraction}}, `linear_probe(...)["table"]` per row; rates that a row
+            lacks stay white.
         path: where the PNG goes; None draws without saving.
     Returns:
-        "rgb" (n, Hp, Wp, 3) in [0, 1], "components" (3, D), "explained" share of variance per component.
-    Source: DINOv2 paper, figure 1.
-    Differs: three components over all patches; the paper first cuts out the foreground with the first component.
+        "grid" (rows, rates) fractions, nan where there is none, "lrs" rising, "best" (name, learning rate, fraction).
+    Raises:
+        ValueError: an empty table.
     """
-    rgb, basis = _rgb(patch_features, grid)
-    title = f"Three directions hold {basis.explained.sum():.0%} of what tells patches apart"
-    _picture_rows([("image", _colors_last(images)), ("patch features", rgb)], title, path)
-    return {"rgb": rgb, "components": basis.components, "explained": basis.explained}
-
-
-def pca_before_after(
-    images: Array, before: Array, after: Array, grid: tuple[int, int], path: str | Path | None = None
-) -> dict:
-    """Paint patch features of the same images before and after training, each network in its own three directions.
-
-    Args:
-        images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
-        before, after: (n, N, D) patch features of the untrained and of the trained network.
-        grid: (Hp, Wp) with Hp * Wp = N.
-        path: where the PNG goes; None draws without saving.
-    Returns:
-        "before", "after": (n, Hp, Wp, 3) in [0, 1]; "explained_before", "explained_after": share per component.
-    Source: DINOv2 paper, figure 1.
-    """
-    old, old_basis = _rgb(before, grid)
-    new, new_basis = _rgb(after, grid)
-    rows = [("image", _colors_last(images)), ("random", old), ("trained", new)]
-    shares = old_basis.explained.sum(), new_basis.explained.sum()
-    title = "Three directions hold {:.0%} of what tells patches apart before training, {:.0%} after it".format(*shares)
-    _picture_rows(rows, title, path)
-    return {
-        "before": old,
-        "after": new,
-        "explained_before": old_basis.explained,
-        "explained_after": new_basis.explained,
-    }
-
-
-def _picture_rows(rows: Sequence[tuple[str, np.ndarray]], title: str, path: str | Path | None) -> None:
-    figure, axes = _wall(len(rows), len(rows[0][1]), title)
-    for line, (_, pictures) in zip(axes, rows, strict=True):
-        for ax, picture in zip(line, pictures, strict=True):
-            ax.imshow(picture, interpolation="nearest")
-    _label_rows(axes, [name for name, _ in rows])
-    _save(figure, path)
-
-
-def attention_maps(images: Array, attn: Float[Array, "n h Hp Wp"], path: str | Path | None = None) -> dict:
-    """Draw where the class token looks, head by head.
-
-    Args:
-        images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
-        attn: (n, h, Hp, Wp) attention of the class token to the patches.
-        path: where the PNG goes; None draws without saving.
-    Returns:
-        "entropy" (n, h) nats of each map scaled to sum 1, and "uniform", the entropy of looking everywhere alike.
-    """
-    pictures, attn = _colors_last(images), _array(attn).astype(np.float64)
-    shares = attn / attn.sum((2, 3), keepdims=True)
-    spread = -(shares * np.log(np.maximum(shares, 1e-300))).sum((2, 3))
-    uniform = math.log(attn.shape[2] * attn.shape[3])
-    title = f"A head looks at {np.exp(spread).mean():.0f} of {attn.shape[2] * attn.shape[3]} patches on average"
-    figure, axes = _wall(1 + attn.shape[1], len(pictures), title)
-    for i, picture in enumerate(pictures):
-        axes[0, i].imshow(picture, interpolation="nearest")
-        for head in range(attn.shape[1]):
-            axes[1 + head, i].imshow(shares[i, head], cmap="magma", vmin=0, interpolation="nearest")
-    _label_rows(axes, ["image"] + [f"head {head + 1}" for head in range(attn.shape[1])])
-    _save(figure, path)
-    return {"entropy": spread, "uniform": uniform}
-
-
-def neighbours_wall(
-    queries: Array,
-    bank: Array,
-    index: Int[Array, "q k"],
-    query_labels: Int[Array, "q"],
-    bank_labels: Int[Array, "m"],
-    path: str | Path | None = None,
-) -> dict[str, Bool[np.ndarray, "q k"] | float]:
-    """Draw queries and their nearest neighbours, framed green where the class agrees and red where it does not.
-
-    Args:
-        queries: (q, 3, H, W) or (q, H, W, 3) images.
-        bank: all the images that index points into.
-        index: (q, k) positions in the bank, nearest first.
-        query_labels, bank_labels: classes.
-        path: where the PNG goes; None draws without saving.
-    Returns:
-        "right" (q, k) bool and "share" of the neighbours that agree.
-    """
-    index = _array(index)
-    right = _array(bank_labels)[index] == _array(query_labels)[:, None]
-    title = f"{right.mean():.0%} of the {index.shape[1]} nearest neighbours show the class of the query"
-    figure, axes = _wall(len(index), 1 + index.shape[1], title)
-    for row, query in enumerate(_colors_last(queries)):
-        axes[row, 0].imshow(query, interpolation="nearest")
-        for column, picture in enumerate(_colors_last(_array(bank)[index[row]])):
-            ax = axes[row, 1 + column]
-            ax.imshow(picture, interpolation="nearest")
-            for spine in ax.spines.values():
-                spine.set(visible=True, linewidth=3, color=RIGHT if right[row, column] else WRONG)
-    axes[0, 0].set_title("query", fontsize=8)
-    _save(figure, path)
-    return {"right": right, "share": float(right.mean())}
-
-
-def wall(images: Array, title: str, path: str | Path | None = None, columns: int = 10) -> dict:
-    """Draw many pictures side by side, row by row; returns how many."""
-    figure, axes = _wall(math.ceil(len(images) / columns), columns, f"{title}: {len(images)} of them")
-    for ax, picture in zip(axes.flat, _colors_last(images)):
-        ax.imshow(picture, interpolation="nearest")
-    _save(figure, path)
-    return {"n": len(images)}
+    names, lrs = list(table), sorted({lr for row in table.values() for lr in row})
+    if not lrs:
+        raise ValueError("expected at least one row with one learning rate, got none")
+    grid = np.array([[table[name].get(lr, np.nan) for lr in lrs] for name in names], dtype=float)
+    row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
+    best = names[row], lrs[column], float(grid[row, column])
+    title = f"The best of {np.isfinite(grid).sum()} classifiers reads {best[0]} at a rate of {best[1]:g}: {best[2]:.1%}"
+    figure, axes = figure_of(1, 1, 0.45 * len(names) + 1.5, title)
+    ax = axes[0, 0]
+    shown = ax.imshow(100 * grid, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            ink, weight = "white" if value < middle else "black", "bold" if (y, x) == (row, column) else "normal"
+            ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=ink, weight=weight)
+    ax.set(xticks=range(len(lrs)), xticklabels=[f"{lr:g}" for lr in lrs], yticks=range(len(names)), yticklabels=names)
+    ax.set_xlabel("learning rate")
+    figure.colorbar(shown, ax=ax, label="top-1 (%)")
+    save(figure, path)
+    return {"grid": grid, "lrs": lrs, "best": best}

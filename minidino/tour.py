@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minidino import pictures
+from minidino import looking, pictures
 from minidino.config import RunConfig, difference, preset
 from minidino.curate import curate
 from minidino.images.batches import make_batch
-from minidino.images.crops import normalise
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.pools import Pool, make_pool, write_pool
@@ -30,6 +29,7 @@ from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.probes import features
 from minidino.probes.knn import neighbours
+from minidino.probes.patches import attention_to
 from minidino.report import Section, write_report
 from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
 from minidino.stages import K, World, open_world, pretrain, some
@@ -158,12 +158,9 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     wide = shown.squares(size + patch - stride)
     before, after = (features.dense_patches(v, wide, patch, stride) for v in (untrained, trained))
     grid = before.shape[1:3]
-    pictures.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
-    squares, grid = shown.squares(size), (size // patch, size // patch)
-    with torch.no_grad():
-        maps = trained.attention_maps(normalise(squares[:6].to(device)))
-        attention = maps[:, :, 0, -grid[0] * grid[1] :].unflatten(-1, grid).cpu()
-    pictures.attention_maps(squares[:6], attention, folder / "attention.png")
+    looking.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
+    squares = shown.squares(size)[:6]
+    looking.attention_maps(squares, attention_to(trained, squares), folder / "attention.png")
     if world.test is not None:
         _draw_neighbours(world, size, trained, folder / "neighbours.png")
 
@@ -174,7 +171,7 @@ def _draw_neighbours(world: World, size: int, backbone: VisionTransformer, path:
     images = bank.squares(size), queries.squares(size)
     rows = [features.extract(backbone, part, progress=False)["cls"] for part in images]
     _, index = neighbours(*rows, 7)
-    pictures.neighbours_wall(images[1], images[0], index, queries.labels, bank.labels, path)
+    looking.neighbours_wall(images[1], images[0], index, queries.labels, bank.labels, path)
 
 
 def report(run: Run, world: World, results: dict[str, Any]) -> Path:

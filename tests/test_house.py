@@ -26,13 +26,13 @@ ORDER = """
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
-    probes.features probes.knn probes.linear probes.retrieval probes.segmentation probes.depth
-    pictures report scaling notebook stages judge curate tour cli
+    probes.features probes.patches probes.knn probes.linear probes.retrieval probes.segmentation probes.depth
+    pictures looking report scaling notebook stages judge curate tour cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {
     "triton": ("kernels",),
     "torch.distributed": ("distributed",),
-    "matplotlib": ("pictures",),
+    "matplotlib": ("pictures", "looking"),
     "faiss": ("curation", "probes"),
     "PIL": ("images",),
     "torchvision": ("images",),

@@ -68,64 +68,6 @@ def test_baselines_are_ranked_and_coloured_by_meaning(tmp_path):
     assert drawn[0] > 1.5 * drawn[1] > 2 * drawn[2] > 0  # bars as long as the numbers
 
 
-def test_pca_basis_finds_the_directions_and_fixes_their_sign():
-    sklearn_pca = pytest.importorskip("sklearn.decomposition").PCA
-    x = rng().standard_normal((200, 6)) * [1, 5, 2, 0.1, 3, 0.5] + 4
-    basis = pictures.pca_basis(x, 3)
-    oracle = sklearn_pca(3).fit(x)
-    cosines = np.abs((basis.components * oracle.components_).sum(1))
-    np.testing.assert_allclose(cosines, 1, atol=1e-9)
-    np.testing.assert_allclose(basis.explained, oracle.explained_variance_ratio_, atol=1e-9)
-    np.testing.assert_allclose(basis.mean, x.mean(0))
-    assert (basis.components[np.arange(3), np.abs(basis.components).argmax(1)] > 0).all()
-    mirrored = pictures.pca_basis(torch.from_numpy(2 * x.mean(0) - x), 3)  # the same cloud, seen from the other side
-    np.testing.assert_allclose(mirrored.components, basis.components, atol=1e-9)
-    with pytest.raises(ValueError, match="1 <= n <= D"):
-        pictures.pca_basis(x, 7)
-
-
-def test_pca_rgb_shares_one_basis_over_the_images(tmp_path):
-    features = rng(1).standard_normal((3, 8, 5))
-    features[2] = features[0]  # the same features in another image get the same colours
-    found = pictures.pca_rgb(torch.from_numpy(features), (2, 4), images(3), tmp_path / "pca.png")
-    assert found["rgb"].shape == (3, 2, 4, 3) and found["rgb"].min() == 0 and found["rgb"].max() == 1
-    np.testing.assert_array_equal(found["rgb"][0], found["rgb"][2])
-    centred = features.reshape(-1, 5) - features.reshape(-1, 5).mean(0)
-    first = (centred @ found["components"][0]).reshape(3, 2, 4)
-    inside = (found["rgb"][..., 0] > 0) & (found["rgb"][..., 0] < 1)
-    assert np.corrcoef(first[inside], found["rgb"][..., 0][inside])[0, 1] > 0.999999  # a straight line between the cuts
-    assert_shows_something(tmp_path / "pca.png")
-    with pytest.raises(ValueError, match="2 x 2 = 4 patches, got 8"):
-        pictures.pca_rgb(features, (2, 2), images(3))
-
-
-def test_pca_before_after_gives_each_network_its_own_directions(tmp_path):
-    before, after = rng(1).standard_normal((2, 4, 6)), rng(2).standard_normal((2, 4, 9))
-    found = pictures.pca_before_after(images(2), before, after, (2, 2), tmp_path / "both.png")
-    np.testing.assert_array_equal(found["before"], pictures.pca_rgb(before, (2, 2), images(2))["rgb"])
-    np.testing.assert_array_equal(found["after"], pictures.pca_rgb(after, (2, 2), images(2))["rgb"])
-    assert_shows_something(tmp_path / "both.png")
-
-
-def test_attention_maps_tell_a_point_from_everywhere(tmp_path):
-    attn = np.zeros((2, 3, 4, 4))
-    attn[:, 0] = 0.7  # everywhere alike
-    attn[:, 1, 2, 2] = 0.5  # one patch
-    attn[:, 2, :2] = 1.0  # half
-    found = pictures.attention_maps(images(2), torch.from_numpy(attn), tmp_path / "attention.png")
-    np.testing.assert_allclose(found["entropy"], [[math.log(16), 0, math.log(8)]] * 2, atol=1e-12)
-    assert found["uniform"] == pytest.approx(math.log(16))
-    assert_shows_something(tmp_path / "attention.png")
-
-
-def test_neighbours_wall_frames_what_agrees(tmp_path):
-    index = torch.tensor([[0, 1, 2], [3, 2, 1]])
-    found = pictures.neighbours_wall(images(2), images(4), index, [5, 6], [5, 5, 6, 7], tmp_path / "wall.png")
-    assert found["right"].tolist() == [[True, True, False], [False, True, False]] and found["share"] == 0.5
-    green, red = (pixels_of(tmp_path / "wall.png", color) for color in (pictures.RIGHT, pictures.WRONG))
-    assert green > 500 and 0.8 < green / red < 1.25
-
-
 def test_scenes_sheet(tmp_path):
     masks = np.zeros((2, 8, 8), int)
     masks[:, 4:] = 1
@@ -143,8 +85,20 @@ def test_scenes_sheet(tmp_path):
 def test_a_title_is_a_sentence_about_the_numbers_and_goes_into_the_file(tmp_path):
     from PIL import Image
 
-    pictures.neighbours_wall(images(1), images(2), [[0, 1]], [1], [1, 0], tmp_path / "wall.png")
-    assert Image.open(tmp_path / "wall.png").info["Description"].startswith("50% of the 2 nearest neighbours")
+    pictures.funnel({"files": 200, "chosen": 50}, tmp_path / "funnel.png")
+    assert Image.open(tmp_path / "funnel.png").info["Description"] == "50 of 200 files are left after 'chosen'"
+
+
+def test_the_grid_of_a_linear_probe_shows_its_best(tmp_path):
+    table = {"1 block": {1e-3: 0.5, 1e-1: 0.25}, "4 blocks": {1e-3: 0.625, 1e-2: 0.75}}
+    found = pictures.grid_heatmap(table, tmp_path / "grid.png")
+    nan = math.nan
+    np.testing.assert_array_equal(found["grid"], [[0.5, nan, 0.25], [0.625, 0.75, nan]])
+    assert found["lrs"] == [1e-3, 1e-2, 1e-1] and found["best"] == ("4 blocks", 1e-2, 0.75)
+    assert_shows_something(tmp_path / "grid.png")
+    pictures.grid_heatmap({"one": {1.0: 0.5}})  # one cell is no crash
+    with pytest.raises(ValueError, match="at least one row"):
+        pictures.grid_heatmap({"1 block": {}})
 
 
 # ---------------------------------------------------------------- the report

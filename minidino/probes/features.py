@@ -21,7 +21,7 @@ from minidino.images.crops import luminance, normalise
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule gets its own training flag back."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -56,10 +56,10 @@ def extract(
     Source: DINOv2 paper, section 7 (frozen features); official dinov2/eval/utils.py.
     Differs: float32 throughout; the official extraction runs under fp16 autocast.
     """
-    _expect_pixels(images)
+    expect_pixels(images)
     device = next(vit.parameters()).device
     found: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} | ({"patch": []} if patches else {})
-    with _frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
+    with frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
             tokens = vit.forward_features(normalise(batch.to(device)))
             patch = tokens.x_norm_patchtokens.float()  # (B, N, D)
@@ -96,7 +96,8 @@ def dense_patches(
     return dense.flatten(3, 4).flatten(1, 2)
 
 
-def _expect_pixels(images: Tensor) -> None:
+def expect_pixels(images: Tensor) -> None:
+    """Raise ValueError unless these are uint8 images (n, 3, H, W), at least one."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(
             f"expected at least one image as uint8 pixels of shape (n, 3, H, W), got {images.dtype} of shape "
@@ -197,14 +198,14 @@ def pixels(images: UInt8[Tensor, "n 3 H W"], mean: Float[Tensor, "3 H W"] | None
     Returns:
         One row per image, in [-1, 1].
     """
-    _expect_pixels(images)
+    expect_pixels(images)
     values = images.float() / 255
     return (values - (values.mean(0) if mean is None else mean)).flatten(1)
 
 
 def gray_pixels(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n F"]:
     """Describe an image by its luminance, place by place, with mean 0 and deviation 1 within each image."""
-    _expect_pixels(images)
+    expect_pixels(images)
     gray = luminance(images.float() / 255).flatten(1)
     gray = gray - gray.mean(1, keepdim=True)
     return gray / (gray.std(1, keepdim=True) + 1e-6)
@@ -217,7 +218,7 @@ def color_histogram(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 216"]:
         Square roots of the shares of pixels (their squares sum to 1), so that the cosine of two rows is the
         Bhattacharyya coefficient of the two histograms.
     """
-    _expect_pixels(images)
+    expect_pixels(images)
     bins = images.flatten(2).long() * 6 // 256  # (n, 3, H*W), 0 to 5
     bins = bins[:, 0] * 36 + bins[:, 1] * 6 + bins[:, 2]
     ones = torch.ones_like(bins, dtype=torch.float32)
@@ -237,7 +238,7 @@ def hog(images: UInt8[Tensor, "n 3 H W"], chunk: int = 256) -> Float[Tensor, "n 
         ValueError: a side is under 16 px; there is no block.
     Source: Dalal and Triggs 2005; the same numbers as skimage.feature.hog(block_norm="L2-Hys", channel_axis=-1).
     """
-    _expect_pixels(images)
+    expect_pixels(images)
     if min(images.shape[2:]) < 16:
         raise ValueError(f"expected sides of at least 16 px (2 x 2 cells), got {tuple(images.shape[2:])} px")
     return torch.cat([torch.from_numpy(_hog(part.numpy())) for part in images.cpu().split(chunk)])
