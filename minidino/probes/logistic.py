@@ -91,9 +91,10 @@ def _fit(
     """Weights and, in the last column, biases; the first class of two has zeros."""
     n, free = len(z), n_classes if n_classes > 2 else n_classes - 1
     penalty = 1 / (c * n)
-    scale = torch.cat([(spread / n_classes + penalty).rsqrt(), spread.new_ones(1)])  # about 1 / sqrt(curvature)
     if free == 0:
-        return torch.zeros(1, len(scale), dtype=torch.float64)
+        return spread.new_zeros(1, len(spread) + 1)
+    curvature = 1 / n_classes if start is None else _curvature(z, start)
+    scale = torch.cat([(curvature * spread + penalty).rsqrt(), spread.new_tensor([curvature]).rsqrt()])
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         inner = torch.from_numpy(flat).view(free, -1) * scale
@@ -113,6 +114,12 @@ def _fit(
     found = minimize(loss, begin.flatten().numpy(), jac=True, method="L-BFGS-B", options=options).x
     found = torch.from_numpy(found).view(free, -1) * scale
     return found if free > 1 else torch.cat([torch.zeros_like(found), found])
+
+
+def _curvature(z: Float[Tensor, "n r"], parameters: Float[Tensor, "K r1"]) -> float:
+    """Mean of p (1 - p): how strongly the loss of a row bends, on average."""
+    probs = (z @ parameters[:, :-1].T + parameters[:, -1]).softmax(1)
+    return max((probs * (1 - probs)).mean().item(), 1e-12)
 
 
 def logistic_regression(
