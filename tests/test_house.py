@@ -26,7 +26,8 @@ ORDER = """
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
-    probes.features probes.knn probes.linear probes.grid probes.logistic probes.retrieval probes.segmentation probes.depth
+    probes.features probes.knn probes.linear probes.grid probes.logistic probes.retrieval
+    probes.segmentation probes.depth
     pictures report scaling notebook stages judge curate tour cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {

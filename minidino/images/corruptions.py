@@ -82,11 +82,11 @@ def mean_corruption_error(
         raise ValueError(f"expected the same corruptions and severities, got {sorted(errors)} and {sorted(baseline)}")
     found = {}
     for prefix, ours, theirs in (("", 0.0, 0.0), *([("relative_", *clean)] if clean else [])):
-        sums = {c: (float(np.sum(errors[c]) - ours * len(errors[c])), float(np.sum(baseline[c]) - theirs * len(errors[c])))
-                for c in errors}  # fmt: skip
-        if any(below <= 0 for _, below in sums.values()):
-            raise ValueError(f"the baseline makes no {prefix.replace('_', ' ')}error to compare with: {sums}")
-        ce = {c: above / below for c, (above, below) in sums.items()}
+        above = {c: float(np.sum(errors[c])) - ours * len(errors[c]) for c in errors}
+        below = {c: float(np.sum(baseline[c])) - theirs * len(errors[c]) for c in errors}
+        if min(below.values()) <= 0:
+            raise ValueError(f"the baseline makes no {prefix.replace('_', ' ')}error to compare with: {below}")
+        ce = {c: above[c] / below[c] for c in errors}
         found |= {f"{prefix}mce": float(np.mean(list(ce.values()))), f"{prefix}ce": ce}
     return found
 

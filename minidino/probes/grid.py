@@ -55,8 +55,8 @@ def linear_grid(
         choose: "held-out" takes the head that is best on held-out training rows; "test", as published, trains on all
             training rows and takes the head that is best on the test rows, which is optimistic.
     Returns:
-        "accuracy" of the chosen head, top-1 fraction on the test rows; "best_lr", "blocks", "avgpool" say which; "table"
-        has a dict for each head: "lr", "blocks", "avgpool", "accuracy" on the rows that chose.
+        "accuracy" of the chosen head, top-1 fraction on the test rows; "best_lr", "blocks", "avgpool" say which;
+        "table" has a dict for each head: "lr", "blocks", "avgpool", "accuracy" on the rows that chose.
     Raises:
         ValueError: another way to choose, too few labelled rows, features that lack the blocks.
     Source: DINOv2 paper, section 7.1; official dinov2/eval/linear.py (b8931f7).
@@ -164,7 +164,7 @@ def augmented_features(
         ValueError: no labelled picture.
     Source: official dinov2/data/transforms.py (b8931f7), make_classification_train_transform.
     """
-    law = CropLaw(size=size, scale=scale, jitter_p=0, gray_p=0, blur_p=0)
+    law = CropLaw(size=size, scale=scale, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
     known = np.flatnonzero(pixels.labels >= 0)
     if len(known) == 0:
         raise ValueError("no picture has a label of 0 or more: nothing to learn from")

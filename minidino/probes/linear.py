@@ -110,6 +110,8 @@ def train_heads(
     factor = cosine_schedule(1.0, 0.0, steps)
     done = 0
     for x, y in islice(batches, steps):
+        if len(y) == 0 or y.min() < 0 or y.max() >= n_classes:
+            raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
         logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
         error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
         error[:, y, torch.arange(len(y))] -= 1

@@ -109,8 +109,8 @@ def mean_average_precision(
         interpolation: see `average_precision`.
     Returns:
         "map"; "ap" per query, nan for those without positives, which are left out of all means; "n_queries" that were
-        counted and "n_left_out"; "precision" {k: share of positives among the first min(k, rank of the last positive)},
-        the official mP@k; "recall" {k: share of the positives among the first k}.
+        counted and "n_left_out"; "precision" {k: share of positives among the first min(k, rank of the last
+        positive)}, the official mP@k; "recall" {k: share of the positives among the first k}.
     Raises:
         ValueError: another protocol, not one Query per row, rows that do not exist, rows both positive and ignored,
             NaN, or no query with positives.
