@@ -234,7 +234,11 @@ def test_grid_of_rates_equals_torch_sgd_one_rate_at_a_time():
     x, y = blobs(96, 4, 6, 1.0)
     generator = torch.Generator().manual_seed(3)
     lrs, epochs, batch = (1e-3, 0.1), 5, 32
-    found = linear._sgd_grid(x, y, 4, lrs, epochs, batch, generator)
+    rows = torch.cat([x, torch.ones(96, 1)], 1)
+    weights = linear.train_heads(
+        linear.shuffled(rows, y, batch, generator), [(0, 7)], 6, 4, lrs, epochs * 3, generator
+    )
+    found = weights[0].view(2, 4, 7)
     for row, lr in enumerate(lrs):
         generator = torch.Generator().manual_seed(3)
         net = nn.Linear(6, 4)
@@ -323,6 +327,31 @@ def test_patch_depth_probe_is_ridge_on_log_metres():
     assert found["log_rmse"] < 0.15 < found["constant"]
     with pytest.raises(ValueError, match="one value per patch"):
         linear.patch_depth_probe(x, depth[:, :3], x, depth)
+
+
+def small_vit(depth=3, registers=0):
+    torch.manual_seed(0)
+    return build_vit(
+        "vit_tiny", width=16, depth=depth, heads=2, patch_size=4, img_size=8, num_register_tokens=registers, init_std=0.3
+    )
+
+
+def test_extract_of_several_blocks_is_one_look_and_agrees_with_the_layers():
+    vit, images = small_vit(registers=2), some_images(5, 8)
+    looks = []
+    vit.patch_embed.register_forward_hook(lambda *_: looks.append(1))
+    found = features.extract(vit, images, batch_size=2, progress=False, patches=True, blocks=3)
+    assert len(looks) == 3 and found["cls_blocks"].shape == (5, 3, 16)  # three batches, one look at each
+    layers = vit.get_intermediate_layers(features.normalise(images), n=3, return_class_token=True)
+    for block, (_, cls) in enumerate(layers):  # oldest first
+        torch.testing.assert_close(found["cls_blocks"][:, block], cls)
+    plain = features.extract(vit, images, progress=False, patches=True)
+    assert set(found) - set(plain) == {"cls_blocks"}
+    assert all(torch.allclose(found[name], plain[name], atol=1e-6) for name in plain)
+    torch.testing.assert_close(found["cls_blocks"][:, -1], plain["cls"])
+    for blocks, words in ((0, "at least 1 block"), (4, "blocks from 0 to 2")):
+        with pytest.raises(ValueError, match=words):
+            features.extract(vit, images, progress=False, blocks=blocks)
 
 
 def test_dense_patches_interleave_the_looks_at_shifted_windows():

@@ -39,6 +39,7 @@ def extract(
     batch_size: int = 256,
     progress: bool = True,
     patches: bool = False,
+    blocks: int = 1,
 ) -> dict[str, Tensor]:
     """Look at every image once with a frozen network and keep what it says.
 
@@ -48,27 +49,45 @@ def extract(
         batch_size: images at a time on the device of vit; the answer does not depend on it.
         progress: a bar with images per second.
         patches: also keep every patch token (n x N x D floats: 4 bytes each).
+        blocks: above 1, also keep the class tokens of this many last blocks; still one look at each image.
     Returns:
         On the CPU, float32: "cls" (n, D) the class token after the last norm, "mean_patch" (n, D) the mean of the
-        patch tokens after the last norm, and with patches "patch" (n, N, D).
+        patch tokens after the last norm, with patches "patch" (n, N, D), and with blocks above 1 "cls_blocks"
+        (n, blocks, D), oldest first, each after that same norm.
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is none.
+        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is none; more blocks than vit has.
     Source: DINOv2 paper, section 7 (frozen features); official dinov2/eval/utils.py.
     Differs: float32 throughout; the official extraction runs under fp16 autocast.
     """
     expect_pixels(images)
     device = next(vit.parameters()).device
-    found: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} | ({"patch": []} if patches else {})
+    found: list[dict[str, Tensor]] = []
     with frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
-            tokens = vit.forward_features(normalise(batch.to(device)))
-            patch = tokens.x_norm_patchtokens.float()  # (B, N, D)
-            found["cls"].append(tokens.x_norm_clstoken.float().cpu())
-            found["mean_patch"].append(patch.mean(1).cpu())
-            if patches:
-                found["patch"].append(patch.cpu())
+            found.append(look(vit, normalise(batch.to(device)), blocks, patches))
             bar.update(len(batch))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def look(
+    vit: nn.Module, images: Float[Tensor, "B 3 H W"], blocks: int = 1, patches: bool = False
+) -> dict[str, Tensor]:
+    """Look at one batch of normalised images with a frozen network: what `extract` gives, for this batch."""
+    if blocks < 1:
+        raise ValueError(f"expected at least 1 block, got {blocks}")
+    with frozen(vit):
+        if blocks == 1:
+            tokens = vit.forward_features(images)
+            patch, cls = tokens.x_norm_patchtokens, [tokens.x_norm_clstoken]
+        else:
+            layers = vit.get_intermediate_layers(images, n=blocks, return_class_token=True)
+            patch, cls = layers[-1][0], [layer[1] for layer in layers]
+    found = {"cls": cls[-1].float().cpu(), "mean_patch": patch.float().mean(1).cpu()}
+    if patches:
+        found["patch"] = patch.float().cpu()
+    if blocks > 1:
+        found["cls_blocks"] = torch.stack(cls, dim=1).float().cpu()  # (B, blocks, D)
+    return found
 
 
 def dense_patches(

@@ -1,6 +1,7 @@
 """Linear probes on frozen features: the class of an image, the class of a patch, the distance of a patch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from minidino.learning.optim import cosine_schedule
 
 Rows = Tensor | np.ndarray
 PUBLISHED_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+CHUNK = 4096  # rows judged at a time
 
 
 # ---------------------------------------------------------------- the class of an image
@@ -51,58 +53,95 @@ def linear_probe(
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
     """
     generator = torch.Generator().manual_seed(seed)
-    train_x, train_y = _labelled(train_x, train_y)
-    test_x, test_y = _labelled(test_x, test_y)
+    train_x, train_y = labelled(train_x, train_y)
+    test_x, test_y = labelled(test_x, test_y)
     if len(train_x) < 2 or len(test_x) < 1:
         raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(train_x)} and {len(test_x)}")
     n_classes = n_classes or int(max(train_y.max(), test_y.max())) + 1
-    order = torch.randperm(len(train_x), generator=generator)
-    n_val = min(max(1, round(val_frac * len(order))), len(order) - 1)
-    val, train = order[:n_val], order[n_val:]
-    x, val_x, test_x = _standardised(train_x[train], train_x[val], test_x)
-    weights = _sgd_grid(x, train_y[train], n_classes, lrs, epochs, batch_size, generator)
-    table = _grid_accuracy(weights, val_x, train_y[val])
+    val, train = held_out(len(train_x), val_frac, generator)
+    x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
+    spans = [(0, x.shape[1])]
+    batch_size = min(batch_size, len(train))
+    steps = epochs * (len(train) // batch_size)
+    batches = shuffled(x, train_y[train], batch_size, generator)
+    (weights,) = train_heads(batches, spans, x.shape[1] - 1, n_classes, lrs, steps, generator)
+    table = head_accuracies([weights], spans, len(lrs), val_x, train_y[val])
     best = int(table.argmax())  # the first, that is the smallest rate, where several are equal
-    accuracy = _grid_accuracy(weights[best : best + 1], test_x, test_y).item()
+    accuracy = head_accuracies([weights], spans, len(lrs), test_x, test_y)[best].item()
     return {"accuracy": accuracy, "best_lr": lrs[best], "table": dict(zip(lrs, table.tolist(), strict=True))}
 
 
-def _sgd_grid(
-    x: Float[Tensor, "n D"],
-    y: Int[Tensor, "n"],
+def held_out(n: int, val_frac: float, generator: torch.Generator) -> tuple[Int[Tensor, "v"], Int[Tensor, "t"]]:
+    """Rows to choose by and rows to learn from: at least one of each."""
+    order = torch.randperm(n, generator=generator)
+    n_val = min(max(1, round(val_frac * n)), n - 1)
+    return order[:n_val], order[n_val:]
+
+
+def shuffled(
+    x: Float[Tensor, "n F"], y: Int[Tensor, "n"], batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Float[Tensor, "B F"], Int[Tensor, "B"]]]:
+    """Batches without end, in a new order each epoch; a last incomplete batch is left out."""
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order[: len(x) // batch_size * batch_size].split(batch_size):
+            yield x[rows], y[rows]
+
+
+# ---------------------------------------------------------------- many heads in one pass
+
+
+def train_heads(
+    batches: Iterable[tuple[Float[Tensor, "B F"], Int[Tensor, "B"]]],
+    spans: Sequence[tuple[int, int]],
+    ones: int,
     n_classes: int,
     lrs: Sequence[float],
-    epochs: int,
-    batch_size: int,
+    steps: int,
     generator: torch.Generator,
-) -> Float[Tensor, "r C D1"]:
-    """One classifier per learning rate, side by side; the last column of the weights is the bias."""
-    batch_size = min(batch_size, len(x))
-    x, targets = F.pad(x, (0, 1), value=1.0), F.one_hot(y, n_classes).float()
-    weights = 0.01 * torch.randn(n_classes, x.shape[1], generator=generator)
-    weights[:, -1] = 0
-    weights = weights.repeat(len(lrs), 1, 1)  # (r, C, D + 1): all start alike
-    velocity = torch.zeros_like(weights)
-    scaled = torch.tensor(lrs).view(-1, 1, 1) * batch_size / 256
-    per_epoch = len(x) // batch_size
-    factor = cosine_schedule(1.0, 0.0, epochs * per_epoch)
-    for step in range(epochs * per_epoch):
-        if step % per_epoch == 0:
-            order = torch.randperm(len(x), generator=generator)
-        rows = order[step % per_epoch * batch_size :][:batch_size]
-        probs = torch.softmax(x[rows] @ weights.mT, -1)  # (r, B, C)
-        gradient = (probs - targets[rows]).mT @ x[rows] / batch_size
-        velocity = 0.9 * velocity + gradient
-        weights = weights - factor(step) * scaled * velocity
+) -> list[Float[Tensor, "rC w"]]:
+    """SGD on every head at once: the heads that read the same columns are one matrix, their losses one softmax.
+
+    The weights of column `ones` are the biases.
+    """
+    weights = [_first_weights(stop - start, ones - start, n_classes, len(lrs), generator) for start, stop in spans]
+    velocity = [torch.zeros_like(w) for w in weights]
+    rates = torch.tensor(lrs).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
+    factor = cosine_schedule(1.0, 0.0, steps)
+    done = 0
+    for x, y in islice(batches, steps):
+        if len(y) == 0 or y.min() < 0 or y.max() >= n_classes:
+            raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
+        logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
+        error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
+        error[:, y, torch.arange(len(y))] -= 1
+        change = -factor(done) * len(y) / 256 * rates
+        for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
+            v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
+            w.addcmul_(v, change)
+        done += 1
+    if done < steps:
+        raise ValueError(f"expected {steps} batches, got {done}; the cosine of the learning rate would be cut off")
     return weights
 
 
-def _grid_accuracy(
-    weights: Float[Tensor, "r C D1"], x: Float[Tensor, "n D"], y: Int[Tensor, "n"]
-) -> Float[Tensor, "r"]:
-    logits = F.pad(x, (0, 1), value=1.0) @ weights.mT  # (r, n, C)
-    right = (logits.argmax(-1) == y) & logits.isfinite().all(-1)  # a rate that blew up is right about nothing
-    return right.double().mean(-1)
+def _first_weights(width: int, ones: int, n_classes: int, n_rates: int, generator: torch.Generator) -> Tensor:
+    """N(0, 0.01) and biases of 0, alike for all rates: (r * C, width)."""
+    weights = 0.01 * torch.randn(n_classes, width, generator=generator)
+    weights[:, ones] = 0
+    return weights.repeat(n_rates, 1)
+
+
+def head_accuracies(
+    weights: list[Tensor], spans: Sequence[tuple[int, int]], n_rates: int, x: Float[Tensor, "n F"], y: Int[Tensor, "n"]
+) -> Float[Tensor, "heads"]:
+    """Top-1 fraction of every head; a rate that blew up is right about nothing."""
+    right = torch.zeros(len(spans), n_rates, dtype=torch.float64)
+    for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK)):
+        for row, w, (start, stop) in zip(right, weights, spans):
+            logits = (w @ x_part[:, start:stop].T).view(n_rates, -1, len(x_part))  # (r, C, n)
+            row += ((logits.argmax(1) == y_part) & logits.isfinite().all(1)).sum(-1)
+    return right.flatten() / len(x)
 
 
 # ---------------------------------------------------------------- the class of a patch
@@ -132,8 +171,8 @@ def patch_probe(
         neither; "accuracy": share of patches named rightly.
     Differs: a simple probe on whole patches; the published one is a trained 1 x 1 convolution judged per pixel.
     """
-    x, y = _labelled(*_patch_rows(train_patches, train_masks))
-    test_x, test_y = _labelled(*_patch_rows(test_patches, test_masks))
+    x, y = labelled(*_patch_rows(train_patches, train_masks))
+    test_x, test_y = labelled(*_patch_rows(test_patches, test_masks))
     if len(x) == 0 or len(test_x) == 0:
         raise ValueError(f"expected patches with a class of 0 or more, got {len(x)} to train and {len(test_x)} to test")
     x, test_x = _standardised(x, test_x)
@@ -205,14 +244,14 @@ def _with_depth(patches: Rows, depth: Rows) -> tuple[Float[Tensor, "n D"], Float
 # ---------------------------------------------------------------- rows
 
 
-def _tensor(x: Rows) -> Tensor:
+def as_tensor(x: Rows) -> Tensor:
     """On the CPU; arrays are copied, because torch cannot hold a read-only memory map."""
     return x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
 
 
-def _labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:
+def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:
     """The rows with a label of 0 or more."""
-    x, y = _tensor(x).float(), _tensor(y).long()
+    x, y = as_tensor(x).float(), as_tensor(y).long()
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"expected features (n, D) and labels (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
     return x[y >= 0], y[y >= 0]
@@ -220,13 +259,18 @@ def _labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]
 
 def _patch_rows(patches: Rows, values: Rows) -> tuple[Float[Tensor, "nN D"], Tensor]:
     """One row per patch instead of one per image."""
-    patches, values = _tensor(patches), _tensor(values)
+    patches, values = as_tensor(patches), as_tensor(values)
     if patches.ndim != 3 or values.shape != patches.shape[:2]:
         raise ValueError(
             f"expected patches (n, N, D) and one value per patch (n, N), got {tuple(patches.shape)} "
             f"and {tuple(values.shape)}"
         )
     return patches.float().flatten(0, 1), values.flatten()
+
+
+def _with_ones(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D1"]:
+    """A last column of ones, whose weights are the biases."""
+    return F.pad(x, (0, 1), value=1.0)
 
 
 def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:
