@@ -125,6 +125,12 @@ def patch_truth(masks: np.ndarray, depth: np.ndarray, grid: int) -> tuple[Tensor
     return F.adaptive_avg_pool2d(classes, grid).argmax(1).flatten(1), 1 / nearness.flatten(1)
 
 
+def is_run(folder: str | Path) -> bool:
+    """A run of this package, and not a Hugging Face folder, which has a config.json as well."""
+    run = Run(folder)
+    return run.config_path.exists() and not (run.folder / "model.safetensors").exists()
+
+
 def trained_backbone(run: Run, device: torch.device) -> VisionTransformer:
     """The EMA teacher's backbone of a finished run."""
     return load_weights(build_backbone(run.config()), run.folder / "weights.safetensors").to(device).eval()
@@ -173,7 +179,7 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
         ValueError: a weights file without data; images without labels.
     """
     run = Run(source)
-    if run.config_path.exists():
+    if is_run(source):
         config = run.config()
         backbone = trained_backbone(run, pick_device(config.run.device))
     elif data is None:

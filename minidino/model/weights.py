@@ -346,7 +346,7 @@ class _Graph(nn.Module):
         self.register_buffer("pos", pos)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        vit, many = self.vit, len(images)
+        vit, many = self.vit, images.shape[0]  # len() would fix it
         tokens = [(vit.cls_token + self.pos[:, :1]).expand(many, -1, -1)]
         if vit.num_register_tokens:
             tokens.append(vit.register_tokens.expand(many, -1, -1))
