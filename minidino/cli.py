@@ -174,7 +174,7 @@ def _export(stages) -> None:
     parser.add_argument("--out", required=True, help="a .pth or .safetensors file; a folder for huggingface; .onnx")
     parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="bake the positions for images of this side, "
                         "or height and width (onnx); without it the stored grid")  # fmt: skip
-    parser.add_argument("--heads", type=int, help="of a weights file that does not tell; without it one for 64 channels")
+    parser.add_argument("--heads", type=int, help="of weights that do not tell; without it one for 64 channels")
 
 
 def _bench(stages) -> None:

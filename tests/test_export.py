@@ -61,12 +61,13 @@ def same_weights(a: VisionTransformer, b: VisionTransformer, but: tuple[str, ...
 @kinds
 @pytest.mark.parametrize("layout, name", [("hub", "w.pth"), ("hub", "w.safetensors"), ("huggingface", "w")])
 def test_round_trips_are_equal_to_the_bit(layout, name, ffn, registers, tmp_path):
-    vit = net(ffn, registers)
+    vit = net(ffn, registers, **official(registers))
     path = export_weights(vit, tmp_path / name, layout)
     assert path == tmp_path / name
     assert same_weights(vit, load_weights(net(ffn, registers), path))
     again = backbone_of(path, heads=4 if name == "w.pth" else None)  # the others tell it
     assert same_weights(vit, again) and again.heads == 4
+    assert torch.equal(vit(torch.ones(1, 3, 98, 28)), again(torch.ones(1, 3, 98, 28)))
 
 
 @kinds
@@ -87,7 +88,7 @@ def test_timm_gives_back_all_but_the_mask_token_and_the_sum_of_two_vectors(ffn, 
 def test_a_net_without_layerscale_gets_gains_of_one_where_they_are_needed(tmp_path):
     vit = net(layerscale=None)
     images = torch.randn(1, 3, 56, 56)
-    again = backbone_of(export_weights(vit, tmp_path / "w", "huggingface"), interpolate_offset=0.0)
+    again = backbone_of(export_weights(vit, tmp_path / "w", "huggingface"))
     assert torch.equal(again.blocks[1].ls2.gamma, torch.ones(64)) and torch.equal(vit(images), again(images))
     again = backbone_of(export_weights(vit, tmp_path / "w.safetensors"))
     assert same_weights(vit, again)
@@ -145,10 +146,11 @@ def test_the_processor_makes_what_the_net_wants(stored, size, edge, crop, tmp_pa
 
 
 def timm_net(ffn: str, registers: int, img_size: int = 224) -> TimmViT:
-    swiglu = dict(mlp_ratio=2 * swiglu_hidden(64) / 64, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU)
+    gated = dict(mlp_ratio=2 * swiglu_hidden(64) / 64, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU)
+    ffn_options = gated if ffn == "swiglu" else {}
     return TimmViT(
         img_size=img_size, patch_size=14, embed_dim=64, depth=2, num_heads=4, num_classes=0, init_values=1.0,
-        reg_tokens=registers, no_embed_class=registers > 0, dynamic_img_size=True, **(swiglu if ffn == "swiglu" else {}),
+        reg_tokens=registers, no_embed_class=registers > 0, dynamic_img_size=True, **ffn_options,
     ).eval()  # fmt: skip
 
 
@@ -217,6 +219,19 @@ def test_the_graph_for_onnx_is_the_backbone(tmp_path):
         graph = weights._Graph(vit, (size[0] // 14, size[1] // 14))
         for ours, theirs in zip(graph(images), expected if registers else expected[::2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit, two_files", [(weights.ONE_FILE, False), (0, True)])
+def test_weights_that_protobuf_cannot_hold_go_to_a_second_file(limit, two_files, tmp_path, monkeypatch):
+    class Program:
+        def save(self, path, external_data):
+            assert external_data == two_files
+            path.write_bytes(b"graph")
+
+    monkeypatch.setattr(weights, "ONE_FILE", limit)
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: Program())
+    path = export_weights(net(), tmp_path / "new" / "w.onnx", "onnx")
+    assert path.read_bytes() == b"graph"
 
 
 def test_without_onnx_the_way_to_get_it_is_told(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
-"""The eight official backbones by name: their sizes, where they lie, and a copy at home that is checked at every use."""
+"""The eight official backbones by name: their sizes, where they lie, and a copy at home, checked at every use."""
 
 import hashlib
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -56,19 +57,29 @@ def fetch(name: str, cache: str | Path | None = None, base_url: str = BASE_URL) 
 
 
 def _download(url: str, path: Path) -> None:
-    """A whole file or none, with a bar."""
+    """A whole file or none."""
     try:
-        with urlopen(url, timeout=TIMEOUT_S) as answer, atomic_path(path) as beside, open(beside, "wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, unit_divisor=1024, desc=path.name) as bar:
-                while chunk := answer.read(1 << 20):
-                    if not bar.n and not chunk.startswith(STARTS):
-                        raise OSError(f"what came is no file of torch.save: {chunk[:20]!r}")
-                    bar.update(file.write(chunk))
-                if not bar.n or bar.n < total:
-                    raise OSError(f"the connection ended after {bar.n} of {total} bytes")
+        with atomic_path(path) as beside, open(beside, "wb") as file:
+            file.writelines(_pieces(url, path.name))
     except (OSError, HTTPException) as error:
         raise OSError(f"cannot download {url}: {error}; get that file some other way and put it at {path}") from error
+
+
+def _pieces(url: str, name: str) -> Iterator[bytes]:
+    """What the server sends, with a bar; HTTPException when that is not all, or not a file of torch.save."""
+    try:
+        with urlopen(url, timeout=TIMEOUT_S) as answer:
+            total = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
+                while chunk := answer.read(1 << 20):
+                    if not bar.n and not chunk.startswith(STARTS):
+                        raise HTTPException(f"what came is no file of torch.save: {chunk[:20]!r}")
+                    yield chunk
+                    bar.update(len(chunk))
+                if not bar.n or bar.n < total:
+                    raise HTTPException(f"the connection ended after {bar.n} of {total} bytes")
+    except OSError as error:
+        raise HTTPException(str(error)) from error
 
 
 def _check(path: Path) -> None:
@@ -81,6 +92,6 @@ def _check(path: Path) -> None:
     expected = record.read_text().partition(" ")[0]
     if found != expected:
         raise ValueError(
-            f"{path} has changed: expected SHA-256 {expected} as when it came, got {found}; delete the file to download "
-            f"it again, or {record.name} if the change was meant"
+            f"{path} has changed: expected SHA-256 {expected} as when it came, got {found}; delete the file to "
+            f"download it again, or {record.name} if the change was meant"
         )

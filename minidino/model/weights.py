@@ -129,9 +129,9 @@ def read_state(path: Path) -> Mapping:
         raise ValueError(f"{path} is an ONNX graph, which is for running; load the weights it was made from")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except (PermissionError, MemoryError):
         raise
-    except Exception as error:  # damaged files fail in many ways
+    except Exception as error:  # damaged files fail in many ways, a short .pth as OSError without a name
         raise ValueError(_why_unreadable(path, error)) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected tensors by name, got a {type(state).__name__}")
@@ -140,13 +140,16 @@ def read_state(path: Path) -> Mapping:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """One line of words for the errors of torch and safetensors."""
-    wanted = re.search(r"(?:GLOBAL|Unsupported global: GLOBAL|class) ([\w.]+)", str(error))
+    wanted = re.search(r"(?:GLOBAL|unsafe class|unrecognized function) ([\w.]+)", str(error))
     if wanted:
         return (
             f"{path} is refused: it holds more than tensors, to be made by {wanted[1]}, and what makes objects can run "
             "any code; where you trust it, save its state dict alone and load that"
         )
-    return f"{path} cannot be read as weights, it is damaged or something else: {str(error).strip().splitlines()[-1]}"
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "weights_only" in said:  # torch advises to run whatever it is
+        said = "not written by torch.save"
+    return f"{path} cannot be read as weights, it is damaged or something else: {said}"
 
 
 def _located(source: Source, cache: str | Path | None) -> Path | Mapping:
@@ -238,7 +241,8 @@ def export_weights(
 
         hub          official names, for the official code with strict=True, and for this package
         timm         for timm's VisionTransformer with strict=True
-        huggingface  a folder for Dinov2Model or Dinov2WithRegistersModel, AutoModel, AutoImageProcessor .from_pretrained
+        huggingface  a folder for .from_pretrained of Dinov2Model or Dinov2WithRegistersModel, or AutoModel, and of
+                     AutoImageProcessor
         onnx         a graph for any runtime: images (B, 3, H, W), normalised -> x_norm_clstoken (B, D),
                      x_norm_regtokens (B, R, D) where there are registers, x_norm_patchtokens (B, N, D); any B
 
@@ -273,10 +277,10 @@ def export_weights(
     if size is not None:
         offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)
-    if layout == "huggingface":
-        return _write_hugging_face(state, path, vit.heads, None if size is None else grid[0] * vit.patch_size)
     said = {"heads": vit.heads, "interpolate_offset": vit.interpolate_offset,
             "interpolate_antialias": vit.interpolate_antialias}  # fmt: skip
+    if layout == "huggingface":
+        return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
     _write(to_timm_layout(state) if layout == "timm" else state, path, said)
     return path
 
@@ -297,23 +301,22 @@ def _check_request(
         raise ValueError(f"size: expected one or two multiples of patch_size {vit.patch_size} px, got {size}")
     grid = sides[0] // vit.patch_size, sides[-1] // vit.patch_size
     if layout != "onnx" and grid[0] != grid[1]:
-        raise ValueError(f"layout {layout!r} stores positions of a square, got size {size}; only ONNX takes oblong ones")
+        raise ValueError(f"layout {layout!r} stores positions of a square, got size {size}; oblong ones: 'onnx'")
     return grid
 
 
-def _write(state: State, path: Path, said: Mapping[str, object] | None = None) -> None:
-    """One file, whole or not at all."""
+def _write(state: State, path: Path, said: Mapping[str, int | float | bool]) -> None:
+    """One file, whole or not at all; a .safetensors file also holds what is said of it, for `_told`."""
     with atomic_path(path) as beside:
         if path.suffix == ".safetensors":
-            metadata = {"format": "pt", **{key: json.dumps(value) for key, value in (said or {}).items()}}
-            save_file(state, beside, metadata)
+            save_file(state, beside, {"format": "pt", **{key: json.dumps(value) for key, value in said.items()}})
         else:
             torch.save(state, beside)
 
 
-def _write_hugging_face(state: State, folder: Path, heads: int, crop: int | None) -> Path:
+def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
     """config.json, model.safetensors, preprocessor_config.json."""
-    config = hugging_face_config(state, heads)
+    config = hugging_face_config(state, said["heads"])
     patch_size = config["patch_size"]
     crop = crop or min(224, config["image_size"]) // patch_size * patch_size
     processor = {
@@ -330,7 +333,7 @@ def _write_hugging_face(state: State, folder: Path, heads: int, crop: int | None
         "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
     }
-    _write(to_hugging_face_layout(state), folder / "model.safetensors")
+    _write(to_hugging_face_layout(state), folder / "model.safetensors", said)
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return folder
