@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _curate, _train, _adapt, _probe, _bench, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _probe, _export, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -152,6 +152,29 @@ def _probe(stages) -> None:
     parser.add_argument("--task", choices=("knn", "linear"), default="knn")
     parser.add_argument("--data", help="labelled images; without it the run's own")
     parser.add_argument("--size", type=int, help="px of the evaluated square; without it the run's global crop")
+
+
+def _export(stages) -> None:
+    def run(options) -> None:
+        from minidino.judge import is_run, trained_backbone
+        from minidino.model.weights import backbone_of, export_weights
+        from minidino.runs import Run, pick_device
+
+        if is_run(options.source):
+            vit = trained_backbone(Run(options.source), pick_device("cpu"))
+        else:
+            vit = backbone_of(options.source, options.heads)
+        print(export_weights(vit, options.out, options.layout, options.size))
+
+    parser = _stage(stages, "export", "write a backbone for torch.hub, timm, Hugging Face or ONNX",
+                    "minidino export runs/tour --layout onnx --size 224 --out tour.onnx", run)  # fmt: skip
+    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights in any known layout, or an official "
+                        "name such as dinov2_vits14")  # fmt: skip
+    parser.add_argument("--layout", choices=("hub", "timm", "huggingface", "onnx"), default="hub")
+    parser.add_argument("--out", required=True, help="a .pth or .safetensors file; a folder for huggingface; .onnx")
+    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="bake the positions for images of this side, "
+                        "or height and width (onnx); without it the stored grid")  # fmt: skip
+    parser.add_argument("--heads", type=int, help="of weights that do not tell; without it one for 64 channels")
 
 
 def _bench(stages) -> None:

@@ -16,8 +16,8 @@ from minidino.config import RunConfig
 from minidino.images.scenes import MASK_CLASSES
 from minidino.learning import doctor
 from minidino.learning.teacher import build_backbone, build_student
-from minidino.model.vit import SIZES, VisionTransformer, build_vit
-from minidino.model.weights import load_weights, read_state, to_hub_layout
+from minidino.model.vit import VisionTransformer
+from minidino.model.weights import backbone_of, load_weights
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
@@ -125,6 +125,12 @@ def patch_truth(masks: np.ndarray, depth: np.ndarray, grid: int) -> tuple[Tensor
     return F.adaptive_avg_pool2d(classes, grid).argmax(1).flatten(1), 1 / nearness.flatten(1)
 
 
+def is_run(folder: str | Path) -> bool:
+    """A run of this package, and not a Hugging Face folder, which has a config.json as well."""
+    run = Run(folder)
+    return run.config_path.exists() and not (run.folder / "model.safetensors").exists()
+
+
 def trained_backbone(run: Run, device: torch.device) -> VisionTransformer:
     """The EMA teacher's backbone of a finished run."""
     return load_weights(build_backbone(run.config()), run.folder / "weights.safetensors").to(device).eval()
@@ -173,7 +179,7 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
         ValueError: a weights file without data; images without labels.
     """
     run = Run(source)
-    if run.config_path.exists():
+    if is_run(source):
         config = run.config()
         backbone = trained_backbone(run, pick_device(config.run.device))
     elif data is None:
@@ -193,27 +199,3 @@ def probe(source: Path, task: str = "knn", data: str | None = None, size: int | 
     rows = class_tokens(world, config, {"trained": backbone})
     found = judge_knn(world, rows.items()) if task == "knn" else judge_linear(world, rows)
     return {"data": world.name, "task": task, "n_test": len(world.test), **found}
-
-
-def backbone_of(weights: Path) -> VisionTransformer:
-    """A backbone of the size that the weights themselves tell; heads are 64 wide, as published.
-
-    Raises:
-        ValueError: not the width of a published ViT.
-    """
-    state = to_hub_layout(read_state(Path(weights)))
-    _, n_positions, width = state["pos_embed"].shape
-    patch_size = state["patch_embed.proj.weight"].shape[-1]
-    names = [name for name, (w, *_) in SIZES.items() if w == width]
-    if not names:
-        known = [size[0] for size in SIZES.values()]
-        raise ValueError(f"{weights}: expected a width of {known}, got {width}; name its run folder instead")
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    vit = build_vit(
-        names[0], patch_size=patch_size, img_size=patch_size * round((n_positions - 1) ** 0.5),
-        num_register_tokens=registers, ffn="swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp",
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        layerscale=1.0 if "blocks.0.ls1.gamma" in state else None,
-        interpolate_offset=0.0 if registers else 0.1, interpolate_antialias=bool(registers),
-    )  # fmt: skip
-    return load_weights(vit, state)

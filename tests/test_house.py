@@ -23,7 +23,8 @@ ORDER = """
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline
     kernels.tuning kernels.plans kernels.sinkhorn kernels.attention kernels.prototypes
-    model.attention model.layers model.heads model.vit model.weights
+    model.attention model.layers model.heads model.vit
+    model.layouts model.released model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
     probes.features probes.patches probes.knn probes.linear probes.grid probes.logistic probes.retrieval

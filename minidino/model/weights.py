@@ -1,48 +1,47 @@
-"""Weights into a backbone from the layouts that are about, told apart by their keys alone.
+"""Weights into a backbone and out of it: files, folders, names. How others call the same tensors: `layouts.py`.
 
-    hub        blocks.0.attn.qkv.weight                      the official release, and this package
-    training   teacher.backbone.blocks.0.3.attn.qkv.weight   official runs: nested, blocks in chunks, FSDP wrappers
-    timm       as hub, but reg_token, no mask_token, positions of the patches alone, fc1/fc2 for w12/w3
-    HF         encoder.layer.0.attention.attention.query.weight, or ...attention.q_proj.weight in memory
+    load_weights(vit, source)       into a backbone that is there
+    backbone_of(source)             a backbone of the sizes that the weights tell
+    export_weights(vit, path, ...)  for torch.hub, timm, Hugging Face, ONNX
 """
 
+import copy
+import importlib.util
+import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidino.model.vit import VisionTransformer, interpolate_pos_embed
-
-State = dict[str, Tensor]
-
-NESTED_UNDER = ("teacher", "model", "state_dict")
-PREFIXES = ("teacher.backbone.", "backbone.")  # the first that occurs is the backbone, all else is left behind
-
-# Our name for each piece of a foreign key, in this order; what no rule touches is the same everywhere.
-RENAMES = (
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks.{chunk}.{block}: the block number is already absolute
-    (r"^reg_token$", "register_tokens"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.", ""),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^layernorm\.", "norm."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
+from minidino.model.layouts import (
+    State,
+    describe,
+    hugging_face_config,
+    to_hub_layout,
+    to_hugging_face_layout,
+    to_timm_layout,
 )
-# Pieces that are stacked, rows over rows, into one matrix of ours.
-JOINS = (((".attn.q.", ".attn.k.", ".attn.v."), ".attn.qkv."), ((".mlp.gate_proj.", ".mlp.up_proj."), ".mlp.w12."))
+from minidino.model.released import RELEASED, fetch
+from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
+from minidino.runs import atomic_path, write_atomically
+
+Source = str | Path | Mapping
+FILES = (".safetensors", ".pth")
+SUFFIXES = {"hub": FILES, "timm": FILES, "huggingface": None, "onnx": (".onnx",)}  # None: a folder
+ONE_FILE = 2**31 - 2**24  # bytes; what is larger, protobuf cannot hold
 
 
-def load_weights(vit: VisionTransformer, source: str | Path | Mapping) -> VisionTransformer:
+# ---------------------------------------------------------------------------------------------------------------- in
+
+
+def load_weights(vit: VisionTransformer, source: Source, cache: str | Path | None = None) -> VisionTransformer:
     """Fill a backbone with weights from any known layout, all of them or none.
 
     The outputs are those of the model the weights come from, up to how it stretches positions to another grid: official
@@ -51,19 +50,20 @@ def load_weights(vit: VisionTransformer, source: str | Path | Mapping) -> Vision
 
     Args:
         vit: a backbone of the right sizes; it is changed in place.
-        source: a .pth, .pt or .safetensors file, a Hugging Face folder, or a state dict.
+        source: a .pth, .pt or .safetensors file, a Hugging Face folder, the name of a released backbone such as
+            "dinov2_vitb14_reg" (downloaded once), or a state dict. A path that exists comes before a name.
+        cache: the folder of downloads; None is ~/.cache/minidino/weights.
     Returns:
         The same backbone.
     Raises:
-        FileNotFoundError: no such file, or a folder without model.safetensors.
-        ValueError: the weights are for another backbone, or for none; says what differs.
+        FileNotFoundError: no such file or name, or a folder without model.safetensors.
+        OSError: a name that cannot be downloaded; says where to put its file by hand.
+        ValueError: the weights are for another backbone, or for none, or damaged, or want to run code; says what.
     Warns:
         UserWarning: positions were resized to another patch grid, or the mask token is missing (timm drops it; it
             becomes zeros, and matters for masked images only).
     """
-    state = to_hub_layout(source if isinstance(source, Mapping) else read_state(Path(source)))
-    if "cls_token" not in state or "pos_embed" not in state:
-        raise ValueError(f"expected Vision Transformer weights with cls_token and pos_embed, got keys {_few(state)}")
+    state = _backbone_state(_located(source, cache))
     if "mask_token" not in state:
         warnings.warn("the weights have no mask_token (timm drops it): set to zeros", stacklevel=2)
         state["mask_token"] = torch.zeros_like(vit.mask_token, device="cpu")
@@ -79,62 +79,128 @@ def load_weights(vit: VisionTransformer, source: str | Path | Mapping) -> Vision
     return vit
 
 
-def save_backbone(vit: VisionTransformer, path: str | Path) -> Path:
-    """Write the weights of a backbone as one safetensors file with official names; returns its path."""
-    save_file({name: x.detach().cpu().contiguous() for name, x in vit.state_dict().items()}, path)
-    return Path(path)
+def backbone_of(
+    source: Source, heads: int | None = None, cache: str | Path | None = None, **options
+) -> VisionTransformer:
+    """A backbone of the sizes that the weights themselves tell, filled with them.
+
+    No tensor tells the number of heads. It is, in this order: the argument; what a .safetensors file of this package
+    says of itself; the config.json beside the file (Hugging Face, or a run of this package); one for every 64
+    channels, as published.
+
+    Args:
+        source, cache: as for `load_weights`.
+        heads: h.
+        options: of `build_vit`, such as attention. Without interpolate_...: what a file of this package says; else as
+            published, 0.1 and False, or 0.0 and True with registers.
+    Raises:
+        FileNotFoundError, OSError: as `load_weights`.
+        ValueError: as `load_weights`; or the width is no multiple of 64 and nothing tells the heads.
+    Warns:
+        UserWarning: the heads were guessed, at a width that was never published; or as `load_weights`.
+    """
+    source = _located(source, cache)
+    state = _backbone_state(source)
+    sizes, told = describe(state), {} if isinstance(source, Mapping) else _told(source)
+    registers, side = sizes["registers"], math.isqrt(state["pos_embed"].shape[1] - 1)
+    published = {"interpolate_offset": 0.0 if registers else 0.1, "interpolate_antialias": bool(registers)}
+    told["heads"] = heads or told.get("heads") or _guess_heads(sizes["width"])
+    vit = build_vit(
+        "vit_tiny", width=sizes["width"], depth=sizes["depth"], ffn=sizes["ffn"], in_chans=sizes["in_chans"],
+        patch_size=sizes["patch_size"], img_size=side * sizes["patch_size"], num_register_tokens=registers,
+        layerscale=1.0 if sizes["layerscale"] else None, **{**published, **told, **options},
+    )  # fmt: skip
+    return load_weights(vit, state)
 
 
 def read_state(path: Path) -> Mapping:
-    """Read tensors from a file or a Hugging Face folder; pickled code is never run."""
+    """Read tensors from a file or a Hugging Face folder; pickled code is never run.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no file of tensors, damaged, or holds more than tensors; says what.
+    """
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        kinds = "a .pth, .pt or .safetensors file, or a Hugging Face folder"
+        kinds = f"a .pth, .pt or .safetensors file, a Hugging Face folder, or one of {', '.join(RELEASED)}"
         raise FileNotFoundError(f"no weights at {path}: expected {kinds}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def to_hub_layout(source: Mapping) -> State:
-    """Rename and restack any known layout to the official names; unknown keys pass unchanged."""
-    state = _unwrap(source)
-    for pattern, name in RENAMES:
-        state = {re.sub(pattern, name, key): x for key, x in state.items()}
-    for parts, whole in JOINS:
-        for first in [key for key in state if parts[0] in key]:
-            pieces = [first.replace(parts[0], part) for part in parts]
-            if all(piece in state for piece in pieces):
-                state[first.replace(parts[0], whole)] = torch.cat([state.pop(piece) for piece in pieces])
-    _unpack_timm(state)
+    if path.suffix == ".onnx":
+        raise ValueError(f"{path} is an ONNX graph, which is for running; load the weights it was made from")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # damaged files fail in many ways, a short .pth as OSError without a name
+        raise ValueError(_why_unreadable(path, error)) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected tensors by name, got a {type(state).__name__}")
     return state
 
 
-def _unwrap(source: Mapping) -> State:
-    """The backbone's own tensors out of a training checkpoint, whatever it is nested in."""
-    for name in NESTED_UNDER:
-        if isinstance(source.get(name), Mapping):
-            return _unwrap(source[name])
-    clean = {key.replace("_fsdp_wrapped_module.", ""): x for key, x in source.items() if isinstance(x, Tensor)}
-    for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): x for key, x in clean.items() if key.startswith(prefix)}
-        if inside:
-            return inside
-    return clean
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """One line of words for the errors of torch and safetensors."""
+    wanted = re.search(r"(?:GLOBAL|unsafe class|unrecognized function) ([\w.]+)", str(error))
+    if wanted:
+        return (
+            f"{path} is refused: it holds more than tensors, to be made by {wanted[1]}, and what makes objects can run "
+            "any code; where you trust it, save its state dict alone and load that"
+        )
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "weights_only" in said:  # torch advises to run whatever it is
+        said = "not written by torch.save"
+    return f"{path} cannot be read as weights, it is damaged or something else: {said}"
 
 
-def _unpack_timm(state: State) -> None:
-    """Undo two habits of timm, in place: no position for cls (already added to it), and w12, w3 called fc1, fc2."""
-    pos = state.get("pos_embed")
-    if pos is not None and math.isqrt(pos.shape[1]) ** 2 == pos.shape[1]:  # M*M positions, not 1 + M*M
-        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    for fc1 in [key for key in state if key.endswith(".mlp.fc1.weight")]:
-        stem = fc1.removesuffix("fc1.weight")
-        if len(state[fc1]) == 2 * state[f"{stem}fc2.weight"].shape[1]:  # gate and up share fc1: SwiGLU
-            for old, new in (("fc1", "w12"), ("fc2", "w3")):
-                for leaf in ("weight", "bias"):
-                    state[f"{stem}{new}.{leaf}"] = state.pop(f"{stem}{old}.{leaf}")
+def _located(source: Source, cache: str | Path | None) -> Path | Mapping:
+    """Where the weights of whatever names them are; a name is downloaded."""
+    if isinstance(source, Mapping):
+        return source
+    is_name = str(source) in RELEASED and not Path(source).exists()
+    return fetch(str(source), cache) if is_name else Path(source)
+
+
+def _backbone_state(source: Path | Mapping) -> State:
+    """Tensors by official names, when they are those of a Vision Transformer at all."""
+    state = to_hub_layout(source if isinstance(source, Mapping) else read_state(source))
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        wanted = "cls_token, pos_embed and patch_embed.proj.weight"
+        raise ValueError(f"expected Vision Transformer weights with {wanted}, got keys {_few(state)}")
+    shape = tuple(state["pos_embed"].shape)
+    if len(shape) != 3 or shape[1] < 2 or math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
+        raise ValueError(f"expected a pos_embed of (1, 1 + M*M, D), positions of a square grid, got {shape}")
+    return state
+
+
+def _told(path: Path) -> dict[str, int | float | bool | None]:
+    """What a file says of itself, or the config.json beside it, in the words of build_vit; {} when nothing does."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    stretch = ("interpolate_offset", "interpolate_antialias")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+        if "heads" in said:
+            return {key: json.loads(said[key]) for key in ("heads", *stretch) if key in said}
+    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    config = home / "config.json"
+    said = json.loads(config.read_text()) if config.is_file() else {}
+    if "num_attention_heads" in said:
+        return {"heads": said["num_attention_heads"]}
+    run = said.get("vit")  # a run of this package
+    if not isinstance(run, dict):
+        return {}
+    heads = run.get("heads") or SIZES.get(run.get("name"), (0, 0, None))[2]
+    return {"heads": heads, **{key: run[key] for key in stretch if key in run}}
+
+
+def _guess_heads(width: int) -> int:
+    """Heads 64 wide, as published."""
+    if width % 64:
+        raise ValueError(f"a width of {width} is no multiple of 64 and nothing tells the number of heads: give heads=")
+    if width not in {size[0] for size in SIZES.values()}:
+        said = f"nothing tells the number of heads of this backbone {width} wide: {width // 64}, 64 wide each, assumed"
+        warnings.warn(said, stacklevel=3)
+    return width // 64
 
 
 def _check_fit(ours: Mapping[str, Tensor], state: State) -> None:
@@ -143,7 +209,7 @@ def _check_fit(ours: Mapping[str, Tensor], state: State) -> None:
     reshaped = {key for key in ours.keys() & state.keys() if ours[key].shape != state[key].shape}
     if not (missing or unexpected or reshaped):
         return
-    theirs, mine = _describe(state), _describe(ours)
+    theirs, mine = describe(state), describe(ours)
     lines = ["the weights do not fit this backbone:"]
     for what in mine:
         if theirs[what] != mine[what]:
@@ -154,21 +220,167 @@ def _check_fit(ours: Mapping[str, Tensor], state: State) -> None:
     raise ValueError("\n".join(lines + ["build the backbone with the sizes of the weights (see build_vit)"]))
 
 
-def _describe(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """The sizes of a backbone as its tensors tell them."""
-    blocks = [int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)]
-    patch_kernel = state.get("patch_embed.proj.weight")
-    return {
-        "width": state["cls_token"].shape[-1],
-        "depth": 1 + max(blocks, default=-1),
-        "patch_size": None if patch_kernel is None else patch_kernel.shape[-1],
-        "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-        "ffn": "swiglu" if "blocks.0.mlp.w12.weight" in state else "mlp",
-        "layerscale": "blocks.0.ls1.gamma" in state,
-    }
-
-
 def _few(keys: Collection[str]) -> str:
     """The first names of many."""
     names = sorted(map(str, keys))
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- out
+
+
+def save_backbone(vit: VisionTransformer, path: str | Path) -> Path:
+    """Write the weights of a backbone with official names, as .safetensors or .pth; returns the path."""
+    return export_weights(vit, path, "hub")
+
+
+def export_weights(
+    vit: VisionTransformer, path: str | Path, layout: str = "hub", size: int | Sequence[int] | None = None
+) -> Path:
+    """Write a backbone for others to use.
+
+        hub          official names, for the official code with strict=True, and for this package
+        timm         for timm's VisionTransformer with strict=True
+        huggingface  a folder for .from_pretrained of Dinov2Model or Dinov2WithRegistersModel, or AutoModel, and of
+                     AutoImageProcessor
+        onnx         a graph for any runtime: images (B, 3, H, W), normalised -> x_norm_clstoken (B, D),
+                     x_norm_regtokens (B, R, D) where there are registers, x_norm_patchtokens (B, N, D); any B
+
+    Features are those of this backbone at images of the stored patch grid. Elsewhere each stretches the positions in
+    its own way, and differs a little where ours is another: official code as it was built, Hugging Face
+    interpolate_offset=0.0, antialiased with registers only; timm 0.0 and antialiased always (and only with
+    dynamic_img_size=True). `size` does the stretching here, once, our way: then all agree at that size.
+
+    timm keeps no mask_token, and with registers the sum of cls_token and its position only: features are the same to
+    the bit, the three parameters cannot be had back. Hugging Face keeps all, and adds gains of one where there is no
+    LayerScale.
+
+    Args:
+        path: a .pth or .safetensors file (hub, timm), a folder (huggingface), an .onnx file; what is there is replaced.
+        layout: "hub", "timm", "huggingface" or "onnx".
+        size: px of the images, S or (H, W); None keeps the stored grid. Only ONNX takes oblong ones, and accepts no
+            other size afterwards. For Hugging Face also the crop that the processor takes out of a shorter edge of
+            8/7 of it; without size 224 of 256, as published, or less where the stored grid is smaller.
+    Returns:
+        The path.
+    Raises:
+        ValueError: an unknown layout, a path or a size that does not suit it.
+        NotImplementedError: ONNX needs the extra: pip install 'minidino[export]'.
+    Source: the names are those of timm (aa4b585), transformers and official dinov2/models/vision_transformer.py.
+    Differs: a timm model for a SwiGLU of a width that was not published needs mlp_ratio = 2 * hidden / width.
+    """
+    path = Path(path)
+    grid = _check_request(vit, path, layout, size)
+    if layout == "onnx":
+        return _write_onnx(vit, path, grid)
+    state = {name: x.detach().cpu().contiguous() for name, x in vit.state_dict().items()}
+    if size is not None:
+        offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)
+    said = {"heads": vit.heads, "interpolate_offset": vit.interpolate_offset,
+            "interpolate_antialias": vit.interpolate_antialias}  # fmt: skip
+    if layout == "huggingface":
+        return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
+    _write(to_timm_layout(state) if layout == "timm" else state, path, said)
+    return path
+
+
+def _check_request(
+    vit: VisionTransformer, path: Path, layout: str, size: int | Sequence[int] | None
+) -> tuple[int, int]:
+    """The patch grid (Hp, Wp) that is asked for, or what is wrong with the request."""
+    if layout not in SUFFIXES:
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(SUFFIXES)}")
+    suffixes = SUFFIXES[layout]
+    if path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir():
+        kind = "a folder" if suffixes is None else f"a {' or '.join(suffixes)} file"
+        raise ValueError(f"layout {layout!r} goes into {kind}, got {path}")
+    side = math.isqrt(vit.pos_embed.shape[1] - 1) * vit.patch_size
+    sides = [side] if size is None else [size] if isinstance(size, int) else list(size)
+    if len(sides) not in (1, 2) or any(px < 1 or px % vit.patch_size for px in sides):
+        raise ValueError(f"size: expected one or two multiples of patch_size {vit.patch_size} px, got {size}")
+    grid = sides[0] // vit.patch_size, sides[-1] // vit.patch_size
+    if layout != "onnx" and grid[0] != grid[1]:
+        raise ValueError(f"layout {layout!r} stores positions of a square, got size {size}; oblong ones: 'onnx'")
+    return grid
+
+
+def _write(state: State, path: Path, said: Mapping[str, int | float | bool]) -> None:
+    """One file, whole or not at all; a .safetensors file also holds what is said of it, for `_told`."""
+    with atomic_path(path) as beside:
+        if path.suffix == ".safetensors":
+            save_file(state, beside, {"format": "pt", **{key: json.dumps(value) for key, value in said.items()}})
+        else:
+            torch.save(state, beside)
+
+
+def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
+    """config.json, model.safetensors, preprocessor_config.json."""
+    config = hugging_face_config(state, said["heads"])
+    patch_size = config["patch_size"]
+    crop = crop or min(224, config["image_size"]) // patch_size * patch_size
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(crop * 256 / 224)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": crop, "width": crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    _write(to_hugging_face_layout(state), folder / "model.safetensors", said)
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    return folder
+
+
+class _Graph(nn.Module):
+    """The backbone for one patch grid, written without packing, so that a tracer sees a batch of any length."""
+
+    def __init__(self, vit: VisionTransformer, grid: tuple[int, int]):
+        super().__init__()
+        self.vit = vit
+        pos = interpolate_pos_embed(vit.pos_embed.detach(), grid, vit.interpolate_offset, vit.interpolate_antialias)
+        self.register_buffer("pos", pos)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        vit, many = self.vit, images.shape[0]  # len() would fix it
+        tokens = [(vit.cls_token + self.pos[:, :1]).expand(many, -1, -1)]
+        if vit.num_register_tokens:
+            tokens.append(vit.register_tokens.expand(many, -1, -1))
+        x = torch.cat([*tokens, vit.patch_embed(images) + self.pos[:, 1:]], dim=1)  # (B, T, D)
+        for block in vit.blocks:
+            qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, vit.heads, -1))  # (B, T, 3, h, d)
+            mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))  # (B, h, T, d)
+            x = x + block.ls1(block.attn.proj(mixed.transpose(1, 2).flatten(2)))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        x, registers = vit.norm(x), vit.num_register_tokens
+        patches = x[:, 1 + registers :]
+        return (x[:, 0], x[:, 1 : 1 + registers], patches) if registers else (x[:, 0], patches)
+
+
+def _write_onnx(vit: VisionTransformer, path: Path, grid: tuple[int, int]) -> Path:
+    """Trace a float32 copy on the CPU; weights over 2 GiB go to a second file beside it."""
+    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise NotImplementedError(f"ONNX needs {' and '.join(absent)}: pip install 'minidino[export]'")
+    graph = _Graph(copy.deepcopy(vit).cpu().float(), grid).eval()
+    in_chans, patch_size = vit.patch_embed.proj.in_channels, vit.patch_size
+    example = torch.zeros(2, in_chans, grid[0] * patch_size, grid[1] * patch_size)
+    registers = ["x_norm_regtokens"] if vit.num_register_tokens else []
+    program = torch.onnx.export(
+        graph, (example,), dynamo=True, verbose=False, input_names=["images"],
+        output_names=["x_norm_clstoken", *registers, "x_norm_patchtokens"], dynamic_shapes={"images": {0: "batch"}},
+    )  # fmt: skip
+    if sum(x.nbytes for x in graph.state_dict().values()) > ONE_FILE:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.save(path, external_data=True)
+        return path
+    with atomic_path(path) as beside:
+        program.save(beside, external_data=False)
+    return path

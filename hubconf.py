@@ -1,0 +1,45 @@
+"""Backbones for torch.hub: the eight official ones, and those of one's own runs.
+
+    torch.hub.load("path/of/this/checkout", "dinov2_vits14", source="local")
+    torch.hub.load("path/of/this/checkout", "run", "runs/tour", source="local")
+"""
+
+from pathlib import Path as _Path
+
+dependencies = ["jaxtyping", "safetensors", "torch", "tqdm"]
+
+
+def _official(name):
+    def entry(pretrained=True, cache=None, **options):
+        from minidino.model.released import RELEASED
+        from minidino.model.vit import build_vit
+        from minidino.model.weights import load_weights
+
+        vit = build_vit(**{**RELEASED[name], **options})
+        return (load_weights(vit, name, cache) if pretrained else vit).eval()
+
+    entry.__name__ = name
+    entry.__doc__ = f"""The official {name}, frozen features of images with sides in multiples of 14 px.
+
+    Args:
+        pretrained: with the released weights, downloaded once; without, drawn at random.
+        cache: folder of the downloads; None is ~/.cache/minidino/weights.
+        options: of minidino.model.vit.build_vit.
+    """
+    return entry
+
+
+dinov2_vits14, dinov2_vits14_reg = _official("dinov2_vits14"), _official("dinov2_vits14_reg")
+dinov2_vitb14, dinov2_vitb14_reg = _official("dinov2_vitb14"), _official("dinov2_vitb14_reg")
+dinov2_vitl14, dinov2_vitl14_reg = _official("dinov2_vitl14"), _official("dinov2_vitl14_reg")
+dinov2_vitg14, dinov2_vitg14_reg = _official("dinov2_vitg14"), _official("dinov2_vitg14_reg")
+
+
+def run(folder):
+    """The EMA teacher's backbone of a finished run of this package."""
+    from minidino.learning.teacher import build_backbone
+    from minidino.model.weights import load_weights
+    from minidino.runs import Run
+
+    vit = build_backbone(Run(folder).config())
+    return load_weights(vit, _Path(folder) / "weights.safetensors").eval()
