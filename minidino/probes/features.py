@@ -21,7 +21,7 @@ from minidino.images.crops import luminance, normalise
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule gets its own training flag back."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -59,7 +59,7 @@ def extract(
     _expect_pixels(images)
     device = next(vit.parameters()).device
     found: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} | ({"patch": []} if patches else {})
-    with _frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
+    with frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
             tokens = vit.forward_features(normalise(batch.to(device)))
             patch = tokens.x_norm_patchtokens.float()  # (B, N, D)
