@@ -20,13 +20,15 @@ ORDER = """
     config runs distributed
     images.scenes images.decode images.archives images.named images.datasets images.pixels
     images.crops images.masks images.batches images.attacks images.pools
+    images.layouts images.pairs
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline
     kernels.tuning kernels.plans kernels.sinkhorn kernels.attention kernels.prototypes
     model.attention model.layers model.heads model.vit model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
-    probes.features probes.knn probes.linear probes.retrieval probes.segmentation probes.depth
+    probes.features probes.knn probes.linear probes.retrieval
+    probes.dense probes.segmentation probes.propagation probes.depth
     pictures report scaling notebook stages judge curate tour cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {

@@ -26,6 +26,7 @@ Rows = Tensor | np.ndarray
 EPS = 1e-3  # metres, added before every logarithm
 SCALES = (1, 2, 4, 6)  # every so many-th pixel in the gradient loss, as released
 UPSAMPLE = 4  # bins per side of a patch, as released
+PUBLISHED_LR, PUBLISHED_STEPS, LARGEST_LR = 1e-4, 38_400, 1e-2
 RELEASED_TAPS = {24: [4, 11, 17, 23]}  # ViT-L; the released blocks of all others are evenly spaced
 
 
@@ -82,7 +83,7 @@ def expected_depth(logits: Float[Tensor, "B K H W"], bins: Float[Tensor, "K"]) -
     if logits.ndim != 4 or logits.shape[1] != len(bins):
         raise ValueError(f"expected logits (B, {len(bins)}, H, W), one per bin, got {tuple(logits.shape)}")
     votes = logits.relu() + 0.1
-    return torch.einsum("bkhw,k->bhw", votes, bins.to(votes)) / votes.sum(1)
+    return (bins.to(votes) @ votes.flatten(2)).view_as(votes[:, 0]) / votes.sum(1)
 
 
 # ---------------------------------------------------------------- losses
@@ -252,11 +253,11 @@ def linear_depth(
     max_depth: float = 10.0,
     steps: int = 500,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float | None = None,
     seed: int = 0,
     *,
     weight_decay: float = 0.01,
-    pixels: int | None = 1024,
+    pixels: int | None = 512,
     gradient_weight: float = 0.0,
     gradient_mode: str = "fixed",
     batch_norm: bool = False,
@@ -269,7 +270,8 @@ def linear_depth(
         train_maps, test_maps: (n, C, Hp, Wp) from `feature_maps(blocks=taps(...), norm=False, class_token=True)`.
         train_depth, test_depth: (n, H, W) metres; 0 = not known. What is beyond max_depth or not above min_depth does
             not count, in training and in scores.
-        steps, batch_size, lr, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU at 1e-4.
+        steps, batch_size, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
+        lr: its rate; None: the published 1e-4, times as much as the steps are fewer, at most 0.01.
         seed: draws weights, batches and pixels.
         pixels: drawn from each picture at each step, to which features are interpolated straight; nothing is upsampled
             then. None, or any gradient_weight: metres at 4 times the map, interpolated to all pixels, as released and
@@ -290,33 +292,32 @@ def linear_depth(
     """
     train_maps, train_depth = checked(train_maps, train_depth, "training")
     test_maps, test_depth = checked(test_maps, test_depth, "test")
-    if min(steps, batch_size) < 1:
-        raise ValueError(f"expected steps and batch_size of at least 1, got {steps} and {batch_size}")
+    if min(steps, batch_size, 1 if pixels is None else pixels) < 1 or gradient_weight < 0:
+        raise ValueError(
+            f"expected steps, batch_size, pixels of at least 1 and gradient_weight of at least 0, got {steps}, "
+            f"{batch_size}, {pixels}, {gradient_weight}"
+        )
     valid, test_valid = (_within(d, min_depth, max_depth) for d in (train_depth, test_depth))
     if not valid.any() or not test_valid.any():
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
+    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / steps, LARGEST_LR) if lr is None else lr
     generator = torch.Generator().manual_seed(seed)
     head = DepthHead(train_maps.shape[1], bins(min_depth, max_depth), batch_norm, generator).to(device)
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     rate = cosine_schedule(lr, lr * 1e-8, steps, warmup_steps=steps // 3, start=lr * 1e-3)
+    dense = pixels is None or gradient_weight > 0
     with torch.enable_grad():
         for step, rows in enumerate(batches(len(train_maps), batch_size, steps, generator)):
             if not valid[rows].any():
                 continue
             for group in search.param_groups:
                 group["lr"] = rate(step)
-            depth, known, maps = (x[rows].to(device) for x in (train_depth, valid, train_maps))
-            warm_up = step < min(100, steps // 10)
-            if pixels is None or gradient_weight:
-                found = upsample(head(maps.float())[:, None], depth.shape[1:], patch_size, UPSAMPLE)[:, 0]
-            else:
-                chosen = _some_pixels(known, pixels, generator)
-                features = at_pixels(head.bn(maps.float()), chosen, depth.shape[1:], patch_size)  # (B, C, p)
-                found = expected_depth(head.conv_depth(features[:, :, None]), head.bins)[:, 0]
-                depth, known = (x.flatten(1).gather(1, chosen) for x in (depth, known))
-            loss = silog_loss(found, depth.float(), known, warm_up)
-            if gradient_weight:
-                loss = loss + gradient_weight * gradient_loss(found, depth.float(), known, gradient_mode)
+            maps, depth, known = (x[rows].to(device) for x in (train_maps, train_depth, valid))
+            chosen = None if dense else _some_pixels(known, pixels, generator)
+            found, depth, known = _seen(head, maps.float(), depth.float(), known, chosen, patch_size)
+            loss = silog_loss(found, depth, known, warm_up=step < min(100, steps // 10))
+            if gradient_weight > 0:
+                loss = loss + gradient_weight * gradient_loss(found, depth, known, gradient_mode)
             search.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 35.0)
@@ -326,6 +327,23 @@ def linear_depth(
     median = train_depth[valid].median().expand(test_depth.shape)
     constant = depth_errors(median, test_depth, test_valid)
     return {**depth_errors(found, test_depth, test_valid), "constant": constant, "head": head}
+
+
+def _seen(
+    head: DepthHead,
+    maps: Float[Tensor, "B C Hp Wp"],
+    depth: Float[Tensor, "B H W"],
+    known: Bool[Tensor, "B H W"],
+    chosen: Int[Tensor, "B p"] | None,
+    patch_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head says, what is true and what counts: at the chosen pixels (B, p), or at all (B, H, W)."""
+    size = depth.shape[1:]
+    if chosen is None:
+        return upsample(head(maps)[:, None], size, patch_size, UPSAMPLE)[:, 0], depth, known
+    features = at_pixels(head.bn(maps), chosen, size, patch_size)  # (B, C, p)
+    found = expected_depth(head.conv_depth(features[:, :, None]), head.bins)[:, 0]
+    return found, depth.flatten(1).gather(1, chosen), known.flatten(1).gather(1, chosen)
 
 
 def _some_pixels(known: Bool[Tensor, "B H W"], n: int, generator: torch.Generator) -> Int[Tensor, "B n"]:
