@@ -20,6 +20,7 @@ ORDER = """
     config runs distributed
     images.scenes images.decode images.archives images.named images.datasets images.pixels
     images.crops images.masks images.batches images.attacks images.corruptions images.pools
+    images.layouts images.pairs
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline
     kernels.tuning kernels.plans kernels.sinkhorn kernels.attention kernels.prototypes
@@ -28,8 +29,8 @@ ORDER = """
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
     probes.features probes.patches probes.knn probes.linear probes.grid probes.logistic probes.retrieval
-    probes.segmentation probes.depth
-    pictures looking report scaling notebook stages judge curate tour cli
+    probes.dense probes.segmentation probes.propagation probes.depth
+    pictures looking report scaling notebook stages judge subjects questions evaluate curate tour cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {
     "triton": ("kernels",),
