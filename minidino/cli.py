@@ -143,15 +143,26 @@ def _new_folder(path: str | Path) -> Path:
 
 def _probe(stages) -> None:
     def run(options) -> None:
-        from minidino.judge import probe
+        from minidino.evaluate import evaluate
 
-        print(json.dumps(probe(Path(options.source), options.task, options.data, options.size), indent=1))
+        size = tuple(options.size) if options.size and len(options.size) > 1 else (options.size or [None])[0]
+        found = evaluate(
+            options.source, options.task, options.data, size, options.baseline, options.out, options.truth
+        )
+        print(found["row"])
 
-    parser = _stage(stages, "probe", "judge frozen features", "minidino probe runs/tour --task linear", run)
-    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, or a weights file in any known layout")
-    parser.add_argument("--task", choices=("knn", "linear"), default="knn")
-    parser.add_argument("--data", help="labelled images; without it the run's own")
-    parser.add_argument("--size", type=int, help="px of the evaluated square; without it the run's global crop")
+    parser = _stage(stages, "probe", "judge frozen features",
+                    "minidino probe runs/tour --task segmentation --baseline pixels --baseline random", run)  # fmt: skip
+    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights file, or a name such as dinov2_vits14")
+    parser.add_argument("--task", default="knn",
+                        choices=("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth"))  # fmt: skip
+    parser.add_argument("--data", help="pictures with what the task needs; without it the run's own")
+    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="side of the evaluated square, or height and "
+                        "width for segmentation and depth; without it the run's global crop, or pictures as they are")  # fmt: skip
+    parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[],
+                        help="the same of what nobody trained, or of the network before its first step; may be given again")  # fmt: skip
+    parser.add_argument("--truth", metavar="JSON", help="queries for retrieval, in the format of Revisited Oxford and Paris")
+    parser.add_argument("--out", help="folder of results.json, figure.png, report.html (default runs/probe-DATA-TASK)")
 
 
 def _export(stages) -> None:

@@ -17,12 +17,12 @@ from minidino.images.scenes import MASK_CLASSES
 from minidino.learning import doctor
 from minidino.learning.teacher import build_backbone, build_student
 from minidino.model.vit import VisionTransformer
-from minidino.model.weights import backbone_of, load_weights
+from minidino.model.weights import load_weights
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
 from minidino.runs import Run, environment, pick_device, pick_precision
-from minidino.stages import K, World, open_world
+from minidino.stages import K, World
 
 CHUNK = 512  # images described at a time
 BASELINES = ("pixels", "gray_pixels", "color_histogram", "hog")
@@ -165,37 +165,3 @@ def judge(run: Run, world: World) -> dict[str, Any]:
         if world.test_scenes is not None:
             results["patches"] = judge_patches(world, config, nets)
     return results
-
-
-def probe(source: Path, task: str = "knn", data: str | None = None, size: int | None = None) -> dict[str, Any]:
-    """Judge the frozen features of a run folder, or of a weights file, on labelled images.
-
-    Args:
-        source: a run folder, or weights in any layout that `load_weights` reads.
-        task: "knn" or "linear".
-        data: labelled images; None takes the run's own.
-        size: side of the evaluated square, px; None takes the run's global crop, or 224 for a weights file.
-    Raises:
-        ValueError: a weights file without data; images without labels.
-    """
-    run = Run(source)
-    if is_run(source):
-        config = run.config()
-        backbone = trained_backbone(run, pick_device(config.run.device))
-    elif data is None:
-        raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
-    else:
-        config, backbone = RunConfig(), backbone_of(source).to(pick_device()).eval()
-    size = size or config.crops.global_size
-    short_side = max(size, config.data.short_side)
-    config = replace(
-        config,
-        data=replace(config.data, source=data or config.data.source, pool="", short_side=short_side),
-        crops=replace(config.crops, global_size=size),
-    )
-    world = open_world(config, Path("runs/probe/pixels"))
-    if world.test is None:
-        raise ValueError(f"{world.name} has no labels: a folder per class is expected")
-    rows = class_tokens(world, config, {"trained": backbone})
-    found = judge_knn(world, rows.items()) if task == "knn" else judge_linear(world, rows)
-    return {"data": world.name, "task": task, "n_test": len(world.test), **found}

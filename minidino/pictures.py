@@ -261,6 +261,38 @@ def baselines_bar(
     return {"names": names, "means": means, "sds": sds}
 
 
+def severity_curves(found: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path | None = None) -> dict:
+    """Draw how accuracy falls when pictures are corrupted, kind by kind.
+
+    Args:
+        found: {features: {corruption: accuracy at severities 1 to 5}}, fractions; colours as in `baselines_bar`.
+        path: where the PNG goes; None draws without saving.
+    Returns:
+        {features: mean accuracy over all corruptions and severities}.
+    """
+    means = {who: float(np.mean(list(kinds.values()))) for who, kinds in found.items()}
+    names = list(next(iter(found.values())))
+    columns = min(5, len(names))
+    best = max(means, key=means.get)
+    title = f"Under corruption {best} keeps {means[best]:.1%} on average"
+    rows = math.ceil(len(names) / columns)
+    figure, axes = figure_of(rows, columns, 1.7 * rows + 1.2, title)
+    for ax, name in zip(axes.flat, names, strict=False):
+        for i, (who, kinds) in enumerate(found.items()):
+            color = next((color for word, color in COLORS.items() if word in who.lower()), COLORS["limit"])
+            ax.plot(range(1, len(kinds[name]) + 1), np.multiply(100, kinds[name]), "o-"[i > 1 :], color=color, label=who)
+        ax.set_title(name.replace("_", " "), fontsize=9)
+        ax.set(ylim=(0, None), xticks=range(1, 6))
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    figure.supxlabel("severity", fontsize=9)
+    figure.supylabel("top-1 (%)", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=4, fontsize=8)
+    save(figure, path)
+    return means
+
+
 def funnel(counts: dict[str, int], path: str | Path | None = None) -> dict:
     """Draw how many pictures each stage of curation left; returns the share of the first that is left at each."""
     names, left = list(counts), np.array(list(counts.values()))

@@ -1,0 +1,287 @@
+"""`minidino probe`: one question about frozen features, asked of a backbone and of what it should beat.
+
+    evaluate(source, task, data) -> results.json, figure.png, report.html and one row for a README, in a folder
+
+    knn           class of a picture by a vote of its neighbours
+    linear        the published grid of linear heads
+    logreg        logistic regression, also on a few pictures of each class
+    robustness    the same regression on corrupted pictures
+    retrieval     other pictures of the same thing or place
+    segmentation  class of every pixel, from one and from four blocks, and by neighbours alone
+    depth         distance of every pixel, from one and from four blocks
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minidino import looking, pictures
+from minidino.images.corruptions import CORRUPTIONS, corrupt, mean_corruption_error
+from minidino.probes.depth import linear_depth, predict_depth
+from minidino.probes.grid import linear_grid
+from minidino.probes.knn import knn_accuracy
+from minidino.probes.linear import linear_probe
+from minidino.probes.logistic import logistic_path, logistic_regression, low_shot
+from minidino.probes.propagation import knn_segmentation
+from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_precision, query_pictures, similarity
+from minidino.probes.segmentation import linear_segmentation, predict
+from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
+from minidino.report import Section, write_report
+from minidino.runs import environment, pick_device, write_atomically
+from minidino.stages import some
+from minidino.subjects import Cache, Subject, subjects_of
+
+Answers = dict[str, dict[str, Any]]  # {subject: what was found}
+SHOTS = (1, 5, 10)  # labelled pictures of each class
+N_CORRUPTED = 500  # held-out pictures that are corrupted, each in every way
+SHOWN = 5  # pictures of a sheet
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question. data: as for `open_question`; score: the number that a table shows, `unit` what it is, `up` whether
+    more is better."""
+
+    ask: Callable[..., Answers]
+    data: str
+    score: str
+    unit: str
+    up: bool = True
+
+
+# ---------------------------------------------------------------- whole pictures
+
+
+def ask_knn(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
+    found = {}
+    for subject in subjects:
+        bank, labels, queries, truth = data.rows(subject)
+        ks = [k for k in (10, 20, 100, 200) if k <= len(bank)] or [1]
+        by_k = knn_accuracy(bank, labels, queries, truth, ks)
+        found[subject.name] = {"accuracy": by_k.get(20, by_k[ks[0]]), "by_k": by_k}
+    _bars(found, data, folder, "k-NN top-1, k = 20")
+    return found
+
+
+def ask_linear(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
+    found = {}
+    for subject in subjects:
+        labels = data.world.train.labels, data.world.test.labels
+        bank, queries = (data.described(subject, part) for part in ("train", "test"))
+        if "mean_patch" in bank:
+            blocks = (1, 4) if bank["cls_blocks"].shape[1] >= 4 else (1,)
+            found[subject.name] = linear_grid(bank, labels[0], queries, labels[1], blocks=blocks)
+        else:
+            rows = bank["cls_blocks"][:, -1], labels[0], queries["cls_blocks"][:, -1], labels[1]
+            found[subject.name] = linear_probe(*rows, epochs=10)
+    _bars(found, data, folder, "linear top-1")
+    return found
+
+
+def ask_logistic(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
+    found = {}
+    for subject in subjects:
+        rows = data.rows(subject)
+        fewest = int(np.bincount(rows[1][rows[1] >= 0]).min())
+        few = low_shot(*rows, ns=[n for n in SHOTS if n <= fewest])
+        found[subject.name] = logistic_regression(*rows) | {"low_shot": few}
+    _bars(found, data, folder, "logistic regression, top-1")
+    return found
+
+
+def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
+    """Top-1 on the same held-out pictures, clean and corrupted; the classifier has seen clean pictures alone."""
+    rows = some(len(data.world.test), N_CORRUPTED)
+    images, truth = data.world.test.select(rows).squares(data.size), torch.from_numpy(data.world.test.labels[rows])
+    fitted = {}
+    for subject in subjects:
+        learned = data.rows(subject)
+        best = logistic_regression(*learned)["best_c"]
+        fitted[subject.name] = logistic_path(*learned[:2], [best])[0]
+
+    def share_right(subject: Subject, pictures: Tensor) -> float:
+        seen = torch.as_tensor(subject.whole(pictures)["cls_blocks"])[:, -1]
+        return float((fitted[subject.name].predict(seen) == truth).double().mean())
+
+    found: Answers = {s.name: {"clean": share_right(s, images), "corrupted": {}} for s in subjects}
+    for name in tqdm(CORRUPTIONS, unit="corruptions", leave=False):
+        for severity in range(1, 6):
+            changed = corrupt(images, name, severity, seed=0)
+            for subject in subjects:
+                found[subject.name]["corrupted"].setdefault(name, []).append(share_right(subject, changed))
+    for answer in found.values():
+        answer["accuracy"] = float(np.mean(list(answer["corrupted"].values())))
+    errors = {who: {name: [1 - x for x in xs] for name, xs in a["corrupted"].items()} for who, a in found.items()}
+    for who, answer in found.items():  # each against the last baseline: 1 is as bad
+        answer["mce"] = mean_corruption_error(errors[who], errors[subjects[-1].name])
+    pictures.severity_curves({name: a["corrupted"] for name, a in found.items()}, folder / "figure.png")
+    return found
+
+
+def _bars(found: Answers, data: Labelled, folder: Path, metric: str) -> None:
+    """What was reached, with the standard error of a share."""
+    n = int((data.world.test.labels >= 0).sum())
+    bars = {name: (a["accuracy"], math.sqrt(a["accuracy"] * (1 - a["accuracy"]) / n)) for name, a in found.items()}
+    pictures.baselines_bar(bars, folder / "figure.png", metric)
+
+
+# ---------------------------------------------------------------- things and places
+
+
+def ask_retrieval(subjects: Sequence[Subject], data: Grouped | Landmarks, folder: Path) -> Answers:
+    """mAP with every picture of a group as a query, or by the three protocols, with and without cutting queries out."""
+    found: Answers = {}
+    for subject in subjects:
+        if isinstance(data, Grouped):
+            answer = leave_one_out(data.described(subject), data.groups)
+        else:
+            answer = _by_protocol(subject, data)
+        found[subject.name] = {key: value for key, value in answer.items() if key != "ap"}
+    bars = {name: (answer["map"], 0.0) for name, answer in found.items()}
+    pictures.baselines_bar(bars, folder / "figure.png", "mean average precision")
+    return found
+
+
+def _by_protocol(subject: Subject, data: Landmarks) -> dict[str, Any]:
+    answer: dict[str, Any] = {}
+    bank = data.described(subject, data.database)
+    for crop in (True, False):
+        near = similarity(data.described(subject, query_pictures(data.queries, data.truth, crop)), bank)
+        for protocol in PROTOCOLS:
+            judged = mean_average_precision(near, data.truth, protocol)
+            answer[f"{protocol}, {'cropped' if crop else 'whole'} queries"] = judged["map"]
+    return answer | {"map": answer["medium, cropped queries"]}
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
+    found, classes = {}, data.pairs.classes
+    masks = data.train.targets, data.test.targets
+    patch_size = subjects[0].vit.patch_size
+    for subject in subjects:
+        readings = ("last", "last4") if subject.vit is not None else ("last",)
+        for reading in readings:
+            train, test = data.maps(subject, reading)
+            answer = linear_segmentation(train, masks[0], test, masks[1], len(classes), classes=classes, patch_size=patch_size)
+            head = answer.pop("head")
+            if reading == "last":
+                found[subject.name] = answer | {"knn": knn_segmentation(
+                    train, masks[0], test, masks[1], len(classes), patch_size=patch_size)}  # fmt: skip
+            else:
+                found[subject.name] |= {"four_blocks": answer}
+            if subject is subjects[0] and reading == readings[-1]:
+                shown = some(len(test), SHOWN)
+                predicted = torch.cat(list(predict(head, test[shown], masks[1].shape[1:], patch_size)))
+                looking.segmentation_sheet(data.test.images[shown], masks[1][shown], predicted, classes, folder / "figure.png")
+    return found
+
+
+def ask_depth(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
+    found, patch_size = {}, subjects[0].vit.patch_size
+    depths = data.train.targets, data.test.targets
+    farthest = float(max(10.0, math.ceil(depths[0].max())))  # 10 m, as published for rooms, where nothing is farther
+    for subject in subjects:
+        deep = subject.vit is not None and subject.vit.depth >= 4
+        for reading in ("lin1", "lin4") if deep else ("lin1",):
+            train, test = data.maps(subject, reading)
+            answer = linear_depth(train, depths[0], test, depths[1], max_depth=farthest, patch_size=patch_size)
+            head = answer.pop("head")
+            if reading == "lin1":
+                found[subject.name] = answer | {"max_depth_m": farthest}
+            else:
+                found[subject.name] |= {"four_blocks": answer}
+            if subject is subjects[0]:
+                shown = some(len(test), SHOWN)
+                predicted = torch.cat(list(predict_depth(head, test[shown], depths[1].shape[1:], patch_size)))
+                looking.depth_sheet(data.test.images[shown], depths[1][shown], predicted, folder / "figure.png")
+    return found
+
+
+# ---------------------------------------------------------------- the whole
+
+
+TASKS = {
+    "knn": Task(ask_knn, "labelled", "accuracy", "top-1"),
+    "linear": Task(ask_linear, "labelled", "accuracy", "top-1"),
+    "logreg": Task(ask_logistic, "labelled", "accuracy", "top-1"),
+    "robustness": Task(ask_robustness, "labelled", "accuracy", "top-1 under corruption"),
+    "retrieval": Task(ask_retrieval, "grouped", "map", "mAP"),
+    "segmentation": Task(ask_segmentation, "segmentation", "miou", "mIoU"),
+    "depth": Task(ask_depth, "depth", "rmse", "RMSE (m)", up=False),
+}
+
+
+def evaluate(
+    source: str | Path,
+    task: str = "knn",
+    data: str | None = None,
+    size: Size | None = None,
+    baselines: Sequence[str] = (),
+    out: str | Path | None = None,
+    truth: str | None = None,
+    cache: str | Path = "runs/features",
+) -> dict[str, Any]:
+    """Ask one question about frozen features, and write down the answer.
+
+    Args:
+        source: a run folder, or weights in any layout or by any name that `load_weights` reads.
+        task: one of TASKS.
+        data: pictures with what the task needs; None takes a run's own.
+        size: px: the side of the evaluated square, or (height, width) for segmentation and depth. None: a run's global
+            crop, 224 for weights; for segmentation and depth the size of the pictures.
+        baselines: "random" and "pixels": see `subjects_of`.
+        out: folder of results.json, figure.png and report.html; None: runs/probe-DATA-TASK.
+        truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.
+        cache: where descriptions are kept; all tasks share them.
+    Returns:
+        What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
+    Raises:
+        ValueError: another task; pictures that lack labels, groups or pairs; weights without data.
+    """
+    if task not in TASKS:
+        raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
+    question, begun = TASKS[task], time.perf_counter()
+    subjects, config = subjects_of(source, baselines, dense=question.data in ("segmentation", "depth"))
+    if data is None and config is None:
+        raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
+    opened, about = open_question(question.data, data, size, truth, config, Cache(Path(cache)))
+    folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = question.ask(subjects, opened, folder)
+    found = {
+        "task": task, **about, "answers": answers, "row": row(about["data"], task, answers),
+        "seconds": round(time.perf_counter() - begun, 1), "source": str(source),
+        "environment": environment(0, pick_device()),
+    }  # fmt: skip
+    write_atomically(folder / "results.json", json.dumps(found, indent=1).encode())
+    _report(found, folder)
+    return found
+
+
+def row(data: str, task: str, answers: Answers) -> str:
+    """One line of a Markdown table: | data | task | number | who: what, who: what |."""
+    question = TASKS[task]
+    cells = ", ".join(f"{name} {answer[question.score]:.3f}" for name, answer in answers.items())
+    return f"| {data} | {task} | {question.unit} | {cells} |"
+
+
+def _report(found: dict[str, Any], folder: Path) -> None:
+    task = TASKS[found["task"]]
+    numbers = [("features", task.unit), *((name, a[task.score]) for name, a in found["answers"].items())]
+    words = f"{found['data']}, {found['size_px']} px, {'more' if task.up else 'less'} is better."
+    sections = [Section(found["task"], words, folder / "figure.png", numbers)]
+    first = next(iter(found["answers"].values()))
+    if "table" in first and found["task"] == "segmentation":
+        sections.append(Section("Class by class", "Intersection over union.", table=[("class", "IoU"), *first["table"].items()]))
+    write_report(folder / "report.html", f"minidino probe: {found['data']}", sections)

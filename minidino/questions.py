@@ -1,0 +1,201 @@
+"""What is asked about: pictures with labels, groups, queries, or a truth for every pixel, opened and described once.
+
+    open_question("labelled" | "grouped" | "pairs", ...) -> Labelled | Grouped | Landmarks | Dense, and what to say of it
+"""
+
+import csv
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidino.config import RunConfig
+from minidino.images.datasets import ImageSet, open_images
+from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
+from minidino.images.pixels import Pixels, load_pixels
+from minidino.probes.retrieval import Query, read_ground_truth
+from minidino.stages import World, open_world
+from minidino.subjects import Cache, Subject
+
+Size = int | tuple[int, int]  # px: of a square, or height and width
+
+
+# ---------------------------------------------------------------- whole pictures
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled pictures for learning and for judging, and where their descriptions are kept."""
+
+    world: World
+    size: int
+    cache: Cache
+
+    def described(self, subject: Subject, part: str = "train") -> dict[str, Tensor]:
+        pixels = getattr(self.world, part)
+        name = f"{self.world.name} {part} {pixels.fingerprint()}"
+        found = self.cache.whole(subject, name, self.size, lambda: pixels.squares(self.size))
+        return {key: torch.from_numpy(np.array(x)) for key, x in found.items()}
+
+    def rows(self, subject: Subject) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
+        """Last class tokens and labels, for learning and for judging."""
+        bank, queries = (self.described(subject, part)["cls_blocks"][:, -1] for part in ("train", "test"))
+        return bank, self.world.train.labels, queries, self.world.test.labels
+
+
+# ---------------------------------------------------------------- things and places
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Pictures of things and places; those with the same name show the same, and "" shows something else."""
+
+    name: str
+    pixels: Pixels
+    groups: list[str]
+    size: int
+    cache: Cache
+
+    def described(self, subject: Subject) -> Tensor:
+        """Last class tokens of whole pictures, squeezed into a square, so that nothing at a border is lost."""
+        name = f"{self.name} {self.pixels.fingerprint()} whole"
+        found = self.cache.whole(subject, name, self.size, lambda: self.pixels.whole(self.size))
+        return torch.from_numpy(np.array(found["cls_blocks"]))[:, -1]
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """A database of pictures, queries with their boxes, and what is to be found: the format of Oxford and Paris."""
+
+    name: str
+    database: Pixels
+    queries: Pixels
+    truth: list[Query]
+    size: int
+    cache: Cache
+
+    def described(self, subject: Subject, pixels: Pixels) -> Tensor:
+        name = f"{self.name} {pixels.fingerprint()} whole"
+        found = self.cache.whole(subject, name, self.size, lambda: pixels.whole(self.size))
+        return torch.from_numpy(np.array(found["cls_blocks"]))[:, -1]
+
+
+def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
+    """The pictures that a ground-truth file names, by their names without folder and suffix.
+
+    Raises:
+        ValueError: a picture that is not there or cannot be read.
+    """
+    images, known = open_images(path), read_ground_truth(truth)
+    number = {Path(name).stem: i for i, name in enumerate(images.files)}
+    absent = [name for name in known.files + known.query_files if Path(name).stem not in number]
+    if absent:
+        raise ValueError(f"{images.name} lacks {len(absent)} pictures of {truth}, such as {absent[0]}")
+    loaded = []
+    for names in (known.files, known.query_files):
+        pixels = load_pixels(images.select([number[Path(name).stem] for name in names]), 2 * size)
+        if len(pixels) < len(names):
+            raise ValueError(f"{len(names) - len(pixels)} of {len(names)} pictures of {truth} cannot be read")
+        loaded.append(pixels)
+    return Landmarks(images.name, *loaded, known.queries, size, cache)
+
+
+def open_groups(path: str, size: int, cache: Cache) -> Grouped:
+    """Pictures with a groups.csv (columns file and group) among them, or a folder for each thing.
+
+    Raises:
+        ValueError: neither; a groups.csv without these columns, or that names pictures which are not there.
+    """
+    images = open_images(path)
+    listed = [i for i, name in enumerate(images.files) if name.rsplit("/", 1)[-1] == "groups.csv"]
+    if listed:
+        groups = _read_groups(images, listed[0])
+        images = images.select([i for i, name in enumerate(images.files) if name in groups])
+    elif (images.labels >= 0).any():
+        groups = {f: images.classes[k] if k >= 0 else "" for f, k in zip(images.files, images.labels, strict=True)}
+    else:
+        raise ValueError(f"{images.name} has no groups.csv (columns file, group) and no folder for each thing")
+    pixels = load_pixels(images, size)
+    return Grouped(images.name, pixels, [groups[name] for name in pixels.files], size, cache)
+
+
+def _read_groups(images: ImageSet, index: int) -> dict[str, str]:
+    folder = images.files[index].removesuffix("groups.csv")
+    rows = list(csv.DictReader(io.StringIO(images.read(index).decode())))
+    if not rows or not {"file", "group"} <= rows[0].keys():
+        raise ValueError(f"{images.files[index]}: expected columns file and group")
+    groups = {folder + row["file"]: row["group"] for row in rows}
+    absent = sorted(groups.keys() - set(images.files))
+    if absent:
+        raise ValueError(f"{images.files[index]} names {len(absent)} pictures that are not there, such as {absent[0]}")
+    return groups
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Pictures with a truth for every pixel."""
+
+    pairs: Pairs
+    train: Loaded
+    test: Loaded
+    cache: Cache
+
+    def maps(self, subject: Subject, reading: str) -> tuple[Tensor, Tensor]:
+        parts = (("train", self.train), ("test", self.test))
+        return tuple(self.cache.maps(subject, f"{self.pairs.name} {n}", part.images, reading) for n, part in parts)
+
+
+def _open_dense(
+    task: str, data: str, size: Size | None, config: RunConfig | None, cache: Cache
+) -> tuple[Dense, dict[str, Any]]:
+    scene_seed = config.data.scene_seed if config else 0
+    pairs = open_pairs(data, task, seed=scene_seed)
+    if pairs.layout == "scenes" and size is None and config:
+        size = config.crops.global_size
+    size = (size, size) if isinstance(size, int) else size
+    train, test = (load_pairs(pairs, split, size) for split in ("train", pairs.held_out))
+    left_out = train.left_out + test.left_out
+    about = {"data": pairs.name, "n_train": len(train.names), "n_test": len(test.names),
+             "size_px": list(train.images.shape[2:]), "left_out": left_out}  # fmt: skip
+    return Dense(pairs, train, test, cache), about
+
+
+# ---------------------------------------------------------------- any of them
+
+
+def open_question(
+    kind: str, data: str | None, size: Size | None, truth: str | None, config: RunConfig | None, cache: Cache
+) -> tuple[Labelled | Grouped | Landmarks | Dense, dict[str, Any]]:
+    """Open the pictures for one kind of question.
+
+    Args:
+        kind: "labelled", "grouped", "segmentation" or "depth".
+        data, size, truth: as for `minidino.evaluate.evaluate`.
+        config: of the run that is asked; None: there is only a weights file.
+    Returns:
+        The pictures, and what to say about them: names, counts, size.
+    """
+    data = data or config.data.source
+    if kind in ("segmentation", "depth"):
+        return _open_dense(kind, data, size, config, cache)
+    if isinstance(size, tuple):
+        raise ValueError(f"whole pictures are looked at in squares: expected one number of px, got {size}")
+    size = size or (config.crops.global_size if config else 224)
+    if kind == "grouped":
+        found = open_landmarks(data, truth, size, cache) if truth else open_groups(data, size, cache)
+        pixels = found.database if truth else found.pixels
+        return found, {"data": found.name, "n_test": len(pixels), "size_px": size}
+    config = config or RunConfig()
+    source = replace(config.data, source=data, pool="", short_side=max(size, config.data.short_side))
+    world = open_world(replace(config, data=source), cache.folder / "pixels")
+    if world.test is None:
+        raise ValueError(f"{world.name} has no labels: a folder per class is expected")
+    about = {"data": world.name, "n_train": len(world.train), "n_test": len(world.test), "size_px": size}
+    return Labelled(world, size, cache), about

@@ -1,0 +1,163 @@
+"""Who is judged: a frozen backbone, the same network before its first step, and what nobody trained.
+
+A subject describes whole pictures and patches. Each description is computed once and kept on disk under a key that says
+what made it, so that all tasks on the same pictures share it.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from minidino.config import RunConfig
+from minidino.judge import is_run, random_backbone, trained_backbone
+from minidino.model.vit import VisionTransformer
+from minidino.model.weights import backbone_of
+from minidino.probes import features
+from minidino.probes.dense import borders, feature_maps
+from minidino.probes.depth import taps
+from minidino.runs import Run, pick_device
+
+CHUNK = 512  # pictures described at a time
+THUMBNAIL = 16  # px: raw pixels of a whole picture are those of a thumbnail
+WAVES = 8  # cosines along each side of a picture that tell where a patch lies
+BLOCKS = 4  # last blocks whose class tokens are kept
+READINGS = ("last", "last4", "lin1", "lin4")  # segmentation of one and four blocks, depth of one and four
+
+Described = dict[str, Tensor | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that turns pictures into features.
+
+    name: as in tables. made_by: all that its features depend on. whole: (n, 3, S, S) uint8 -> {"cls_blocks": (n, b, D),
+    and of a network "mean_patch": (n, D)}. maps: (n, 3, H, W) uint8 and a reading -> (n, C, Hp, Wp); None: it cannot.
+    vit: the network, where there is one.
+    """
+
+    name: str
+    made_by: str
+    whole: Callable[[Tensor], Described] | None = None
+    maps: Callable[[Tensor, str], Tensor] | None = None
+    vit: VisionTransformer | None = None
+
+
+def network(name: str, vit: VisionTransformer) -> Subject:
+    """A frozen backbone."""
+
+    def whole(images: UInt8[Tensor, "n 3 S S"]) -> Described:
+        found = features.extract(vit, images, blocks=min(BLOCKS, vit.depth))
+        return {"cls_blocks": found.get("cls_blocks", found["cls"][:, None]), "mean_patch": found["mean_patch"]}
+
+    def maps(images: UInt8[Tensor, "n 3 H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
+        if reading in ("last", "last4"):
+            return feature_maps(vit, images, 1 if reading == "last" else min(BLOCKS, vit.depth), dtype=torch.float16)
+        blocks = taps(vit.depth, reading)
+        return feature_maps(vit, images, blocks, norm=False, class_token=True, dtype=torch.float16)
+
+    return Subject(name, features.state_hash(vit), whole, maps, vit)
+
+
+def untrained(patch_size: int, dense: bool) -> list[Subject]:
+    """What needs no network: colours of places and colours alone, or for patches where they lie and what is in them."""
+    if dense:
+        return [
+            Subject("position", f"position {WAVES} {patch_size}", maps=lambda x, _: positions(x, patch_size)),
+            Subject("pixels + position", f"pixels {WAVES} {patch_size}", maps=lambda x, _: patch_pixels(x, patch_size)),
+        ]
+    return [
+        Subject("pixels", f"thumbnail {THUMBNAIL}", lambda x: {"cls_blocks": _chunks(thumbnail, x)[:, None]}),
+        Subject("colours", "histogram", lambda x: {"cls_blocks": _chunks(features.color_histogram, x)[:, None]}),
+    ]
+
+
+def thumbnail(images: UInt8[Tensor, "n 3 S S"]) -> Float[Tensor, "n F"]:
+    """The colours of 16 x 16 places, in [0, 1]."""
+    return F.adaptive_avg_pool2d(images.float() / 255, THUMBNAIL).flatten(1)
+
+
+def positions(images: UInt8[Tensor, "n 3 H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
+    """Where each patch lies, as products of eight cosines down and eight across."""
+    left, right, top, bottom = borders(images.shape[2:], patch_size)
+    grid = (images.shape[2] + top + bottom) // patch_size, (images.shape[3] + left + right) // patch_size
+    down, across = ((torch.outer(torch.arange(WAVES), (torch.arange(n) + 0.5) / n) * torch.pi).cos() for n in grid)
+    waves = (down[:, None, :, None] * across[None, :, None, :]).flatten(0, 1)  # (64, Hp, Wp)
+    return waves.half().expand(len(images), -1, -1, -1)
+
+
+def patch_pixels(images: UInt8[Tensor, "n 3 H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
+    """The pixels of each patch and where it lies."""
+    inside = F.pad(images, borders(images.shape[2:], patch_size))
+    colours = F.pixel_unshuffle(inside.half() / 255, patch_size)  # (n, 3 P P, Hp, Wp)
+    return torch.cat([colours, positions(images, patch_size)], 1)
+
+
+def _chunks(describe: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([describe(chunk) for chunk in images.split(CHUNK)])
+
+
+def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False) -> tuple[list[Subject], RunConfig | None]:
+    """The backbone of a run folder or weights file, first, and what it is measured against.
+
+    Args:
+        source: a run folder, or weights in any layout or by any name that `load_weights` reads.
+        baselines: of "random", the same network before its first step, and "pixels", what needs no network.
+        dense: subjects for patches instead of whole pictures.
+    Returns:
+        The subjects, and the config of a run folder, or None for weights.
+    Raises:
+        ValueError: another baseline.
+    """
+    if set(baselines) - {"random", "pixels"}:
+        raise ValueError(f"expected baselines random or pixels, got {list(baselines)}")
+    run, device = Run(source), pick_device()
+    config = run.config() if is_run(source) else None
+    vit = backbone_of(source).to(device).eval() if config is None else trained_backbone(run, device)
+    found = [network("trained", vit)]
+    if "random" in baselines:
+        fresh = _fresh(vit) if config is None else random_backbone(config, device)
+        found.append(network("random ViT", fresh))
+    return found + (untrained(vit.patch_size, dense) if "pixels" in baselines else []), config
+
+
+def _fresh(vit: VisionTransformer) -> VisionTransformer:
+    """The same network before its first step."""
+    torch.manual_seed(0)
+    fresh = copy.deepcopy(vit)
+    for part in fresh.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+        if hasattr(part, "gamma"):
+            nn.init.ones_(part.gamma)
+    fresh.init_weights()
+    return fresh
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Descriptions on disk, one for each subject, set of pictures and reading."""
+
+    folder: Path
+
+    def whole(self, subject: Subject, name: str, size: int, images: Callable[[], Tensor]) -> Described:
+        """Described pictures; `images` is asked only where nothing is stored. The name tells them from all others."""
+        key = features.feature_key(subject.made_by, name, size, "whole")
+        return features.FeatureStore(self.folder).get(key, lambda: subject.whole(images()))
+
+    def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n 3 H W"], reading: str) -> Tensor:
+        key = features.feature_key(subject.made_by, f"{name} {fingerprint(images)}", images.shape[3], reading)
+        found = features.FeatureStore(self.folder).get(key, lambda: {"maps": subject.maps(images, reading)})
+        return torch.from_numpy(np.array(found["maps"]))
+
+
+def fingerprint(images: Tensor) -> str:
+    """A hash of the shape and every pixel."""
+    return hashlib.sha256(repr(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
