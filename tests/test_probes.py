@@ -235,10 +235,9 @@ def test_grid_of_rates_equals_torch_sgd_one_rate_at_a_time():
     generator = torch.Generator().manual_seed(3)
     lrs, epochs, batch = (1e-3, 0.1), 5, 32
     rows = torch.cat([x, torch.ones(96, 1)], 1)
-    weights = linear.train_heads(
-        linear.shuffled(rows, y, batch, generator), [(0, 7)], 6, 4, lrs, epochs * 3, generator
-    )
-    found = weights[0].view(2, 4, 7)
+    batches = linear.shuffled(rows, y, batch, generator)
+    (weights,) = linear.train_heads(batches, [(0, 7)], 6, 4, lrs, epochs * 3, generator)
+    found = weights.view(2, 4, 7)
     for row, lr in enumerate(lrs):
         generator = torch.Generator().manual_seed(3)
         net = nn.Linear(6, 4)
@@ -331,9 +330,8 @@ def test_patch_depth_probe_is_ridge_on_log_metres():
 
 def small_vit(depth=3, registers=0):
     torch.manual_seed(0)
-    return build_vit(
-        "vit_tiny", width=16, depth=depth, heads=2, patch_size=4, img_size=8, num_register_tokens=registers, init_std=0.3
-    )
+    small = {"width": 16, "depth": depth, "heads": 2, "patch_size": 4, "img_size": 8, "init_std": 0.3}
+    return build_vit("vit_tiny", num_register_tokens=registers, **small)
 
 
 def test_extract_of_several_blocks_is_one_look_and_agrees_with_the_layers():

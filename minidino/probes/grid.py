@@ -119,7 +119,8 @@ def train_grid(
     """Train the published heads on whatever batches come along, such as features of augmented crops.
 
     Args:
-        batches: (features, labels) as from `augmented_features`: "cls_blocks" (B, b, D), "mean_patch" (B, D), and (B,).
+        batches: (features, labels) as from `augmented_features` or `cached_features`: "cls_blocks" (B, b, D) and
+            "mean_patch" (B, D), and (B,).
         steps: batches to take, the length of the cosine; 12,500 of 1,024 images in the paper.
         n_classes: labels are 0 to n_classes - 1.
         lrs: before the rule lr * B / 256.
@@ -138,6 +139,29 @@ def train_grid(
     spans = _spans(width, blocks)
     weights = train_heads(rows, spans, max(blocks) * width, n_classes, lrs, steps, generator)
     return HeadGrid(weights, tuple(lrs), tuple(blocks), width)
+
+
+def cached_features(
+    found: dict[str, Rows], y: Rows, batch_size: int = 256, seed: int = 0
+) -> Iterator[tuple[dict[str, Tensor], Int[Tensor, "B"]]]:
+    """Shuffle cached features into batches without end, for `train_grid`: heads that are to be judged on several sets.
+
+    Args:
+        found: what `features.extract(..., blocks=4)` gives.
+        y: labels; rows with a label below 0 (unknown) are left out.
+        batch_size: rows a batch; a last incomplete batch of an epoch is left out.
+        seed: draws the order.
+    Raises:
+        ValueError: no labelled row.
+    """
+    y = as_tensor(y).long()
+    known = (y >= 0).nonzero()[:, 0]
+    if len(known) == 0:
+        raise ValueError("no row has a label of 0 or more: nothing to learn from")
+    cls, mean = as_tensor(found["cls_blocks"]), as_tensor(found["mean_patch"])
+    generator = torch.Generator().manual_seed(seed)
+    for rows, labels in shuffled(known, y[known], min(batch_size, len(known)), generator):
+        yield {"cls_blocks": cls[rows], "mean_patch": mean[rows]}, labels
 
 
 def augmented_features(

@@ -114,7 +114,7 @@ def train_heads(
             raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
         logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
         error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
-        error[:, y, torch.arange(len(y))] -= 1
+        error.scatter_add_(1, y.expand(len(error), 1, -1), error.new_full((1, 1, 1), -1).expand(len(error), 1, len(y)))
         change = -factor(done) * len(y) / 256 * rates
         for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
             v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from minidino.probes.knn import knn_predict
-from minidino.probes.linear import Rows, held_out, labelled
+from minidino.probes.linear import Rows, as_tensor, held_out, labelled
 
 PUBLISHED_CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
 
@@ -24,7 +24,7 @@ class LogisticModel(NamedTuple):
 
     def logits(self, x: Rows) -> Float[Tensor, "n K"]:
         """Up to a constant, the logarithms of the probabilities; float64."""
-        return torch.as_tensor(np.asarray(x)).double() @ self.weight.T + self.bias
+        return as_tensor(x).double() @ self.weight.T + self.bias
 
     def predict(self, x: Rows) -> Int[Tensor, "n"]:
         """The likeliest class of each row."""
@@ -182,7 +182,7 @@ def few_per_class(y: Rows, n: int, seed: int = 0) -> Int[Tensor, "m"]:
     Raises:
         ValueError: n below 1, no labelled row, or a class with fewer than n rows.
     """
-    y = torch.as_tensor(np.asarray(y)).long()
+    y = as_tensor(y).long()
     classes, counts = y[y >= 0].unique(return_counts=True)
     if n < 1 or len(classes) == 0:
         raise ValueError(f"expected n of 1 or more and labels of 0 or more, got n = {n} and {len(classes)} classes")

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidino.images.pixels import Pixels
+from minidino.probes.linear import Rows, as_tensor
 
-Rows = Tensor | np.ndarray
 PROTOCOLS = {  # name: (positives, left out of the ranking)
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
@@ -54,7 +53,7 @@ class GroundTruth(NamedTuple):
 
 def similarity(queries: Rows, database: Rows) -> Float[Tensor, "Q N"]:
     """Cosine of every query with every row of the database, float32."""
-    x, bank = (F.normalize(torch.as_tensor(np.asarray(part)).float(), dim=1) for part in (queries, database))
+    x, bank = (F.normalize(as_tensor(part).float(), dim=1) for part in (queries, database))
     return x @ bank.T
 
 
@@ -119,7 +118,7 @@ def mean_average_precision(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"expected protocol {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
-    values = torch.as_tensor(np.asarray(similarity))
+    values = as_tensor(similarity)
     if values.ndim != 2 or len(values) != len(ground_truth):
         raise ValueError(f"expected similarity ({len(ground_truth)}, N), got {tuple(values.shape)}")
     if values.isnan().any():
@@ -175,7 +174,7 @@ def groups_ground_truth(groups: Sequence[Hashable]) -> list[Query]:
     """Make every member of a group a query in turn: the others of its group are its positives, itself is junk.
 
     Args:
-        groups: one name or number per picture; "", None, nan and numbers below 0 mark distractors, which are no queries.
+        groups: one name or number per picture; "", None, nan and numbers below 0 mark distractors, no queries.
     Returns:
         Queries in the order of their rows, with all positives easy; a group of one gives a query without positives.
     """
