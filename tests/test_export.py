@@ -68,6 +68,9 @@ def test_round_trips_are_equal_to_the_bit(layout, name, ffn, registers, tmp_path
     again = backbone_of(path, heads=4 if name == "w.pth" else None)  # the others tell it
     assert same_weights(vit, again) and again.heads == 4
     assert torch.equal(vit(torch.ones(1, 3, 98, 28)), again(torch.ones(1, 3, 98, 28)))
+    if path.is_file():
+        before = path.read_bytes()
+        assert export_weights(vit, path, layout).read_bytes() == before
 
 
 @kinds
