@@ -255,7 +255,8 @@ def export_weights(
     LayerScale.
 
     Args:
-        path: a .pth or .safetensors file (hub, timm), a folder (huggingface), an .onnx file; what is there is replaced.
+        path: a .pth or .safetensors file (hub, timm), a folder (huggingface), an .onnx file; an older export there is
+            replaced.
         layout: "hub", "timm", "huggingface" or "onnx".
         size: px of the images, S or (H, W); None keeps the stored grid. Only ONNX takes oblong ones, and accepts no
             other size afterwards. For Hugging Face also the crop that the processor takes out of a shorter edge of
@@ -293,6 +294,8 @@ def _check_request(
     if path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir():
         kind = "a folder" if suffixes is None else f"a {' or '.join(suffixes)} file"
         raise ValueError(f"layout {layout!r} goes into {kind}, got {path}")
+    if suffixes is None and (path / "config.json").exists() and not (path / "model.safetensors").exists():
+        raise ValueError(f"{path} has a config.json of something else, such as a run; choose another folder")
     side = math.isqrt(vit.pos_embed.shape[1] - 1) * vit.patch_size
     sides = [side] if size is None else [size] if isinstance(size, int) else list(size)
     if len(sides) not in (1, 2) or any(px < 1 or px % vit.patch_size for px in sides):
