@@ -68,6 +68,9 @@ def test_round_trips_are_equal_to_the_bit(layout, name, ffn, registers, tmp_path
     again = backbone_of(path, heads=4 if name == "w.pth" else None)  # the others tell it
     assert same_weights(vit, again) and again.heads == 4
     assert torch.equal(vit(torch.ones(1, 3, 98, 28)), again(torch.ones(1, 3, 98, 28)))
+    if path.is_file():
+        before = path.read_bytes()
+        assert export_weights(vit, path, layout).read_bytes() == before
 
 
 @kinds
@@ -295,12 +298,13 @@ def test_export_of_a_run_and_of_a_file(finished, tmp_path, capsys):
         (["nowhere"], "no weights at nowhere"),
         (["run", "--layout", "timm", "--size", "33"], "multiples of patch_size"),
         (["w.pth"], "a width of 48 is no multiple of 64"),
+        (["run", "--layout", "huggingface", "--out", "run"], "run has a config.json of something else"),
     ],
 )
 def test_an_export_that_cannot_be_is_one_line(arguments, words, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export_weights(finished[1], "w.pth")
-    assert main(["export", *arguments, "--out", "out.pth"]) == 2
+    assert main(["export", "--out", "out.pth", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("minidino export: ") and words in told and len(told.splitlines()) == 1
     assert main(["export", "w.pth", "--heads", "2", "--out", "out.pth"]) == 0

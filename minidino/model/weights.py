@@ -35,6 +35,7 @@ from minidino.runs import atomic_path, write_atomically
 Source = str | Path | Mapping
 FILES = (".safetensors", ".pth")
 SUFFIXES = {"hub": FILES, "timm": FILES, "huggingface": None, "onnx": (".onnx",)}  # None: a folder
+STRETCH = ("interpolate_offset", "interpolate_antialias")
 ONE_FILE = 2**31 - 2**24  # bytes; what is larger, protobuf cannot hold
 
 
@@ -92,7 +93,7 @@ def backbone_of(
         source, cache: as for `load_weights`.
         heads: h.
         options: of `build_vit`, such as attention. Without interpolate_...: what a file of this package says; else as
-            published, 0.1 and False, or 0.0 and True with registers.
+            published in the hub, 0.1 and False, or 0.0 and True with registers.
     Raises:
         FileNotFoundError, OSError: as `load_weights`.
         ValueError: as `load_weights`; or the width is no multiple of 64 and nothing tells the heads.
@@ -175,22 +176,20 @@ def _backbone_state(source: Path | Mapping) -> State:
 def _told(path: Path) -> dict[str, int | float | bool | None]:
     """What a file says of itself, or the config.json beside it, in the words of build_vit; {} when nothing does."""
     path = path / "model.safetensors" if path.is_dir() else path
-    stretch = ("interpolate_offset", "interpolate_antialias")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
-        if "heads" in said:
-            return {key: json.loads(said[key]) for key in ("heads", *stretch) if key in said}
+        if "build_vit" in said:
+            return json.loads(said["build_vit"])
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     config = home / "config.json"
     said = json.loads(config.read_text()) if config.is_file() else {}
-    if "num_attention_heads" in said:
-        return {"heads": said["num_attention_heads"]}
-    run = said.get("vit")  # a run of this package
-    if not isinstance(run, dict):
-        return {}
-    heads = run.get("heads") or SIZES.get(run.get("name"), (0, 0, None))[2]
-    return {"heads": heads, **{key: run[key] for key in stretch if key in run}}
+    if isinstance(said.get("vit"), dict):  # a run of this package
+        said = said["vit"]
+        heads = said.get("heads") or SIZES.get(said.get("name"), (0, 0, None))[2]
+    else:  # Hugging Face
+        heads = said.get("num_attention_heads")
+    return {"heads": heads, **{key: said[key] for key in STRETCH if key in said}}
 
 
 def _guess_heads(width: int) -> int:
@@ -256,7 +255,8 @@ def export_weights(
     LayerScale.
 
     Args:
-        path: a .pth or .safetensors file (hub, timm), a folder (huggingface), an .onnx file; what is there is replaced.
+        path: a .pth or .safetensors file (hub, timm), a folder (huggingface), an .onnx file; an older export there is
+            replaced.
         layout: "hub", "timm", "huggingface" or "onnx".
         size: px of the images, S or (H, W); None keeps the stored grid. Only ONNX takes oblong ones, and accepts no
             other size afterwards. For Hugging Face also the crop that the processor takes out of a shorter edge of
@@ -277,11 +277,10 @@ def export_weights(
     if size is not None:
         offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)
-    said = {"heads": vit.heads, "interpolate_offset": vit.interpolate_offset,
-            "interpolate_antialias": vit.interpolate_antialias}  # fmt: skip
+    said = {key: getattr(vit, key) for key in ("heads", *STRETCH)}
     if layout == "huggingface":
         return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
-    _write(to_timm_layout(state) if layout == "timm" else state, path, said)
+    _write(to_timm_layout(state) if layout == "timm" else state, path, {"build_vit": json.dumps(said)})
     return path
 
 
@@ -295,6 +294,8 @@ def _check_request(
     if path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir():
         kind = "a folder" if suffixes is None else f"a {' or '.join(suffixes)} file"
         raise ValueError(f"layout {layout!r} goes into {kind}, got {path}")
+    if suffixes is None and (path / "config.json").exists() and not (path / "model.safetensors").exists():
+        raise ValueError(f"{path} has a config.json of something else, such as a run; choose another folder")
     side = math.isqrt(vit.pos_embed.shape[1] - 1) * vit.patch_size
     sides = [side] if size is None else [size] if isinstance(size, int) else list(size)
     if len(sides) not in (1, 2) or any(px < 1 or px % vit.patch_size for px in sides):
@@ -305,18 +306,19 @@ def _check_request(
     return grid
 
 
-def _write(state: State, path: Path, said: Mapping[str, int | float | bool]) -> None:
-    """One file, whole or not at all; a .safetensors file also holds what is said of it, for `_told`."""
+def _write(state: State, path: Path, said: dict[str, str]) -> None:
+    """One file, whole or not at all; a .safetensors file also holds what is said of it: one text, since several would
+    stand in any order, and the same weights would give other bytes."""
     with atomic_path(path) as beside:
         if path.suffix == ".safetensors":
-            save_file(state, beside, {"format": "pt", **{key: json.dumps(value) for key, value in said.items()}})
+            save_file(state, beside, said)
         else:
             torch.save(state, beside)
 
 
 def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
     """config.json, model.safetensors, preprocessor_config.json."""
-    config = hugging_face_config(state, said["heads"])
+    config = hugging_face_config(state, said["heads"]) | {key: said[key] for key in STRETCH}  # these are for us alone
     patch_size = config["patch_size"]
     crop = crop or min(224, config["image_size"]) // patch_size * patch_size
     processor = {
@@ -333,7 +335,7 @@ def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | N
         "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
     }
-    _write(to_hugging_face_layout(state), folder / "model.safetensors", said)
+    _write(to_hugging_face_layout(state), folder / "model.safetensors", {"format": "pt"})
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return folder
