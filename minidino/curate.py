@@ -17,8 +17,9 @@ from minidino.curation.duplicates import COPY, LEAK, component_sizes
 from minidino.curation.embeddings import network, seen
 from minidino.curation.pipeline import Curation, Describer
 from minidino.images.pixels import Pixels
-from minidino.judge import backbone_of, trained_backbone
+from minidino.judge import trained_backbone
 from minidino.learning.copies import CopyDescriptor, CopyNet, train_copies
+from minidino.model.weights import backbone_of
 from minidino.probes.features import state_hash
 from minidino.report import Section, write_report
 from minidino.runs import Run, pick_device, write_atomically

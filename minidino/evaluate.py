@@ -44,6 +44,8 @@ Answers = dict[str, dict[str, Any]]  # {subject: what was found}
 SHOTS = (1, 5, 10)  # labelled pictures of each class
 N_CORRUPTED = 500  # held-out pictures that are corrupted, each in every way
 SHOWN = 5  # pictures of a sheet
+STEPS = {"segmentation": 1000, "depth": 500}  # of the linear heads
+VOTERS, VOTED = 5000, 40  # patches of the bank, and pictures, where neighbours name pixels
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) ->
         answer["accuracy"] = float(np.mean(list(answer["corrupted"].values())))
     errors = {who: {name: [1 - x for x in xs] for name, xs in a["corrupted"].items()} for who, a in found.items()}
     for who, answer in found.items():  # each against the last baseline: 1 is as bad
-        answer["mce"] = mean_corruption_error(errors[who], errors[subjects[-1].name])
+        answer["mce"] = mean_corruption_error(errors[who], errors[subjects[-1].name])["mce"]
     pictures.severity_curves({name: a["corrupted"] for name, a in found.items()}, folder / "figure.png")
     return found
 
@@ -173,11 +175,16 @@ def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> 
         readings = ("last", "last4") if subject.vit is not None else ("last",)
         for reading in readings:
             train, test = data.maps(subject, reading)
-            answer = linear_segmentation(train, masks[0], test, masks[1], len(classes), classes=classes, patch_size=patch_size)
+            answer = linear_segmentation(
+                train, masks[0], test, masks[1], len(classes), STEPS["segmentation"], classes=classes, patch_size=patch_size
+            )
             head = answer.pop("head")
             if reading == "last":
-                found[subject.name] = answer | {"knn": knn_segmentation(
-                    train, masks[0], test, masks[1], len(classes), patch_size=patch_size)}  # fmt: skip
+                few = some(len(test), VOTED)
+                vote = knn_segmentation(
+                    train, masks[0], test[few], masks[1][few], len(classes), n_patches=VOTERS, patch_size=patch_size
+                )
+                found[subject.name] = answer | {"neighbours": vote | {"n_pictures": len(few)}}
             else:
                 found[subject.name] |= {"four_blocks": answer}
             if subject is subjects[0] and reading == readings[-1]:
@@ -195,7 +202,9 @@ def ask_depth(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers
         deep = subject.vit is not None and subject.vit.depth >= 4
         for reading in ("lin1", "lin4") if deep else ("lin1",):
             train, test = data.maps(subject, reading)
-            answer = linear_depth(train, depths[0], test, depths[1], max_depth=farthest, patch_size=patch_size)
+            answer = linear_depth(
+                train, depths[0], test, depths[1], max_depth=farthest, steps=STEPS["depth"], patch_size=patch_size
+            )
             head = answer.pop("head")
             if reading == "lin1":
                 found[subject.name] = answer | {"max_depth_m": farthest}

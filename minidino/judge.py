@@ -96,7 +96,7 @@ def judge_linear(world: World, rows: Rows, seeds: int = 3) -> dict[str, dict[str
 def judge_patches(
     world: World, config: RunConfig, backbones: dict[str, VisionTransformer], n_train: int = 2000
 ) -> dict[str, dict]:
-    """What single patches of drawn scenes know: mIoU of the mask classes and log-depth error, beside position alone."""
+    """What single patches of drawn scenes know: mIoU of the mask classes and error of depth, beside position and pixels."""
     size, patch = config.crops.global_size, config.vit.patch_size
     grid = size // patch
     parts = [
@@ -105,9 +105,11 @@ def judge_patches(
     ]
     truth = [patch_truth(scenes.masks[:n], scenes.depth[:n], grid) for _, scenes, n in parts]
     position = [torch.eye(grid**2).expand(n, -1, -1) for _, _, n in parts]
+    images = [pixels.select(np.arange(n)).squares(size) for pixels, _, n in parts]
+    inside = [F.pixel_unshuffle(part.float() / 255, patch).flatten(2).mT for part in images]  # (n, N, 3 P P)
     tokens = {"position": position}
+    tokens["pixels + position"] = [torch.cat(pair, -1) for pair in zip(inside, position, strict=True)]
     for name, backbone in backbones.items():
-        images = [pixels.select(np.arange(n)).squares(size) for pixels, _, n in parts]
         seen = [features.extract(backbone, part, patches=True)["patch"] for part in images]
         tokens |= {name: seen, f"{name} + position": [torch.cat(pair, -1) for pair in zip(seen, position, strict=True)]}
     found = {}

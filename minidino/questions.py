@@ -22,6 +22,7 @@ from minidino.stages import World, open_world
 from minidino.subjects import Cache, Subject
 
 Size = int | tuple[int, int]  # px: of a square, or height and width
+MOST_SCENES = 2000  # drawn scenes whose pixels are learned from
 
 
 # ---------------------------------------------------------------- whole pictures
@@ -153,10 +154,11 @@ class Dense:
 
 
 def _open_dense(
-    task: str, data: str, size: Size | None, config: RunConfig | None, cache: Cache
+    kind: str, data: str, size: Size | None, config: RunConfig | None, cache: Cache
 ) -> tuple[Dense, dict[str, Any]]:
-    scene_seed = config.data.scene_seed if config else 0
-    pairs = open_pairs(data, task, seed=scene_seed)
+    drawn = config.data if config else RunConfig().data
+    few = min(drawn.n_scenes, MOST_SCENES), min(drawn.n_test_scenes, MOST_SCENES // 4)
+    pairs = open_pairs(data, kind, n_scenes=few, seed=drawn.scene_seed)
     if pairs.layout == "scenes" and size is None and config:
         size = config.crops.global_size
     size = (size, size) if isinstance(size, int) else size
@@ -194,7 +196,7 @@ def open_question(
         return found, {"data": found.name, "n_test": len(pixels), "size_px": size}
     config = config or RunConfig()
     source = replace(config.data, source=data, pool="", short_side=max(size, config.data.short_side))
-    world = open_world(replace(config, data=source), cache.folder / "pixels")
+    world = open_world(replace(config, data=source), cache.folder / f"pixels-{Path(data).stem}-{source.short_side}")
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")
     about = {"data": world.name, "n_train": len(world.train), "n_test": len(world.test), "size_px": size}

@@ -230,8 +230,8 @@ def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
         Section("A linear probe", "Thirteen learning rates, chosen on held-out training images.", table=linear),
     ]  # fmt: skip
     if "patches" in results:
-        rows = [("patch features", "mIoU", "accuracy", "log-depth RMSE")]
-        rows += [(name, r["miou"], r["accuracy"], r["log_rmse"]) for name, r in results["patches"].items()]
+        rows = [("patch features", "mIoU", "accuracy", "depth RMSE (m)", "log-depth RMSE")]
+        rows += [(name, r["miou"], r["accuracy"], r["rmse"], r["log_rmse"]) for name, r in results["patches"].items()]
         words = "Linear probes on frozen patch tokens. Position alone is the baseline that counts for depth."
         sections.append(Section("What single patches know", words, table=rows))
     return sections

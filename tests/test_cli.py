@@ -12,7 +12,7 @@ from minidino.cli import main
 from minidino.config import preset
 from minidino.runs import Run
 
-STAGES = ["tour", "train", "probe", "bench", "doctor", "data list", "data get", "data check", "data"]
+STAGES = ["tour", "curate", "train", "adapt", "probe", "export", "bench", "doctor", "data list", "data get", "data check", "data"]
 
 
 @pytest.fixture(autouse=True)

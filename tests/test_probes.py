@@ -324,6 +324,9 @@ def test_patch_depth_probe_is_ridge_on_log_metres():
     error = model.predict(((x[30:].reshape(-1, 7) - mean) / std).double().numpy()) - depth[30:].flatten().log().numpy()
     assert found["log_rmse"] == pytest.approx(np.sqrt((error**2).mean()), abs=1e-5)
     assert found["log_rmse"] < 0.15 < found["constant"]
+    guess = np.clip(error + depth[30:].flatten().log().numpy(), target.min(), target.max())
+    metres = np.exp(guess) - depth[30:].flatten().double().numpy()
+    assert found["rmse"] == pytest.approx(np.sqrt((metres**2).mean()), rel=1e-4)
     with pytest.raises(ValueError, match="one value per patch"):
         linear.patch_depth_probe(x, depth[:, :3], x, depth)
 

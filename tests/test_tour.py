@@ -10,11 +10,10 @@ from PIL import Image
 
 from minidino import tour as tour_module
 from minidino.config import override, preset
+from minidino.evaluate import evaluate
 from minidino.images.pools import Pool
 from minidino.images.scenes import KINDS
-from minidino.judge import BASELINES, backbone_of, judge, patch_truth, probe
-from minidino.model.vit import build_vit
-from minidino.model.weights import save_backbone
+from minidino.judge import BASELINES, judge, patch_truth
 from minidino.runs import Run
 from minidino.stages import open_world, pretrain, some
 from minidino.tour import draw, found_copies, report, tour
@@ -38,7 +37,7 @@ def test_results_hold_every_baseline_and_both_nets(finished):
     assert all(0 <= value <= 1 for value in results["knn"].values())
     assert set(results["knn_readings"]) == {*results["knn"], "trained, seen at 64 px"}  # 48 px are its crops
     assert results["knn"]["hog"] > 0.15  # a descriptor that knows outlines, even with 150 examples
-    assert set(results["patches"]) >= {"position", "random_vit", "trained", "trained + position"}
+    assert set(results["patches"]) >= {"position", "pixels + position", "random_vit", "trained", "trained + position"}
     assert results["training"]["images"] == 96 and results["n_test"] == 60
 
 
@@ -50,19 +49,6 @@ def test_pictures_and_a_report_in_one_file(finished):
         assert np.asarray(Image.open(run.folder / f"{name}.png")).std() > 5
     assert page.count("data:image/png;base64") == len(PICTURES)
     assert "http" not in page and "random_vit" in page and "What this does not show" in page
-
-
-def test_probe_judges_a_run_folder_and_a_weights_file(finished, tmp_path, monkeypatch):
-    run, _, results = finished
-    monkeypatch.chdir(tmp_path)
-    found = probe(run.folder)
-    assert found["trained"]["best"] == results["knn"]["trained"]
-    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2)
-    save_backbone(vit, tmp_path / "w.safetensors")
-    again = backbone_of(tmp_path / "w.safetensors")
-    assert (again.width, again.depth, again.patch_size, again.num_register_tokens) == (192, 1, 8, 2)
-    with pytest.raises(ValueError, match="--data"):
-        probe(tmp_path / "w.safetensors")
 
 
 def test_a_tour_of_photographs_without_labels_judges_nothing(tmp_path, monkeypatch):
@@ -98,7 +84,8 @@ def test_a_tour_of_scenes_learns_from_what_curation_left(tmp_path, monkeypatch):
     assert len(world.lessons) == results["n_train"] and len(world.train) == 150
     shutil.rmtree(tmp_path / "run" / "curation")  # judging needs nothing of what was learned from
     monkeypatch.chdir(tmp_path)
-    assert probe(tmp_path / "run")["trained"]["best"] == results["knn"]["trained"]
+    found = evaluate(tmp_path / "run", out=tmp_path / "probe", cache=tmp_path / "features")
+    assert found["answers"]["trained"]["accuracy"] == results["knn_readings"]["trained"]["k=20"]
 
 
 def test_a_copy_is_found_when_it_is_not_kept_beside_its_original(tmp_path):

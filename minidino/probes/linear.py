@@ -219,7 +219,7 @@ def patch_depth_probe(
         ridge: penalty on the weights (not the bias), features standardised.
     Returns:
         "log_rmse": root mean square error of log-metres, and "constant": the same for the one best distance, which
-        a feature must beat before it knows anything.
+        a feature must beat before it knows anything; "rmse": of metres, guesses kept within the training distances.
     Differs: a simple probe; the published ones classify into 256 bins of depth per pixel.
     """
     x, log_depth = _with_depth(train_patches, train_depth)
@@ -230,7 +230,10 @@ def patch_depth_probe(
     weight = torch.linalg.solve(gram, x.T @ (log_depth - mean))  # x has mean 0, so the bias is the mean
     error = test_x @ weight + mean - test_log_depth
     constant = mean - test_log_depth
-    return {"log_rmse": error.square().mean().sqrt().item(), "constant": constant.square().mean().sqrt().item()}
+    guess = (error + test_log_depth).clamp(log_depth.min(), log_depth.max())
+    metres = guess.exp() - test_log_depth.exp()
+    found = {"log_rmse": error, "constant": constant, "rmse": metres}
+    return {name: value.square().mean().sqrt().item() for name, value in found.items()}
 
 
 def _with_depth(patches: Rows, depth: Rows) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n"]]:

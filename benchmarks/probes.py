@@ -1,0 +1,216 @@
+"""What `minidino probe` finds on drawn scenes and on photographs, beside its baselines, and what probing costs.
+
+    python benchmarks/probes.py scenes                      three networks of the tour, every pixel judged
+    python benchmarks/probes.py photographs --data PATH     every task on real pictures, one small network
+    python benchmarks/probes.py speed                       extraction beside timm, 52 heads beside one
+    python benchmarks/probes.py draw                        the README's tables of the stored results
+
+Networks of scenes: the preset with as many steps as fit into four minutes, on world 11, judged on world 1011. PATH holds
+imagenette, camvid, rgbd-indoor, instances and coil-objects. Results: data/results/probes-*.json.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipe import RESULTS, put, spread, store
+from torch import Tensor
+
+from minidino.config import override, preset
+from minidino.evaluate import TASKS, evaluate
+from minidino.images.crops import normalise
+from minidino.model.vit import build_vit
+from minidino.probes.features import extract
+from minidino.probes.grid import linear_grid
+from minidino.probes.linear import linear_probe
+from minidino.runs import peak_memory_mb
+from minidino.stages import pretrain
+
+RUNS = Path("runs")
+STEPS, WORLD, SEEDS = 900, 11, (0, 1, 2)
+NETWORK = RUNS / "recipe-imagenette-64px"  # of benchmarks/recipe.py: an hour on photographs, then at 64 px
+QUESTIONS = (  # task, folder, size in px
+    ("knn", "imagenette", 64), ("linear", "imagenette", 64), ("logreg", "imagenette", 64),
+    ("robustness", "imagenette", 64), ("retrieval", "instances", 128), ("retrieval", "coil-objects", 128),
+    ("segmentation", "camvid", (192, 256)), ("depth", "rgbd-indoor", (192, 256)),
+)  # fmt: skip
+BOTH = ("random", "pixels")
+REPEATS = 9
+
+
+# ---------------------------------------------------------------- what is found
+
+
+def network(seed: int) -> Path:
+    """A run folder of drawn scenes, trained where it is not there yet."""
+    folder = RUNS / f"probes-scenes-{seed}"
+    if not (folder / "weights.safetensors").exists():
+        changes = [f"run.steps={STEPS}", f"run.seed={seed}", f"data.scene_seed={WORLD}", "run.knn_every=300"]
+        pretrain(override(preset("scenes-cpu"), changes), folder)
+    return folder
+
+
+def scenes() -> None:
+    """Segmentation and depth of three networks; the baselines are asked each time, random ones with their seed."""
+    runs = []
+    for seed in SEEDS:
+        found = {task: ask(network(seed), task)["answers"] for task in ("segmentation", "depth", "linear", "logreg")}
+        runs.append({"seed": seed, "answers": found})
+    summary = {task: {who: spread([run["answers"][task][who][TASKS[task].score] for run in runs])
+                      for who in runs[0]["answers"][task]} for task in runs[0]["answers"]}  # fmt: skip
+    about = {"steps": STEPS, "world": WORLD, "n_train": 2000, "n_test": 500, "size_px": 48}
+    store("probes-scenes", {**about, "summary": summary, "runs": runs})
+
+
+def photographs(data: Path) -> None:
+    """Every task from raw files to its answer, nothing kept from one to the next."""
+    asked = []
+    for task, folder, size in QUESTIONS:
+        asked.append(ask(NETWORK, task, str(data / folder), size))
+        found = {"network": str(NETWORK), "peak_memory_mb": peak_memory_mb(), "questions": asked}
+        store("probes-photographs", found)  # after each, so that none is lost
+
+
+def ask(source: Path, task: str, data: str | None = None, size: Any = None) -> dict[str, Any]:
+    """What `minidino probe` finds with an empty cache, less what is long."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = evaluate(source, task, data, size, BOTH, Path(folder) / "out", cache=Path(folder) / "cache")
+    print(found["row"], f"{found['seconds']:.0f} s")
+    for answer in found["answers"].values():
+        if task in ("linear", "logreg"):
+            del answer["table"]
+    return {key: value for key, value in found.items() if key not in ("environment", "source")}
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def speed() -> None:
+    """Extraction beside timm's forward_features on the same images, in turn; 52 heads beside one."""
+    found: dict[str, Any] = {"repeats": REPEATS, "extraction": [], "heads": []}
+    for name, width, depth, heads, patch, size, batch in (
+        ("vit_small, 16 px patches", 384, 12, 6, 16, 224, 16),
+        ("the network of an hour", 96, 4, 3, 8, 64, 256),
+    ):
+        found["extraction"].append({"network": name, "images": batch, "size_px": size,
+                                    **beside_timm(width, depth, heads, patch, size, batch)})  # fmt: skip
+        print(found["extraction"][-1])
+    for width, n_classes in ((96, 10), (384, 10), (384, 100)):
+        found["heads"].append({"width": width, "n_classes": n_classes, **grid_beside_one(width, n_classes)})
+        print(found["heads"][-1])
+    store("probes-speed", found)
+
+
+def beside_timm(width: int, depth: int, heads: int, patch: int, size: int, batch: int) -> dict[str, Any]:
+    """Images a second of both, and how many times as fast ours is; timm is spared the normalisation."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    ours = build_vit("vit_tiny", width=width, depth=depth, heads=heads, patch_size=patch, img_size=size).eval()
+    theirs = VisionTransformer(img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
+                               num_classes=0, init_values=1.0).eval()  # fmt: skip
+    normal = normalise(images)
+
+    def look() -> Tensor:
+        with torch.no_grad():
+            return theirs.forward_features(normal)
+
+    own, other = in_turn(lambda: extract(ours, images, progress=False), look)
+    return {"ours_per_s": batch / own["median"], "timm_per_s": batch / other["median"], "ours_s": own, "timm_s": other,
+            "ratio": other["median"] / own["median"]}  # fmt: skip
+
+
+def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]:
+    """52 heads and one, an epoch on the same features (the one reads the widest input), and with their extraction."""
+    x = {"cls_blocks": torch.randn(n, 4, width), "mean_patch": torch.randn(n, width)}
+    y = torch.arange(n) % n_classes
+    widest = torch.cat([x["cls_blocks"].flatten(1), x["mean_patch"]], 1)
+    grid, one = in_turn(
+        partial(linear_grid, x, y, x, y, epochs=2), partial(linear_probe, widest, y, widest, y, lrs=(1e-2,), epochs=2)
+    )
+    patch = 16 if width == 384 else 8
+    size, depth = (224, 12) if width == 384 else (64, 4)
+    vit = build_vit("vit_tiny", width=width, depth=depth, heads=width // 32, patch_size=patch, img_size=size).eval()
+    few = torch.zeros(32, 3, size, size, dtype=torch.uint8)
+    look, _ = in_turn(lambda: extract(vit, few, progress=False, blocks=4), lambda: None)
+    extraction = look["median"] * n / len(few)
+    return {"grid_s": grid, "one_s": one, "heads_alone": grid["median"] / one["median"], "extraction_s": extraction,
+            "with_extraction": (extraction + grid["median"]) / (extraction + one["median"])}  # fmt: skip
+
+
+def in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> list[dict[str, float]]:
+    """Seconds of both, one after the other again and again: medians and quartiles."""
+    times: list[list[float]] = [[], []]
+    for _ in range(REPEATS + 1):
+        for work, taken in zip((first, second), times, strict=True):
+            begun = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - begun)
+    quartiles = [statistics.quantiles(taken[1:], n=4) for taken in times]  # the first of each warms up
+    return [{"low": low, "median": middle, "high": high} for low, middle, high in quartiles]
+
+
+# ---------------------------------------------------------------- the README
+
+
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"probes-{name}.json").read_text())
+
+
+def tables() -> dict[str, str]:
+    """The README's tables of the stored results."""
+    return {"probes-scenes": _scenes_table(stored("scenes")), "probes-photographs": _photographs_table(stored("photographs"))}
+
+
+def _scenes_table(found: dict[str, Any]) -> str:
+    seg, depth = found["summary"]["segmentation"], found["summary"]["depth"]
+    lines = ["| a linear head on | mIoU | depth RMSE (m) |", "|---|---|---|"]
+    lines += [f"| {who} | {_said(seg[who])} | {_said(depth[who])} |" for who in seg]
+    lines += ["", f"Mean ± standard deviation over {len(found['runs'])} networks of {found['steps']} steps; "
+              f"{found['n_train']:,} and {found['n_test']} scenes of {found['size_px']} px that no training saw, every "
+              f"pixel judged. {_machine(found)}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _said(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ± {value['sd']:.3f}" if value["sd"] > 5e-4 else f"{value['mean']:.3f}"
+
+
+def _photographs_table(found: dict[str, Any]) -> str:
+    lines = ["| pictures | task | | trained | random ViT | pixels | other | minutes |", "|---|---|---|---|---|---|---|---|"]
+    for asked in found["questions"]:
+        task = TASKS[asked["task"]]
+        scores = {who: answer[task.score] for who, answer in asked["answers"].items()}
+        trained, fresh, *others = scores
+        pixels, other = sorted(others, key=lambda who: "pixels" not in who)
+        cells = " | ".join(f"{scores[who]:.3f}" for who in (trained, fresh, pixels))
+        lines.append(f"| {asked['data']} | {asked['task']} | {task.unit} | {cells} | {other} {scores[other]:.3f} | "
+                     f"{asked['seconds'] / 60:.1f} |")  # fmt: skip
+    return "\n".join([*lines, "", f"One network, one run of each. {_machine(found)}"])
+
+
+def _machine(found: dict[str, Any]) -> str:
+    e = found["environment"]
+    return f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("scenes", "photographs", "speed", "draw"))
+    parser.add_argument("--data", type=Path, help="folder with the sets of photographs")
+    options = parser.parse_args()
+    if options.what == "photographs":
+        photographs(options.data)
+    else:
+        {"scenes": scenes, "speed": speed, "draw": lambda: put(tables())}[options.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Every question that `minidino probe` asks, of a tiny run and of what nobody trained."""
+
+import csv
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino import evaluate as evaluate_module
+from minidino.config import override, preset
+from minidino.evaluate import TASKS, evaluate
+from minidino.images.scenes import MASK_CLASSES, draw_scenes
+from minidino.model.vit import build_vit
+from minidino.model.weights import save_backbone
+from minidino.probes.retrieval import leave_one_out
+from minidino.questions import open_groups
+from minidino.stages import pretrain
+from minidino.subjects import Cache, network, patch_pixels, positions, subjects_of, thumbnail
+
+SMALL = ["data.n_scenes=120", "data.n_test_scenes=60", "run.steps=3", "optim.batch_size=16", "run.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    pretrain(override(preset("scenes-cpu"), SMALL), folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A few steps of the heads, a few penalties."""
+    monkeypatch.setattr(evaluate_module, "STEPS", {"segmentation": 20, "depth": 10})
+    monkeypatch.setattr(evaluate_module, "SHOTS", (1,))
+    few = partial(evaluate_module.logistic_regression, cs=(0.01, 1.0))
+    monkeypatch.setattr(evaluate_module, "logistic_regression", few)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """Nine pictures: a pair, a triple and four of nothing else, one of them broken."""
+    folder = tmp_path_factory.mktemp("things") / "set"
+    folder.mkdir()
+    scenes = draw_scenes(9, 48, 3).images
+    groups = ["pair", "pair", "triple", "triple", "triple", "", "", "", ""]
+    for i, image in enumerate(scenes):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "8.png").write_bytes(b"no picture")
+    with open(folder / "groups.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file", "group"), *((f"{i}.png", name) for i, name in enumerate(groups))])
+    return folder
+
+
+@pytest.mark.parametrize("task", ["knn", "linear", "logreg", "segmentation", "depth"])
+def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp_path):
+    found = evaluate(run, task, baselines=("random", "pixels"), out=tmp_path / "out", cache=run.parent / "features")
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    dense = task in ("segmentation", "depth")
+    assert list(found["answers"]) == ["trained", "random ViT"] + (
+        ["position", "pixels + position"] if dense else ["pixels", "colours"])  # fmt: skip
+    score = TASKS[task].score
+    assert all(np.isfinite(answer[score]) for answer in found["answers"].values())
+    assert stored["answers"]["trained"][score] == found["answers"]["trained"][score]
+    assert stored["row"].count("|") == 5 and f"trained {found['answers']['trained'][score]:.3f}" in stored["row"]
+    assert stored["environment"]["versions"]["torch"] and (stored["n_train"], stored["n_test"]) == (120, 60)
+    assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_robustness_counts_every_corruption_and_compares_with_the_last_baseline(run, tmp_path):
+    found = evaluate(run, "robustness", baselines=("pixels",), out=tmp_path, cache=run.parent / "features")
+    answers = found["answers"]
+    kinds = answers["trained"]["corrupted"]
+    assert len(kinds) >= 10 and all(len(values) == 5 for values in kinds.values())
+    assert answers["trained"]["accuracy"] == pytest.approx(np.mean(list(kinds.values())))
+    assert answers["colours"]["mce"] == pytest.approx(1) and answers["trained"]["mce"] > 0
+
+
+def test_retrieval_searches_among_all_others(run, things, tmp_path):
+    found = evaluate(run, "retrieval", str(things), baselines=("pixels",), out=tmp_path / "out", cache=tmp_path / "c")
+    assert found["answers"]["pixels"]["n_queries"] == 5 and found["n_test"] == 8  # the broken one is left out
+    grouped = open_groups(str(things), 48, Cache(tmp_path / "c"))
+    rows = thumbnail(grouped.pixels.whole(48))
+    assert found["answers"]["pixels"]["map"] == pytest.approx(leave_one_out(rows, grouped.groups)["map"])
+
+
+def test_retrieval_by_a_ground_truth_file_cuts_queries_out_or_not(run, things, tmp_path):
+    gnd = [{"easy": [1], "hard": [2], "junk": [0], "bbx": [0, 0, 24, 24]}, {"easy": [3], "hard": [4], "junk": [2]}]
+    truth = tmp_path / "gnd.json"
+    truth.write_text(json.dumps({"gnd": gnd, "imlist": [str(i) for i in range(8)], "qimlist": ["0", "2"]}))
+    found = evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
+    answer = found["answers"]["trained"]
+    assert len(answer) == 7 and answer["map"] == answer["medium, cropped queries"]
+    assert answer["medium, cropped queries"] != answer["medium, whole queries"]
+    truth.write_text(json.dumps({"gnd": gnd, "imlist": ["absent"] * 8, "qimlist": ["0", "2"]}))
+    with pytest.raises(ValueError, match="lacks 8 pictures of .* such as absent"):
+        evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
+
+
+def test_descriptions_are_computed_once(run, tmp_path):
+    calls = []
+    subject = subjects_of(run)[0][0]
+    cache, images = Cache(tmp_path), torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+    for _ in range(2):
+        found = cache.whole(subject, "two", 48, lambda: calls.append(1) or images)
+    assert len(calls) == 1 and found["cls_blocks"].shape == (2, 4, 64) and found["mean_patch"].shape == (2, 64)
+    first = cache.maps(subject, "two", images, "last")
+    assert torch.equal(cache.maps(subject, "two", images, "last"), first) and first.shape == (2, 64, 6, 6)
+    assert cache.maps(subject, "two", images, "lin4").shape == (2, 2 * 4 * 64, 6, 6)
+
+
+def test_weights_alone_are_judged_beside_the_same_network_untrained(run, tmp_path):
+    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2)
+    save_backbone(vit, tmp_path / "w.safetensors")
+    (trained, fresh), config = subjects_of(tmp_path / "w.safetensors", ["random"])
+    assert config is None and fresh.vit.num_register_tokens == 2 and trained.made_by != fresh.made_by
+    assert all(torch.equal(x, vit.state_dict()[name]) for name, x in trained.vit.state_dict().items())
+    data = str(tmp_path / "set")
+    for split, start in (("train", 0), ("val", 6)):
+        for i, image in enumerate(draw_scenes(6, 32, 1, start).images):
+            (tmp_path / "set" / split / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "set" / split / str(i % 2) / f"{i}.png")
+    found = evaluate(tmp_path / "w.safetensors", "knn", data, 32, ("random",), tmp_path / "out", cache=tmp_path / "c")
+    assert set(found["answers"]) == {"trained", "random ViT"} and found["n_test"] == 6
+
+
+def test_what_patches_know_without_a_network():
+    images = torch.randint(0, 256, (2, 3, 12, 16), dtype=torch.uint8)
+    where = positions(images, 8)
+    assert where.shape == (2, 64, 2, 2)
+    assert torch.equal(where[0], where[1]) and where[0, 0].eq(1).all()  # the first is constant
+    flat = where[0].flatten(1).float().T
+    assert torch.linalg.matrix_rank(flat) == 4  # four places, told apart
+    found = patch_pixels(images, 8)
+    assert found.shape == (2, 3 * 64 + 64, 2, 2)
+    inside = found[0, 0].float() * 255  # red, upper left of each patch; two rows of zeros above the picture
+    assert inside[1].tolist() == pytest.approx([images[0, 0, 6, 0].item(), images[0, 0, 6, 8].item()], abs=0.1)
+    assert not inside[0].any()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(task="taste"), "expected a task of knn, linear"),
+        (dict(baselines=("oracle",)), "expected baselines random or pixels"),
+        (dict(size=(32, 48)), "looked at in squares"),
+        (dict(task="retrieval"), "no file or folder scenes"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(options, words, run, tmp_path):
+    with pytest.raises((ValueError, OSError), match=words):
+        evaluate(run, **options, out=tmp_path / "out", cache=tmp_path / "c")
+
+
+def test_weights_need_data(tmp_path):
+    save_backbone(build_vit("vit_tiny", depth=1, patch_size=8, img_size=32), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="--data"):
+        evaluate(tmp_path / "w.safetensors")
+
+
+def test_a_groups_file_that_lies_is_refused(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for text, words in (("file,name\na.png,x\n", "expected columns"), ("file,group\nb.png,x\n", "not there, such as b.png")):
+        (tmp_path / "groups.csv").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+    (tmp_path / "groups.csv").unlink()
+    with pytest.raises(ValueError, match="no groups.csv"):
+        open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+
+
+def test_a_network_of_few_blocks_is_read_from_those_it_has():
+    vit = build_vit("vit_tiny", depth=2, width=32, heads=2, patch_size=8, img_size=16).eval()
+    subject = network("two blocks", vit)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    assert subject.whole(images)["cls_blocks"].shape == (3, 2, 32)
+    assert subject.maps(images, "last4").shape == (3, 64, 2, 2)
+    assert len(MASK_CLASSES) == 14
