@@ -26,12 +26,13 @@ from torch import Tensor
 from minidino.config import override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.images.crops import normalise
+from minidino.judge import judge_patches, random_backbone, trained_backbone
 from minidino.model.vit import build_vit
 from minidino.probes.features import extract
 from minidino.probes.grid import linear_grid
 from minidino.probes.linear import linear_probe
-from minidino.runs import peak_memory_mb
-from minidino.stages import pretrain
+from minidino.runs import Run, peak_memory_mb, pick_device
+from minidino.stages import open_world, pretrain
 
 RUNS = Path("runs")
 STEPS, WORLD, SEEDS = 900, 11, (0, 1, 2)
@@ -61,12 +62,18 @@ def scenes() -> None:
     """Segmentation and depth of three networks; the baselines are asked each time, random ones with their seed."""
     runs = []
     for seed in SEEDS:
-        found = {task: ask(network(seed), task)["answers"] for task in ("segmentation", "depth", "linear", "logreg")}
-        runs.append({"seed": seed, "answers": found})
+        found = {task: ask(network(seed), task)["answers"] for task in ("segmentation", "depth", "linear")}
+        run, device = Run(network(seed)), pick_device()
+        config = run.config()
+        nets = {"random_vit": random_backbone(config, device), "trained": trained_backbone(run, device)}
+        patches = judge_patches(open_world(config, run.folder / "pixels"), config, nets)
+        runs.append({"seed": seed, "answers": found, "patches": patches})
+    patches = {who: {key: spread([run["patches"][who][key] for run in runs]) for key in ("miou", "rmse", "log_rmse")}
+               for who in runs[0]["patches"]}  # fmt: skip
     summary = {task: {who: spread([run["answers"][task][who][TASKS[task].score] for run in runs])
                       for who in runs[0]["answers"][task]} for task in runs[0]["answers"]}  # fmt: skip
     about = {"steps": STEPS, "world": WORLD, "n_train": 2000, "n_test": 500, "size_px": 48}
-    store("probes-scenes", {**about, "summary": summary, "runs": runs})
+    store("probes-scenes", {**about, "summary": summary, "patches": patches, "runs": runs})
 
 
 def photographs(data: Path) -> None:

@@ -7,7 +7,7 @@ what made it, so that all tasks on the same pictures share it.
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class Subject:
 
     name: as in tables. made_by: all that its features depend on. whole: (n, 3, S, S) uint8 -> {"cls_blocks": (n, b, D),
     and of a network "mean_patch": (n, D)}. maps: (n, 3, H, W) uint8 and a reading -> (n, C, Hp, Wp); None: it cannot.
-    vit: the network, where there is one.
+    vit: the network, where there is one. base: the subject that this one is, told where each patch lies.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Subject:
     whole: Callable[[Tensor], Described] | None = None
     maps: Callable[[Tensor, str], Tensor] | None = None
     vit: VisionTransformer | None = None
+    base: "Subject | None" = None
 
 
 def network(name: str, vit: VisionTransformer) -> Subject:
@@ -64,6 +65,15 @@ def network(name: str, vit: VisionTransformer) -> Subject:
         return feature_maps(vit, images, blocks, norm=False, class_token=True, dtype=torch.float16)
 
     return Subject(name, features.state_hash(vit), whole, maps, vit)
+
+
+def placed(subject: Subject) -> Subject:
+    """The same patches, told where they lie: a position is not what a network has to know by itself."""
+
+    def maps(images: UInt8[Tensor, "n 3 H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
+        return torch.cat([subject.maps(images, reading), positions(images, subject.vit.patch_size)], 1)
+
+    return replace(subject, name=f"{subject.name} + position", whole=None, maps=maps, base=subject)
 
 
 def untrained(patch_size: int, dense: bool) -> list[Subject]:
@@ -109,7 +119,8 @@ def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False
 
     Args:
         source: a run folder, or weights in any layout or by any name that `load_weights` reads.
-        baselines: of "random", the same network before its first step, and "pixels", what needs no network.
+        baselines: of "random", the same network before its first step, and "pixels", what needs no network; for patches
+            this is where they lie, which all are then told as well.
         dense: subjects for patches instead of whole pictures.
     Returns:
         The subjects, and the config of a run folder, or None for weights.
@@ -125,7 +136,9 @@ def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False
     if "random" in baselines:
         fresh = _fresh(vit) if config is None else random_backbone(config, device)
         found.append(network("random ViT", fresh))
-    return found + (untrained(vit.patch_size, dense) if "pixels" in baselines else []), config
+    if "pixels" in baselines:
+        found += untrained(vit.patch_size, dense) + ([placed(subject) for subject in found] if dense else [])
+    return found, config
 
 
 def _fresh(vit: VisionTransformer) -> VisionTransformer:
@@ -153,6 +166,8 @@ class Cache:
         return features.FeatureStore(self.folder).get(key, lambda: subject.whole(images()))
 
     def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n 3 H W"], reading: str) -> Tensor:
+        if subject.base is not None:
+            return torch.cat([self.maps(subject.base, name, images, reading), positions(images, subject.vit.patch_size)], 1)
         key = features.feature_key(subject.made_by, f"{name} {fingerprint(images)}", images.shape[3], reading)
         found = features.FeatureStore(self.folder).get(key, lambda: {"maps": subject.maps(images, reading)})
         return torch.from_numpy(np.array(found["maps"]))

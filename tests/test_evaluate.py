@@ -18,7 +18,7 @@ from minidino.model.weights import save_backbone
 from minidino.probes.retrieval import leave_one_out
 from minidino.questions import open_groups
 from minidino.stages import pretrain
-from minidino.subjects import Cache, network, patch_pixels, positions, subjects_of, thumbnail
+from minidino.subjects import Cache, network, patch_pixels, placed, positions, subjects_of, thumbnail
 
 SMALL = ["data.n_scenes=120", "data.n_test_scenes=60", "run.steps=3", "optim.batch_size=16", "run.device=cpu"]
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A few steps of the heads, a few penalties."""
-    monkeypatch.setattr(evaluate_module, "STEPS", {"segmentation": 20, "depth": 10})
+    monkeypatch.setattr(evaluate_module, "HEADS", {"segmentation": {"steps": 20}, "depth": {"steps": 10}})
     monkeypatch.setattr(evaluate_module, "SHOTS", (1,))
     few = partial(evaluate_module.logistic_regression, cs=(0.01, 1.0))
     monkeypatch.setattr(evaluate_module, "logistic_regression", few)
@@ -60,7 +60,7 @@ def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     dense = task in ("segmentation", "depth")
     assert list(found["answers"]) == ["trained", "random ViT"] + (
-        ["position", "pixels + position"] if dense else ["pixels", "colours"])  # fmt: skip
+        ["position", "pixels + position", "trained + position", "random ViT + position"] if dense else ["pixels", "colours"])  # fmt: skip
     score = TASKS[task].score
     assert all(np.isfinite(answer[score]) for answer in found["answers"].values())
     assert stored["answers"]["trained"][score] == found["answers"]["trained"][score]
@@ -110,13 +110,19 @@ def test_descriptions_are_computed_once(run, tmp_path):
     first = cache.maps(subject, "two", images, "last")
     assert torch.equal(cache.maps(subject, "two", images, "last"), first) and first.shape == (2, 64, 6, 6)
     assert cache.maps(subject, "two", images, "lin4").shape == (2, 2 * 4 * 64, 6, 6)
+    told = placed(subject)
+    assert torch.equal(cache.maps(told, "two", images, "last"), told.maps(images, "last"))
+    assert torch.equal(told.maps(images, "last")[:, :64], first) and told.maps(images, "last").shape[1] == 128
 
 
 def test_weights_alone_are_judged_beside_the_same_network_untrained(run, tmp_path):
-    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2)
+    torch.manual_seed(5)
+    vit, again = (build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2) for _ in range(2))
     save_backbone(vit, tmp_path / "w.safetensors")
     (trained, fresh), config = subjects_of(tmp_path / "w.safetensors", ["random"])
     assert config is None and fresh.vit.num_register_tokens == 2 and trained.made_by != fresh.made_by
+    assert all(float(x.std()) == pytest.approx(float(again.state_dict()[name].std()), rel=0.2, abs=1e-3)
+               for name, x in fresh.vit.state_dict().items() if x.numel() > 1000)  # fmt: skip
     assert all(torch.equal(x, vit.state_dict()[name]) for name, x in trained.vit.state_dict().items())
     data = str(tmp_path / "set")
     for split, start in (("train", 0), ("val", 6)):

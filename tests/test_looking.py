@@ -8,8 +8,8 @@ import torch
 from test_pictures import assert_shows_something, images, pixels_of, rng
 
 from minidino import looking, pictures
-from minidino.probes.patches import Matches, attention_to, foreground_pca, outliers, token_norms
 from minidino.model.vit import build_vit
+from minidino.probes.patches import Matches, attention_to, foreground_pca, outliers, token_norms
 
 
 def title_of(path):
