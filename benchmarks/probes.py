@@ -44,6 +44,10 @@ QUESTIONS = (  # task, folder, size in px
 )  # fmt: skip
 BOTH = ("random", "pixels")
 REPEATS = 9
+WHO = {  # as `evaluate` and as `judge_patches` call them
+    "position": "position", "pixels + position": "pixels + position", "random ViT": "random_vit", "trained": "trained",
+    "random ViT + position": "random_vit + position", "trained + position": "trained + position",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is found
@@ -177,12 +181,18 @@ def tables() -> dict[str, str]:
 
 
 def _scenes_table(found: dict[str, Any]) -> str:
-    seg, depth = found["summary"]["segmentation"], found["summary"]["depth"]
-    lines = ["| a linear head on | mIoU | depth RMSE (m) |", "|---|---|---|"]
-    lines += [f"| {who} | {_said(seg[who])} | {_said(depth[who])} |" for who in seg]
-    lines += ["", f"Mean ± standard deviation over {len(found['runs'])} networks of {found['steps']} steps; "
-              f"{found['n_train']:,} and {found['n_test']} scenes of {found['size_px']} px that no training saw, every "
-              f"pixel judged. {_machine(found)}"]  # fmt: skip
+    lines = ["| a linear map of | patches: mIoU | patches: depth RMSE (m) | pixels: mIoU | pixels: depth log10 | "
+             "pixels: depth RMSE (m) |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, who in WHO.items():
+        patches = found["patches"][who]
+        pixels = [spread([run["answers"][task][name][key] for run in found["runs"]])
+                  for task, key in (("segmentation", "miou"), ("depth", "log10"), ("depth", "rmse"))]  # fmt: skip
+        cells = " | ".join(map(_said, (patches["miou"], patches["rmse"], *pixels)))
+        lines.append(f"| {name} | {cells} |")
+    lines += ["", f"Mean ± standard deviation over {len(found['runs'])} networks of {found['steps']} steps. Patches: the "
+              "commonest class and the mean distance of each, by softmax and ridge regression, as in the tour's report, "
+              f"2,000 and 1,000 scenes; pixels: every one, by the published heads, {found['n_train']:,} and "
+              f"{found['n_test']} scenes; {found['size_px']} px, none seen in training. {_machine(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -191,16 +201,18 @@ def _said(value: dict[str, float]) -> str:
 
 
 def _photographs_table(found: dict[str, Any]) -> str:
-    lines = ["| pictures | task | | trained | random ViT | pixels | other | minutes |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| pictures | task | | trained | random ViT | without a network | minutes |", "|---|---|---|---|---|---|---|"]
     for asked in found["questions"]:
         task = TASKS[asked["task"]]
-        scores = {who: answer[task.score] for who, answer in asked["answers"].items()}
-        trained, fresh, *others = scores
-        pixels, other = sorted(others, key=lambda who: "pixels" not in who)
-        cells = " | ".join(f"{scores[who]:.3f}" for who in (trained, fresh, pixels))
-        lines.append(f"| {asked['data']} | {asked['task']} | {task.unit} | {cells} | {other} {scores[other]:.3f} | "
+        scores = {who: f"{answer[task.score]:.3f}" for who, answer in asked["answers"].items()}
+        trained, fresh = (scores.pop(who) + (f" ({scores.pop(f'{who} + position')})" if f"{who} + position" in scores else "")
+                          for who in ("trained", "random ViT"))  # fmt: skip
+        others = ", ".join(f"{who} {score}" for who, score in scores.items())
+        lines.append(f"| {asked['data']} | {asked['task']} | {task.unit} | {trained} | {fresh} | {others} | "
                      f"{asked['seconds'] / 60:.1f} |")  # fmt: skip
-    return "\n".join([*lines, "", f"One network, one run of each. {_machine(found)}"])
+    lines += ["", "In brackets: with its position told. Minutes: all subjects together, from raw files. One network, one run "
+              f"of each; {found['peak_memory_mb']:,.0f} MiB at most. {_machine(found)}"]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _machine(found: dict[str, Any]) -> str:

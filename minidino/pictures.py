@@ -276,13 +276,14 @@ def severity_curves(found: Mapping[str, Mapping[str, Sequence[float]]], path: st
     best = max(means, key=means.get)
     title = f"Under corruption {best} keeps {means[best]:.1%} on average"
     rows = math.ceil(len(names) / columns)
+    top = 1.05 * max(max(values) for kinds in found.values() for values in kinds.values())
     figure, axes = figure_of(rows, columns, 1.7 * rows + 1.2, title)
     for ax, name in zip(axes.flat, names, strict=False):
-        for i, (who, kinds) in enumerate(found.items()):
+        for who, kinds in found.items():
             color = next((color for word, color in COLORS.items() if word in who.lower()), COLORS["limit"])
-            ax.plot(range(1, len(kinds[name]) + 1), np.multiply(100, kinds[name]), "o-"[i > 1 :], color=color, label=who)
+            ax.plot(range(1, len(kinds[name]) + 1), np.multiply(100, kinds[name]), "o-", color=color, label=who)
         ax.set_title(name.replace("_", " "), fontsize=9)
-        ax.set(ylim=(0, None), xticks=range(1, 6))
+        ax.set(ylim=(0, 100 * top), xticks=range(1, 6))
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)

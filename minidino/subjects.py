@@ -51,18 +51,19 @@ class Subject:
     base: "Subject | None" = None
 
 
-def network(name: str, vit: VisionTransformer) -> Subject:
+def network(name: str, vit: VisionTransformer, progress: bool = True) -> Subject:
     """A frozen backbone."""
 
     def whole(images: UInt8[Tensor, "n 3 S S"]) -> Described:
-        found = features.extract(vit, images, blocks=min(BLOCKS, vit.depth))
+        found = features.extract(vit, images, progress=progress, blocks=min(BLOCKS, vit.depth))
         return {"cls_blocks": found.get("cls_blocks", found["cls"][:, None]), "mean_patch": found["mean_patch"]}
 
     def maps(images: UInt8[Tensor, "n 3 H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
         if reading in ("last", "last4"):
-            return feature_maps(vit, images, 1 if reading == "last" else min(BLOCKS, vit.depth), dtype=torch.float16)
-        blocks = taps(vit.depth, reading)
-        return feature_maps(vit, images, blocks, norm=False, class_token=True, dtype=torch.float16)
+            blocks, how = 1 if reading == "last" else min(BLOCKS, vit.depth), {}
+        else:
+            blocks, how = taps(vit.depth, reading), {"norm": False, "class_token": True}
+        return feature_maps(vit, images, blocks, dtype=torch.float16, progress=progress, **how)
 
     return Subject(name, features.state_hash(vit), whole, maps, vit)
 
@@ -114,7 +115,9 @@ def _chunks(describe: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([describe(chunk) for chunk in images.split(CHUNK)])
 
 
-def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False) -> tuple[list[Subject], RunConfig | None]:
+def subjects_of(
+    source: Path, baselines: Sequence[str] = (), dense: bool = False, progress: bool = True
+) -> tuple[list[Subject], RunConfig | None]:
     """The backbone of a run folder or weights file, first, and what it is measured against.
 
     Args:
@@ -122,6 +125,7 @@ def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False
         baselines: of "random", the same network before its first step, and "pixels", what needs no network; for patches
             this is where they lie, which all are then told as well.
         dense: subjects for patches instead of whole pictures.
+        progress: a bar while a network looks.
     Returns:
         The subjects, and the config of a run folder, or None for weights.
     Raises:
@@ -132,10 +136,10 @@ def subjects_of(source: Path, baselines: Sequence[str] = (), dense: bool = False
     run, device = Run(source), pick_device()
     config = run.config() if is_run(source) else None
     vit = backbone_of(source).to(device).eval() if config is None else trained_backbone(run, device)
-    found = [network("trained", vit)]
+    found = [network("trained", vit, progress)]
     if "random" in baselines:
         fresh = _fresh(vit) if config is None else random_backbone(config, device)
-        found.append(network("random ViT", fresh))
+        found.append(network("random ViT", fresh, progress))
     if "pixels" in baselines:
         found += untrained(vit.patch_size, dense) + ([placed(subject) for subject in found] if dense else [])
     return found, config

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from minidino.evaluate import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = {
@@ -16,6 +18,7 @@ BENCHMARKS = {
     "curation": {"balance", "helps"},
     "attention": {"attention"},
     "prototypes": {"prototypes"},
+    "probes": {"probes-scenes", "probes-photographs"},
 }
 
 
@@ -67,3 +70,20 @@ def test_curation_helps_on_drawn_scenes_by_three_sigma():
             arms = summary[better][probe], summary["random"][probe]
             error = (sum(arm["sd"] ** 2 for arm in arms) / 3) ** 0.5
             assert arms[0]["mean"] - arms[1]["mean"] > 3 * error
+
+
+def test_trained_patches_beat_what_else_knows_where_it_lies_by_three_sigma():
+    patches = json.loads((ROOT / "data" / "results" / "probes-scenes.json").read_text())["patches"]
+    ours = patches["trained + position"]
+    for who in ("position", "pixels + position", "random_vit", "random_vit + position"):
+        for key, sign in (("miou", 1), ("rmse", -1)):
+            margin = sign * (ours[key]["mean"] - patches[who][key]["mean"])
+            sigma = (ours[key]["sd"] ** 2 + patches[who][key]["sd"] ** 2) ** 0.5
+            assert ours[key]["n"] == 3 and margin > 3 * sigma, (who, key)
+
+
+def test_every_task_took_less_than_five_minutes_and_the_trained_net_is_first():
+    for asked in json.loads((ROOT / "data" / "results" / "probes-photographs.json").read_text())["questions"]:
+        scores = {who: answer[TASKS[asked["task"]].score] for who, answer in asked["answers"].items()}
+        best = (max if TASKS[asked["task"]].up else min)(scores, key=scores.get)
+        assert best.startswith("trained") and asked["seconds"] < 300, asked["task"]
