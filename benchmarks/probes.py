@@ -92,12 +92,13 @@ def photographs(data: Path) -> None:
 def ask(source: Path, task: str, data: str | None = None, size: Any = None) -> dict[str, Any]:
     """What `minidino probe` finds with an empty cache, less what is long."""
     with tempfile.TemporaryDirectory() as folder:
-        found = evaluate(source, task, data, size, BOTH, Path(folder) / "out", cache=Path(folder) / "cache")
+        evaluate(source, task, data, size, BOTH, Path(folder) / "out", cache=Path(folder) / "cache")
+        found = json.loads((Path(folder) / "out" / "results.json").read_text())
     print(found["row"], f"{found['seconds']:.0f} s")
     for answer in found["answers"].values():
         if task in ("linear", "logreg"):
             del answer["table"]
-    return {key: value for key, value in found.items() if key not in ("environment", "source")}
+    return {key: value for key, value in found.items() if key not in ("environment", "source", "report")}
 
 
 # ---------------------------------------------------------------- what it costs

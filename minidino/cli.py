@@ -145,23 +145,23 @@ def _probe(stages) -> None:
     def run(options) -> None:
         from minidino.evaluate import evaluate
 
-        size = tuple(options.size) if options.size and len(options.size) > 1 else (options.size or [None])[0]
-        found = evaluate(
-            options.source, options.task, options.data, size, options.baseline, options.out, options.truth
-        )
-        print(found["row"])
+        o = options
+        size = o.size and (tuple(o.size) if len(o.size) > 1 else o.size[0])
+        found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth)
+        print(f"{found['row']}\n{found['report']}")
 
+    tasks = ("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth")
     parser = _stage(stages, "probe", "judge frozen features",
                     "minidino probe runs/tour --task segmentation --baseline pixels --baseline random", run)  # fmt: skip
-    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights file, or a name such as dinov2_vits14")
-    parser.add_argument("--task", default="knn",
-                        choices=("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth"))  # fmt: skip
+    parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights, or a name: dinov2_vits14")
+    parser.add_argument("--task", choices=tasks, default="knn")
     parser.add_argument("--data", help="pictures with what the task needs; without it the run's own")
     parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="side of the evaluated square, or height and "
-                        "width for segmentation and depth; without it the run's global crop, or pictures as they are")  # fmt: skip
-    parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[],
-                        help="the same of what nobody trained, or of the network before its first step; may be given again")  # fmt: skip
-    parser.add_argument("--truth", metavar="JSON", help="queries for retrieval, in the format of Revisited Oxford and Paris")
+                        "width for segmentation and depth; without it the run's global crop, or pictures as they "
+                        "are")  # fmt: skip
+    parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[], help="the same of what "
+                        "nobody trained, or of the network before its first step; may be given again")  # fmt: skip
+    parser.add_argument("--truth", metavar="JSON", help="queries for retrieval, as of Revisited Oxford and Paris")
     parser.add_argument("--out", help="folder of results.json, figure.png, report.html (default runs/probe-DATA-TASK)")
 
 

@@ -179,8 +179,9 @@ def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> 
         for reading in readings:
             train, test = data.maps(subject, reading)
             answer = linear_segmentation(
-                train, masks[0], test, masks[1], len(classes), classes=classes, patch_size=patch_size, **HEADS["segmentation"]
-            )
+                train, masks[0], test, masks[1], len(classes), classes=classes, patch_size=patch_size,
+                **HEADS["segmentation"],
+            )  # fmt: skip
             head = answer.pop("head")
             if reading == "last":
                 few = some(len(test), VOTED)
@@ -193,7 +194,8 @@ def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> 
             if subject is subjects[0] and reading == readings[-1]:
                 shown = some(len(test), SHOWN)
                 predicted = torch.cat(list(predict(head, test[shown], masks[1].shape[1:], patch_size)))
-                looking.segmentation_sheet(data.test.images[shown], masks[1][shown], predicted, classes, folder / "figure.png")
+                drawn = data.test.images[shown], masks[1][shown], predicted
+                looking.segmentation_sheet(*drawn, classes, folder / "figure.png")
     return found
 
 
@@ -273,12 +275,21 @@ def evaluate(
     answers = question.ask(subjects, opened, folder)
     found = {
         "task": task, **about, "answers": answers, "row": row(about["data"], task, answers),
-        "seconds": round(time.perf_counter() - begun, 1), "source": str(source),
+        "report": str(folder / "report.html"), "seconds": round(time.perf_counter() - begun, 1), "source": str(source),
         "environment": environment(0, pick_device()),
     }  # fmt: skip
-    write_atomically(folder / "results.json", json.dumps(found, indent=1).encode())
+    write_atomically(folder / "results.json", json.dumps(_without_nan(found), indent=1, allow_nan=False).encode())
     _report(found, folder)
     return found
+
+
+def _without_nan(x: Any) -> Any:
+    """What JSON can hold: null where there is no number, such as the IoU of a class that is nowhere."""
+    if isinstance(x, dict):
+        return {key: _without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def row(data: str, task: str, answers: Answers) -> str:
@@ -295,5 +306,6 @@ def _report(found: dict[str, Any], folder: Path) -> None:
     sections = [Section(found["task"], words, folder / "figure.png", numbers)]
     first = next(iter(found["answers"].values()))
     if "table" in first and found["task"] == "segmentation":
-        sections.append(Section("Class by class", "Intersection over union.", table=[("class", "IoU"), *first["table"].items()]))
+        rows = [("class", "IoU"), *first["table"].items()]
+        sections.append(Section("Class by class", "Intersection over union.", table=rows))
     write_report(folder / "report.html", f"minidino probe: {found['data']}", sections)

@@ -96,7 +96,7 @@ def judge_linear(world: World, rows: Rows, seeds: int = 3) -> dict[str, dict[str
 def judge_patches(
     world: World, config: RunConfig, backbones: dict[str, VisionTransformer], n_train: int = 2000
 ) -> dict[str, dict]:
-    """What single patches of drawn scenes know: mIoU of the mask classes and error of depth, beside position and pixels."""
+    """What single patches of drawn scenes know: mIoU of the mask classes and error of depth, beside two baselines."""
     size, patch = config.crops.global_size, config.vit.patch_size
     grid = size // patch
     parts = [

@@ -1,6 +1,6 @@
 """What is asked about: pictures with labels, groups, queries, or a truth for every pixel, opened and described once.
 
-    open_question("labelled" | "grouped" | "pairs", ...) -> Labelled | Grouped | Landmarks | Dense, and what to say of it
+    open_question("labelled" | "grouped" | "segmentation" | "depth", ...) -> the pictures, and what to say of them
 """
 
 import csv

@@ -57,7 +57,7 @@ def things(tmp_path_factory):
 @pytest.mark.parametrize("task", ["knn", "linear", "logreg", "segmentation", "depth"])
 def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp_path):
     found = evaluate(run, task, baselines=("random", "pixels"), out=tmp_path / "out", cache=run.parent / "features")
-    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    stored = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     dense = task in ("segmentation", "depth")
     assert list(found["answers"]) == ["trained", "random ViT"] + (
         ["position", "pixels + position", "trained + position", "random ViT + position"] if dense else ["pixels", "colours"])  # fmt: skip
@@ -65,6 +65,7 @@ def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp
     assert all(np.isfinite(answer[score]) for answer in found["answers"].values())
     assert stored["answers"]["trained"][score] == found["answers"]["trained"][score]
     assert stored["row"].count("|") == 5 and f"trained {found['answers']['trained'][score]:.3f}" in stored["row"]
+    assert found["report"] == str(tmp_path / "out" / "report.html")
     assert stored["environment"]["versions"]["torch"] and (stored["n_train"], stored["n_test"]) == (120, 60)
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
