@@ -37,6 +37,15 @@ def pixels_of(path, color):
     return int((np.asarray(Image.open(path).convert("RGB")) == wanted).all(-1).sum())
 
 
+def test_severity_curves_draw_every_corruption_of_every_subject_in_its_colour(tmp_path):
+    kinds = [f"kind_{i}" for i in range(7)]
+    found = {"trained": {kind: [0.9, 0.8, 0.7] for kind in kinds}, "pixels": {kind: [0.3, 0.2, 0.1] for kind in kinds}}
+    means = pictures.severity_curves(found, tmp_path / "curves.png")
+    assert means == {"trained": pytest.approx(0.8), "pixels": pytest.approx(0.2)}
+    assert_shows_something(tmp_path / "curves.png")
+    assert min(pixels_of(tmp_path / "curves.png", pictures.COLORS[who]) for who in found) > 7 * 50
+
+
 def test_crops_and_masks(tmp_path):
     masks = torch.zeros(2, 9, dtype=torch.bool)
     masks[1, :3] = True
