@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from minidino.config import RunConfig, flatten, override, preset
 from minidino.images.pixels import Pixels
-from minidino.images.scenes import GRAIN, KINDS, draw_scenes
+from minidino.images.scenes import GRAIN, KINDS, TEST_WORLD, draw_scenes
 from minidino.judge import hand_made, judge, judge_knn, whole_pictures
 from minidino.learning import doctor
 from minidino.learning.adapt import adapted
 from minidino.learning.train import start, train
 from minidino.runs import Run, environment, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
-from minidino.stages import TEST_WORLD, OnlineKnn, World, adapt, open_world, pretrain
+from minidino.stages import OnlineKnn, World, adapt, open_world, pretrain
 from minidino.tour import draw as draw_run
 from minidino.tour import fit_steps
 

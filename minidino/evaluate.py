@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino import looking, pictures
@@ -30,9 +30,9 @@ from minidino.probes.depth import linear_depth, predict_depth
 from minidino.probes.grid import linear_grid
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe
-from minidino.probes.logistic import logistic_path, logistic_regression, low_shot
+from minidino.probes.logistic import logistic_regression, low_shot
 from minidino.probes.propagation import knn_segmentation
-from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_precision, query_pictures, similarity
+from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_precision, similarity
 from minidino.probes.segmentation import linear_segmentation, predict
 from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
@@ -80,8 +80,8 @@ def ask_knn(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answer
 def ask_linear(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
     found = {}
     for subject in subjects:
-        labels = data.world.train.labels, data.world.test.labels
-        bank, queries = (data.described(subject, part) for part in ("train", "test"))
+        labels = data.train.pixels.labels, data.test.pixels.labels
+        bank, queries = data.train.features(subject), data.test.features(subject)
         if "mean_patch" in bank:
             blocks = (1, 4) if bank["cls_blocks"].shape[1] >= 4 else (1,)
             found[subject.name] = linear_grid(bank, labels[0], queries, labels[1], blocks=blocks)
@@ -99,19 +99,16 @@ def ask_logistic(subjects: Sequence[Subject], data: Labelled, folder: Path) -> A
         fewest = int(np.bincount(rows[1][rows[1] >= 0]).min())
         few = low_shot(*rows, ns=[n for n in SHOTS if n <= fewest])
         found[subject.name] = logistic_regression(*rows) | {"low_shot": few}
+        del found[subject.name]["model"]
     _bars(found, data, folder, "logistic regression, top-1")
     return found
 
 
 def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
     """Top-1 on the same held-out pictures, clean and corrupted; the classifier has seen clean pictures alone."""
-    rows = some(len(data.world.test), N_CORRUPTED)
-    images, truth = data.world.test.select(rows).squares(data.size), torch.from_numpy(data.world.test.labels[rows])
-    fitted = {}
-    for subject in subjects:
-        learned = data.rows(subject)
-        best = logistic_regression(*learned)["best_c"]
-        fitted[subject.name] = logistic_path(*learned[:2], [best])[0]
+    clean = data.test.pixels.select(some(len(data.test.pixels), N_CORRUPTED))
+    images, truth = clean.squares(data.test.size), torch.from_numpy(clean.labels)
+    fitted = {subject.name: logistic_regression(*data.rows(subject))["model"] for subject in subjects}
 
     def share_right(subject: Subject, pictures: Tensor) -> float:
         seen = torch.as_tensor(subject.whole(pictures)["cls_blocks"])[:, -1]
@@ -134,7 +131,7 @@ def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) ->
 
 def _bars(found: Answers, data: Labelled, folder: Path, metric: str) -> None:
     """What was reached, with the standard error of a share."""
-    n = int((data.world.test.labels >= 0).sum())
+    n = int((data.test.pixels.labels >= 0).sum())
     bars = {name: (a["accuracy"], math.sqrt(a["accuracy"] * (1 - a["accuracy"]) / n)) for name, a in found.items()}
     pictures.baselines_bar(bars, folder / "figure.png", metric)
 
@@ -147,7 +144,7 @@ def ask_retrieval(subjects: Sequence[Subject], data: Grouped | Landmarks, folder
     found: Answers = {}
     for subject in subjects:
         if isinstance(data, Grouped):
-            answer = leave_one_out(data.described(subject), data.groups)
+            answer = leave_one_out(data.tokens(subject), data.groups)
         else:
             answer = _by_protocol(subject, data)
         found[subject.name] = {key: value for key, value in answer.items() if key != "ap"}
@@ -158,12 +155,11 @@ def ask_retrieval(subjects: Sequence[Subject], data: Grouped | Landmarks, folder
 
 def _by_protocol(subject: Subject, data: Landmarks) -> dict[str, Any]:
     answer: dict[str, Any] = {}
-    bank = data.described(subject, data.database)
-    for crop in (True, False):
-        near = similarity(data.described(subject, query_pictures(data.queries, data.truth, crop)), bank)
+    bank = data.database.tokens(subject)
+    for how, queries in data.queries.items():
+        near = similarity(queries.tokens(subject), bank)
         for protocol in PROTOCOLS:
-            judged = mean_average_precision(near, data.truth, protocol)
-            answer[f"{protocol}, {'cropped' if crop else 'whole'} queries"] = judged["map"]
+            answer[f"{protocol}, {how} queries"] = mean_average_precision(near, data.truth, protocol)["map"]
     return answer | {"map": answer["medium, cropped queries"]}
 
 
@@ -171,54 +167,67 @@ def _by_protocol(subject: Subject, data: Landmarks) -> dict[str, Any]:
 
 
 def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
-    found, classes = {}, data.pairs.classes
-    masks = data.train.targets, data.test.targets
-    patch_size = subjects[0].vit.patch_size
-    for subject in subjects:
-        readings = ("last", "last4") if subject is subjects[0] else ("last",)
-        for reading in readings:
-            train, test = data.maps(subject, reading)
-            answer = linear_segmentation(
-                train, masks[0], test, masks[1], len(classes), classes=classes, patch_size=patch_size,
-                **HEADS["segmentation"],
-            )  # fmt: skip
-            head = answer.pop("head")
-            if reading == "last":
-                few = some(len(test), VOTED)
-                vote = knn_segmentation(
-                    train, masks[0], test[few], masks[1][few], len(classes), n_patches=VOTERS, patch_size=patch_size
-                )
-                found[subject.name] = answer | {"neighbours": vote | {"n_pictures": len(few)}}
-            else:
-                found[subject.name] |= {"four_blocks": answer}
-            if subject is subjects[0] and reading == readings[-1]:
-                shown = some(len(test), SHOWN)
-                predicted = torch.cat(list(predict(head, test[shown], masks[1].shape[1:], patch_size)))
-                drawn = data.test.images[shown], masks[1][shown], predicted
-                looking.segmentation_sheet(*drawn, classes, folder / "figure.png")
-    return found
+    classes, patch_size = data.pairs.classes, subjects[0].vit.patch_size
+    train_masks, masks = data.train.targets, data.test.targets
+    few = some(len(masks), VOTED)
+
+    def fit(train: Tensor, test: Tensor, reading: str) -> dict[str, Any]:
+        answer = linear_segmentation(
+            train, train_masks, test, masks, len(classes), classes=classes, patch_size=patch_size,
+            **HEADS["segmentation"],
+        )  # fmt: skip
+        if reading == "last":
+            vote = knn_segmentation(
+                train, train_masks, test[few], masks[few], len(classes), n_patches=VOTERS, patch_size=patch_size
+            )
+            answer["neighbours"] = vote | {"n_pictures": len(few)}
+        return answer
+
+    def draw(head: nn.Module, maps: Tensor, shown: np.ndarray) -> None:
+        predicted = torch.cat(list(predict(head, maps, masks.shape[1:], patch_size)))
+        looking.segmentation_sheet(data.test.images[shown], masks[shown], predicted, classes, folder / "figure.png")
+
+    return _ask_pixels(subjects, data, ("last", "last4"), fit, draw)
 
 
 def ask_depth(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
-    found, patch_size = {}, subjects[0].vit.patch_size
-    depths = data.train.targets, data.test.targets
-    farthest = float(max(10.0, math.ceil(depths[0].max())))  # 10 m, as published for rooms, where nothing is farther
+    patch_size, train_depth, depth = subjects[0].vit.patch_size, data.train.targets, data.test.targets
+    farthest = float(max(10.0, math.ceil(train_depth.max())))  # 10 m, as published for rooms, where nothing is farther
+
+    def fit(train: Tensor, test: Tensor, reading: str) -> dict[str, Any]:
+        answer = linear_depth(
+            train, train_depth, test, depth, max_depth=farthest, patch_size=patch_size, **HEADS["depth"]
+        )
+        return answer | ({"max_depth_m": farthest} if reading == "lin1" else {})
+
+    def draw(head: nn.Module, maps: Tensor, shown: np.ndarray) -> None:
+        predicted = torch.cat(list(predict_depth(head, maps, depth.shape[1:], patch_size)))
+        looking.depth_sheet(data.test.images[shown], depth[shown], predicted, folder / "figure.png")
+
+    return _ask_pixels(subjects, data, ("lin1", "lin4") if subjects[0].vit.depth >= 4 else ("lin1",), fit, draw)
+
+
+def _ask_pixels(
+    subjects: Sequence[Subject],
+    data: Dense,
+    readings: Sequence[str],
+    fit: Callable[[Tensor, Tensor, str], dict[str, Any]],
+    draw: Callable[[nn.Module, Tensor, np.ndarray], None],
+) -> Answers:
+    """A head for each subject on the first reading; the first subject is read in every way, and its last head drawn."""
+    found: Answers = {}
     for subject in subjects:
-        readings = ("lin1", "lin4") if subject is subjects[0] and subject.vit.depth >= 4 else ("lin1",)
-        for reading in readings:
+        for reading in readings if subject is subjects[0] else readings[:1]:
             train, test = data.maps(subject, reading)
-            answer = linear_depth(
-                train, depths[0], test, depths[1], max_depth=farthest, patch_size=patch_size, **HEADS["depth"]
-            )
+            answer = fit(train, test, reading)
             head = answer.pop("head")
-            if reading == "lin1":
-                found[subject.name] = answer | {"max_depth_m": farthest}
+            if reading == readings[0]:
+                found[subject.name] = answer
             else:
-                found[subject.name] |= {"four_blocks": answer}
-            if subject is subjects[0]:
-                shown = some(len(test), SHOWN)
-                predicted = torch.cat(list(predict_depth(head, test[shown], depths[1].shape[1:], patch_size)))
-                looking.depth_sheet(data.test.images[shown], depths[1][shown], predicted, folder / "figure.png")
+                found[subject.name]["four_blocks"] = answer
+        if subject is subjects[0]:
+            shown = some(len(test), SHOWN)
+            draw(head, test[shown], shown)
     return found
 
 

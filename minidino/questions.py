@@ -6,6 +6,7 @@
 import csv
 import io
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from minidino.config import RunConfig
 from minidino.images.datasets import ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.probes.retrieval import Query, read_ground_truth
-from minidino.stages import World, open_world
-from minidino.subjects import Cache, Subject
+from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
+from minidino.stages import open_world
+from minidino.subjects import Cache, Subject, fingerprint
 
 Size = int | tuple[int, int]  # px: of a square, or height and width
 MOST_SCENES = 2000  # drawn scenes whose pixels are learned from
@@ -28,61 +29,63 @@ MOST_SCENES = 2000  # drawn scenes whose pixels are learned from
 # ---------------------------------------------------------------- whole pictures
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled pictures for learning and for judging, and where their descriptions are kept."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """Pictures that each subject describes once; `name` tells them from all others, together with their pixels.
 
-    world: World
+    whole: squeezed into the square, so that nothing at a border is lost, instead of cut to it.
+    """
+
+    name: str
+    pixels: Pixels
     size: int
     cache: Cache
+    whole: bool = False
 
-    def described(self, subject: Subject, part: str = "train") -> dict[str, Tensor]:
-        pixels = getattr(self.world, part)
-        name = f"{self.world.name} {part} {pixels.fingerprint()}"
-        found = self.cache.whole(subject, name, self.size, lambda: pixels.squares(self.size))
-        return {key: torch.from_numpy(np.array(x)) for key, x in found.items()}
+    @cached_property
+    def key(self) -> str:
+        return f"{self.name} {self.pixels.fingerprint()}{' whole' * self.whole}"
+
+    def features(self, subject: Subject) -> dict[str, Tensor]:
+        squares = self.pixels.whole if self.whole else self.pixels.squares
+        found = self.cache.whole(subject, self.key, self.size, lambda: squares(self.size))
+        return {name: torch.from_numpy(np.array(x)) for name, x in found.items()}
+
+    def tokens(self, subject: Subject) -> Tensor:
+        """Class tokens of the last block."""
+        return self.features(subject)["cls_blocks"][:, -1]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled pictures for learning and for judging."""
+
+    train: Described
+    test: Described
 
     def rows(self, subject: Subject) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
         """Last class tokens and labels, for learning and for judging."""
-        bank, queries = (self.described(subject, part)["cls_blocks"][:, -1] for part in ("train", "test"))
-        return bank, self.world.train.labels, queries, self.world.test.labels
+        train, test = self.train, self.test
+        return train.tokens(subject), train.pixels.labels, test.tokens(subject), test.pixels.labels
 
 
 # ---------------------------------------------------------------- things and places
 
 
-@dataclass(frozen=True)
-class Grouped:
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Described):
     """Pictures of things and places; those with the same name show the same, and "" shows something else."""
 
-    name: str
-    pixels: Pixels
     groups: list[str]
-    size: int
-    cache: Cache
-
-    def described(self, subject: Subject) -> Tensor:
-        """Last class tokens of whole pictures, squeezed into a square, so that nothing at a border is lost."""
-        name = f"{self.name} {self.pixels.fingerprint()} whole"
-        found = self.cache.whole(subject, name, self.size, lambda: self.pixels.whole(self.size))
-        return torch.from_numpy(np.array(found["cls_blocks"]))[:, -1]
 
 
 @dataclass(frozen=True)
 class Landmarks:
-    """A database of pictures, queries with their boxes, and what is to be found: the format of Oxford and Paris."""
+    """A database of pictures, queries, whole and cut out, and what is to be found: the format of Oxford and Paris."""
 
-    name: str
-    database: Pixels
-    queries: Pixels
+    database: Described
+    queries: dict[str, Described]
     truth: list[Query]
-    size: int
-    cache: Cache
-
-    def described(self, subject: Subject, pixels: Pixels) -> Tensor:
-        name = f"{self.name} {pixels.fingerprint()} whole"
-        found = self.cache.whole(subject, name, self.size, lambda: pixels.whole(self.size))
-        return torch.from_numpy(np.array(found["cls_blocks"]))[:, -1]
 
 
 def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
@@ -102,7 +105,10 @@ def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
         if len(pixels) < len(names):
             raise ValueError(f"{len(names) - len(pixels)} of {len(names)} pictures of {truth} cannot be read")
         loaded.append(pixels)
-    return Landmarks(images.name, *loaded, known.queries, size, cache)
+    about = {"name": images.name, "size": size, "cache": cache, "whole": True}
+    cut = {"cropped": query_pictures(loaded[1], known.queries), "whole": loaded[1]}
+    queries = {how: Described(pixels=pixels, **about) for how, pixels in cut.items()}
+    return Landmarks(Described(pixels=loaded[0], **about), queries, known.queries)
 
 
 def open_groups(path: str, size: int, cache: Cache) -> Grouped:
@@ -121,7 +127,8 @@ def open_groups(path: str, size: int, cache: Cache) -> Grouped:
     else:
         raise ValueError(f"{images.name} has no groups.csv (columns file, group) and no folder for each thing")
     pixels = load_pixels(images, size)
-    return Grouped(images.name, pixels, [groups[name] for name in pixels.files], size, cache)
+    groups = [groups[name] for name in pixels.files]
+    return Grouped(name=images.name, pixels=pixels, size=size, cache=cache, whole=True, groups=groups)
 
 
 def _read_groups(images: ImageSet, index: int) -> dict[str, str]:
@@ -148,9 +155,14 @@ class Dense:
     test: Loaded
     cache: Cache
 
+    @cached_property
+    def keys(self) -> tuple[str, str]:
+        parts = {"train": self.train, "test": self.test}
+        return tuple(f"{self.pairs.name} {name} {fingerprint(part.images)}" for name, part in parts.items())
+
     def maps(self, subject: Subject, reading: str) -> tuple[Tensor, Tensor]:
-        parts = (("train", self.train), ("test", self.test))
-        return tuple(self.cache.maps(subject, f"{self.pairs.name} {n}", part.images, reading) for n, part in parts)
+        parts = zip(self.keys, (self.train, self.test), strict=True)
+        return tuple(self.cache.maps(subject, key, part.images, reading) for key, part in parts)
 
 
 def _open_dense(
@@ -192,12 +204,14 @@ def open_question(
     size = size or (config.crops.global_size if config else 224)
     if kind == "grouped":
         found = open_landmarks(data, truth, size, cache) if truth else open_groups(data, size, cache)
-        pixels = found.database if truth else found.pixels
-        return found, {"data": found.name, "n_test": len(pixels), "size_px": size}
+        judged = found.database if truth else found
+        return found, {"data": judged.name, "n_test": len(judged.pixels), "size_px": size}
     config = config or RunConfig()
     source = replace(config.data, source=data, pool="", short_side=max(size, config.data.short_side))
     world = open_world(replace(config, data=source), cache.folder / f"pixels-{Path(data).stem}-{source.short_side}")
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")
     about = {"data": world.name, "n_train": len(world.train), "n_test": len(world.test), "size_px": size}
-    return Labelled(world, size, cache), about
+    parts = (Described(name=f"{world.name} {part}", pixels=getattr(world, part), size=size, cache=cache)
+             for part in ("train", "test"))  # fmt: skip
+    return Labelled(*parts), about

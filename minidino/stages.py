@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minidino.config import RunConfig, override
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.images.scenes import KINDS, Scenes, draw_scenes
+from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, start_adapted
 from minidino.learning.train import State, start, train
 from minidino.model.vit import VisionTransformer
@@ -25,7 +25,6 @@ from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.runs import Run, atomic_path, give_back_memory, keep_freed_memory, pick_device
 
-TEST_WORLD = 1000  # added to the scene seed: scenes that no training ever sees
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
 

@@ -170,10 +170,11 @@ class Cache:
         return features.FeatureStore(self.folder).get(key, lambda: subject.whole(images()))
 
     def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n 3 H W"], reading: str) -> Tensor:
+        """Maps of pictures; the name tells them from all others."""
         if subject.base is not None:
             where = positions(images, subject.vit.patch_size)
             return torch.cat([self.maps(subject.base, name, images, reading), where], 1)
-        key = features.feature_key(subject.made_by, f"{name} {fingerprint(images)}", images.shape[3], reading)
+        key = features.feature_key(subject.made_by, name, images.shape[3], reading)
         found = features.FeatureStore(self.folder).get(key, lambda: {"maps": subject.maps(images, reading)})
         return torch.from_numpy(np.array(found["maps"]))
 

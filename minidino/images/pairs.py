@@ -24,10 +24,9 @@ from minidino.images.archives import Place, read_place
 from minidino.images.datasets import WORKERS, open_images
 from minidino.images.decode import BadImage, decode
 from minidino.images.layouts import LAYOUTS, find_pairs
-from minidino.images.scenes import MASK_CLASSES, draw_scenes
+from minidino.images.scenes import MASK_CLASSES, TEST_WORLD, draw_scenes
 
 KINDS = ("segmentation", "depth")
-TEST_WORLD = 1000  # added to the seed of drawn scenes for their test part, as in stages.py
 NEAREST_M, FARTHEST_M = 0.05, 100.0  # a median depth outside of this is in another unit than assumed
 MILLIMETRE = 0.001
 ASPECT_SLACK = 0.02  # share by which the aspects of a picture and its target may differ

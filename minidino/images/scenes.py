@@ -24,6 +24,7 @@ SMALLEST, TALLEST = 0.35, 0.8  # heights of things, fractions of the picture
 GRAIN = 0.15  # deviation of the grey grain of every picture: it drowns gradients, not colours
 MUTED = (0.42, 0.2)  # landscape colours lie between the first and the sum; things are more vivid
 N_UNIFORMS = 320  # random numbers set aside for a scene
+TEST_WORLD = 1000  # added to the seed of a world: scenes that no training ever sees
 GROUND, HILL, STONE, FIRST_KIND = 1, 2, 3, 4
 SLOT_A, SLOT_B, DARK, LIGHT = range(4)  # paints of a thing: two free colours and two accents
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.images.crops import normalise
-from minidino.probes.features import frozen
+from minidino.probes.features import expect_pixels, frozen
 
 Rows = Tensor | np.ndarray
 
@@ -60,8 +60,7 @@ def feature_maps(
         ValueError: not uint8 pixels, a block that does not exist, features that are not finite (in this dtype).
     Source: DINOv2 paper, section 7.4; official dinov2/hub/depthers.py, eval/depth/models/decode_heads/linear_head.py.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ValueError(f"expected uint8 pixels (n, 3, H, W) with n > 0, got {images.dtype} {tuple(images.shape)}")
+    expect_pixels(images)
     device, depth = next(vit.parameters()).device, len(vit.blocks)
     taps = blocks if isinstance(blocks, int) else sorted({i + depth if i < 0 else i for i in blocks})
     border = borders(images.shape[2:], vit.patch_size)

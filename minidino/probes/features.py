@@ -62,7 +62,7 @@ def extract(
     expect_pixels(images)
     device = next(vit.parameters()).device
     found: list[dict[str, Tensor]] = []
-    with frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
             found.append(look(vit, normalise(batch.to(device)), blocks, patches))
             bar.update(len(batch))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
+from minidino.probes.segmentation import mean_iou
 
 Rows = Tensor | np.ndarray
 PUBLISHED_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -177,10 +178,8 @@ def patch_probe(
         raise ValueError(f"expected patches with a class of 0 or more, got {len(x)} to train and {len(test_x)} to test")
     x, test_x = _standardised(x, test_x)
     predicted = _softmax_regression(x, y, n_classes, l2, max_iterations)(test_x).argmax(1)
-    pairs = torch.bincount(test_y * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes).double()
-    hits = pairs.diag()
-    iou = hits / (pairs.sum(0) + pairs.sum(1) - hits)  # 0 / 0 = nan: a class that is nowhere
-    return {"miou": iou.nanmean().item(), "iou": iou.tolist(), "accuracy": (hits.sum() / pairs.sum()).item()}
+    found = mean_iou(predicted, test_y, n_classes)
+    return {key: found[key] for key in ("miou", "iou", "accuracy")}
 
 
 def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int):

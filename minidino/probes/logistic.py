@@ -143,7 +143,7 @@ def logistic_regression(
         seed: draws them.
     Returns:
         "accuracy" top-1 fraction on the test rows, "mean_class_accuracy" the mean over the classes of the test rows,
-        "best_c", and "table" {C: top-1 fraction on the held-out rows}.
+        "best_c", "table" {C: top-1 fraction on the held-out rows}, and "model": the LogisticModel that was judged.
     Raises:
         ValueError: fewer than two labelled training rows, or no labelled test row.
     Source: DINOv2 paper, section 7.1 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
@@ -161,7 +161,7 @@ def logistic_regression(
     predicted = model.predict(test_x)
     per_class = [_share_right(predicted[test_y == k], k) for k in test_y.unique()]
     return {"accuracy": _share_right(predicted, test_y), "mean_class_accuracy": float(np.mean(per_class)),
-            "best_c": best, "table": table}  # fmt: skip
+            "best_c": best, "table": table, "model": model}  # fmt: skip
 
 
 def _share_right(predicted: Int[Tensor, "n"], y: Tensor) -> float:
