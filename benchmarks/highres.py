@@ -1,0 +1,167 @@
+"""Figure 6 of the paper in small: is a short phase at 128 px as good as all of the training there?
+
+    python benchmarks/highres.py rates             how much to lower the learning rate: one network of world 1
+    python benchmarks/highres.py learn [--seeds 3] three ways to a network for 128 px, and the one before the phase
+    python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 64 and at 128 px
+    python benchmarks/highres.py cost              a step at either size, on a quiet machine
+    python benchmarks/highres.py draw              the README's table
+
+The preset scenes-cpu on scenes of 128 px. Chosen on world 1, reported on world 11, judged on world 1011. Networks go to
+runs/highres-*, results to data/results/highres-*.json.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
+
+from minidino.config import RunConfig, override, preset
+from minidino.judge import class_tokens, judge_knn, judge_patches, trained_backbone
+from minidino.learning.adapt import adapted
+from minidino.learning.train import start, train
+from minidino.runs import Run, keep_freed_memory, pick_device
+from minidino.stages import World, adapt, open_world, pretrain
+
+RUNS = Path("runs")
+SMALL, LARGE = 64, 128  # px of a global crop
+STEPS, PHASE = 500, 60  # at the small size, and in the phase at the large one
+SAME_COST = 163  # steps at the large size that take as long as STEPS and PHASE together: 0.60 s and 2.94 s on one core
+RATES = (1.0, 0.5, 0.25)  # of the phase, times the base learning rate
+N_PATCHED = 600  # scenes whose patches are learned from; half as many are judged
+WAYS = {  # name: (what the README calls it, seeds)
+    "small": (f"{STEPS} steps at {SMALL} px", None),
+    "adapted": (f"{STEPS} steps at {SMALL} px, then {PHASE} at {LARGE} px", None),
+    "same-cost": (f"{SAME_COST} steps at {LARGE} px: the same cost", None),
+    "large": (f"{STEPS + PHASE} steps at {LARGE} px", 1),
+}
+
+
+def config_of(seed: int, world: int, size: int, steps: int) -> RunConfig:
+    """The preset with global crops of `size` px, local ones of half that, on scenes of 128 px."""
+    return override(preset("scenes-cpu"), [
+        f"run.seed={seed}", f"run.steps={steps}", f"run.knn_every={steps}", "run.keep_checkpoints=1",
+        f"data.scene_seed={world}", "data.n_scenes=4000", "data.n_test_scenes=1000", f"data.short_side={LARGE}",
+        f"crops.global_size={size}", f"crops.local_size={size // 2}",
+    ])  # fmt: skip
+
+
+@cache
+def scenes(world: int) -> World:
+    return open_world(config_of(0, world, LARGE, 1), RUNS / "highres-pixels")
+
+
+def network(way: str, seed: int, world: int = REPORTING, rate: float = 0.5) -> Run:
+    """The run of one way, trained where that has not been done yet."""
+    folder = RUNS / f"highres-{way}-{world}-{seed}"
+    if (folder / "weights.safetensors").exists():
+        return Run(folder)
+    if (folder / "config.json").exists():
+        return pretrain(config_of(0, world, LARGE, 1), folder, scenes(world), resume=True)[0]
+    if way.startswith("adapted"):
+        source = network("small", seed, world)
+        base = source.config().optim.base_lr
+        changes = [f"data.short_side={LARGE}", f"run.knn_every={PHASE}", f"optim.base_lr={base * rate}"]
+        return adapt(source.folder, folder, LARGE, PHASE, changes)[0]
+    size, steps = {"small": (SMALL, STEPS), "same-cost": (LARGE, SAME_COST), "large": (LARGE, STEPS + PHASE)}[way]
+    return pretrain(config_of(seed, world, size, steps), folder, scenes(world))[0]
+
+
+def reading(run: Run, world: World, size: int) -> dict[str, float]:
+    """k-NN of class tokens, and what single patches know, of pictures of `size` px."""
+    config = run.config()
+    config = replace(config, crops=replace(config.crops, global_size=size))
+    nets = {"trained": trained_backbone(run, pick_device())}
+    knn = judge_knn(world, class_tokens(world, config, nets).items())["trained"]
+    patches = judge_patches(world, config, nets, N_PATCHED)
+    told = {f"{name}{key}": patches[who][key] for who, name in (("trained", ""), ("trained + position", "position "))
+            for key in ("miou", "rmse", "log_rmse")}  # fmt: skip
+    print(run.folder.name, size, knn, told, flush=True)
+    return {"knn": knn["k=20"], "knn_best": knn["best"], **told}
+
+
+def rates() -> None:
+    """The phase of one network with three learning rates."""
+    rows = {"small": reading(network("small", 0, CHOOSING), scenes(CHOOSING), LARGE)}
+    for rate in RATES:
+        rows[str(rate)] = reading(network(f"adapted-{rate}", 0, CHOOSING, rate), scenes(CHOOSING), LARGE)
+        store("highres-rates", {"world": CHOOSING, "phase_steps": PHASE, "readings": rows})
+
+
+def ways(seeds: int) -> list[tuple[str, int]]:
+    return [(way, seed) for way, (_, most) in WAYS.items() for seed in range(min(seeds, most or seeds))]
+
+
+def learn(seeds: int) -> None:
+    for way, seed in ways(seeds):
+        print(network(way, seed).folder, flush=True)
+
+
+def judge_all(seeds: int) -> None:
+    """Every network at both sizes; the differences that count are those of one seed."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for way, seed in ways(seeds):
+        run = network(way, seed)
+        found = {str(size): reading(run, scenes(REPORTING), size) for size in (SMALL, LARGE)}
+        rows.setdefault(way, []).append({"seed": seed, **found})
+        summary = {name: {size: {key: spread([run[size][key] for run in runs]) for key in runs[0][size]}
+                          for size in (str(SMALL), str(LARGE))} for name, runs in rows.items()}  # fmt: skip
+        store("highres-scenes", {"world": REPORTING, "steps": STEPS, "phase_steps": PHASE, "same_cost": SAME_COST,
+                                 "n_train": 4000, "n_test": 1000, "n_patched": N_PATCHED, "summary": summary,
+                                 "runs": rows})  # fmt: skip
+
+
+def cost() -> None:
+    """Seconds of a step, median over 20 after three to warm up, with all losses at work."""
+    keep_freed_memory()
+    seconds = {}
+    for size in (SMALL, LARGE):
+        config = adapted(config_of(0, REPORTING, size, 1), size, 23)
+        stamps = [record["seconds"] for record in train(config, scenes(REPORTING).train, start(config, pick_device()))]
+        seconds[size] = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
+    minutes = {"small": STEPS * seconds[SMALL], "adapted": STEPS * seconds[SMALL] + PHASE * seconds[LARGE],
+               "same-cost": SAME_COST * seconds[LARGE], "large": (STEPS + PHASE) * seconds[LARGE]}  # fmt: skip
+    store("highres-cost", {"step_s": seconds, "minutes": {way: value / 60 for way, value in minutes.items()}})
+
+
+# ---------------------------------------------------------------- the README
+
+
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"highres-{name}.json").read_text())
+
+
+def tables() -> dict[str, str]:
+    found, minutes = stored("scenes"), stored("cost")["minutes"]
+    lines = ["| training | minutes | k-NN | mIoU | mIoU, position told | depth RMSE, position told (m) |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for way, (words, _) in WAYS.items():
+        row = found["summary"][way][str(LARGE)]
+        cells = [_said(row[key]) for key in ("knn", "miou", "position miou", "position rmse")]
+        lines.append(f"| {words} | {minutes[way]:.1f} | {' | '.join(cells)} |")
+    e = found["environment"]
+    lines += ["", f"Judged at {LARGE} px on {found['n_test']:,} held-out scenes (patches: {found['n_patched'] // 2}); "
+              "mean ± standard deviation over 3 seeds, the last row one seed; minutes by the measured time of a step on "
+              f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    return {"highres": "\n".join(lines)}
+
+
+def _said(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ± {value['sd']:.3f}" if value["n"] > 1 else f"{value['mean']:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rates", "learn", "judge", "cost", "draw"))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    {"rates": rates, "learn": lambda: learn(options.seeds), "judge": lambda: judge_all(options.seeds), "cost": cost,
+     "draw": lambda: put(tables())}[options.what]()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
