@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _curate, _train, _adapt, _probe, _export, _bench, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _distill, _probe, _export, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -81,17 +81,16 @@ def _curate(stages) -> None:
 
 
 def _train(stages) -> None:
-    def run(options) -> None:
+    def run(options) -> int | None:
         from minidino.learning import prototypes
         from minidino.model import attention
         from minidino.runs import pick_device, pick_precision
-        from minidino.stages import pretrain
+        from minidino.stages import go_on, pretrain
 
         if options.resume:
-            if options.changes or options.data:
-                raise ValueError("a resumed run keeps its config: --data, key=value and --resume exclude each other")
-            pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)
-            return
+            if options.changes or options.data or options.weights:
+                raise ValueError("a resumed run keeps its config: --data, --weights, key=value exclude --resume")
+            return _told(pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)[0])
         config = preset(options.preset)
         if options.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=options.data))
@@ -106,6 +105,8 @@ def _train(stages) -> None:
               f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start, attention "
               f"{attention.resolve(config.vit.attention, device)}, prototype loss "
               f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
+        if options.weights:
+            return _told(go_on(options.weights, folder, config, options.heads_first)[0])
         pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
@@ -113,23 +114,71 @@ def _train(stages) -> None:
     parser.add_argument("--data", metavar="PATH", help="folder, archive, torchvision name, or manifest.csv of curate")
     parser.add_argument("--out", help="run folder (default runs/PRESET)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
+    parser.add_argument("--weights", metavar="WEIGHTS", help="go on from this backbone, with fresh heads: a file, or a "
+                        "name such as dinov2_vits14; fails when k-NN falls by it")  # fmt: skip
+    parser.add_argument("--heads-first", type=float, default=0.2, metavar="FRACTION", help="of the steps, in which those "
+                        "heads learn alone (default %(default)s)")  # fmt: skip
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
 
 
 def _adapt(stages) -> None:
-    def run(options) -> None:
+    def run(options) -> int:
         from minidino.stages import adapt
 
         source = Path(options.source)
         folder = _new_folder(options.out or source.with_name(f"{source.name}-{options.size}px"))
-        adapt(source, folder, options.size, options.steps, options.changes)
+        return _told(adapt(source, folder, options.size, options.steps, options.changes, options.fit_memory)[0])
 
     parser = _stage(stages, "adapt", "go on with a finished run at a higher resolution",
                     "minidino adapt runs/scenes-cpu --size 96 --steps 300", run)  # fmt: skip
     parser.add_argument("source", metavar="RUN", help="a finished run folder")
     parser.add_argument("--size", type=int, required=True, help="px of a global crop, a multiple of the patch")
     parser.add_argument("--steps", type=int, required=True, help="updates; the paper takes 2 %% of pretraining")
+    parser.add_argument("--fit-memory", action="store_true", help="fewer images a step, so that it takes no more memory "
+                        "than before")  # fmt: skip
     parser.add_argument("--out", help="run folder (default RUN-SIZEpx); train --resume goes on with it")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _told(run) -> int:
+    """Print whether a run that started from trained weights was worth it; 1 when it was not."""
+    from minidino.stages import guard_of
+
+    said = guard_of(run)
+    if "after" not in said:
+        return 0
+    print(f"k-NN {said['before']:.3f} before, {said['after']:.3f} after (standard error {said['standard_error']:.3f}): "
+          f"{said['verdict']}")  # fmt: skip
+    return int(said["verdict"] == "worse")
+
+
+def _distill(stages) -> None:
+    def run(options) -> None:
+        from minidino.stages import distill
+
+        source, base = Path(options.source), None
+        if options.features:
+            base = preset(options.preset)
+            base = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data or base.data.source))
+        elif options.data or options.preset != "scenes-cpu":
+            raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
+        folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))
+        folder = folder if options.resume else _new_folder(folder)
+        runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, options.resume)
+        print("\n".join(str(run.folder) for run in runs))
+
+    parser = _stage(stages, "distill", "teach small students by a larger network that is frozen",
+                    "minidino distill runs/tour --student vit_tiny,width=32,depth=4,heads=2 --steps 600", run)  # fmt: skip
+    parser.add_argument("source", metavar="RUN", help="the teacher: a finished run; with --features also weights")
+    parser.add_argument("--student", action="append", required=True, metavar="NAME[,width=W][,depth=N][,heads=H]",
+                        help="may be given again: the teacher looks once for all")  # fmt: skip
+    parser.add_argument("--steps", type=int, required=True, help="updates")
+    parser.add_argument("--out", help="run folder, or folder of the students' (default RUN-distilled)")
+    parser.add_argument("--resume", action="store_true", help="go on with what was killed; all else as it was given")
+    parser.add_argument("--features", action="store_true", help="imitate the teacher's tokens, where it has no heads; not "
+                        "the paper's way")  # fmt: skip
+    parser.add_argument("--preset", default="scenes-cpu", help="with --features: crops, optimizer, pictures")
+    parser.add_argument("--data", metavar="PATH", help="with --features: pictures to learn from")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
 
 

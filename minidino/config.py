@@ -158,6 +158,7 @@ class OptimConfig:
     clip: float = 3.0  # largest gradient norm [released]
     clip_scope: Literal["module", "global"] = "module"  # `module`: backbone and heads each for itself [released]
     freeze_last_layer_frac: float = 0.01  # of the run: the prototypes stand still [released]
+    freeze_backbone_frac: float = 0.0  # of the run: heads alone learn, for a backbone that was trained elsewhere
 
     @property
     def lr(self) -> float:
@@ -169,8 +170,15 @@ class OptimConfig:
         good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0 and self.batch_size > self.accumulate
         _require(good, "optim.accumulate", f"a smaller divisor of batch_size {self.batch_size}", self.accumulate)
         _require(self.base_lr > 0, "optim.base_lr", "> 0", self.base_lr)
-        for name in ("warmup_frac", "freeze_last_layer_frac"):
+        for name in ("warmup_frac", "freeze_last_layer_frac", "freeze_backbone_frac"):
             _require(0 <= getattr(self, name) <= 1, f"optim.{name}", "between 0 and 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    teacher: str = ""  # a frozen network that teaches instead: a finished run, or weights; "": the student's own average
+    targets: Literal["heads", "features"] = "heads"  # the paper's losses, or the tokens of a teacher without heads
+    teacher_width: int = 0  # D of that teacher's tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +209,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self):
@@ -218,7 +227,6 @@ def _scenes_cpu() -> RunConfig:
     """Drawn scenes in a few minutes on two cores. Chosen by benchmarks/recipe.py; the README says why."""
     return RunConfig(
         preset="scenes-cpu",
-        data=DataConfig(),
         crops=CropConfig(n_local=2, global_size=48, local_size=24, global_scale=(0.4, 1.0), local_scale=(0.08, 0.4),
                          brightness=0.2, contrast=0.2, hue=0.5, grayscale_probability=0.0, solarize_probability=0.0,
                          blur="none"),
@@ -239,9 +247,7 @@ def _imagenette_cpu() -> RunConfig:
     """Photographs in an hour on two cores, the last third by `adapt` at 64 px: small crops teach more in their time."""
     small = _scenes_cpu()
     return replace(
-        small,
-        preset="imagenette-cpu",
-        data=DataConfig(source="imagenette"),
+        small, preset="imagenette-cpu", data=DataConfig(source="imagenette"),
         crops=replace(small.crops, global_size=32, local_size=16, global_scale=(0.32, 1.0), brightness=0.4,
                       contrast=0.4, saturation=0.4, hue=0.1, grayscale_probability=0.2, solarize_probability=0.2),
         vit=replace(small.vit, width=96, heads=3, init_std=0.05), teacher=replace(small.teacher, momentum=0.9),
@@ -254,23 +260,20 @@ def _imagenette_gpu() -> RunConfig:
     return RunConfig(
         preset="imagenette-gpu",
         data=DataConfig(source="imagenette", short_side=256),
-        heads=HeadConfig(tied=False, n_prototypes=4096),
-        vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1),
+        heads=HeadConfig(tied=False, n_prototypes=4096), vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1),
         optim=OptimConfig(batch_size=256, layerwise_decay=1.0, final_weight_decay=0.2),
         run=RunSettings(steps=15_000, workers=8),
-    )
+    )  # fmt: skip
 
 
 def _imagenet100_gpu() -> RunConfig:
     """ImageNet-100 (127k images in folders) on one GPU, not yet measured."""
     small = _imagenette_gpu()
     return replace(
-        small,
-        preset="imagenet100-gpu",
-        data=DataConfig(source="imagenet100", short_side=256),
-        heads=HeadConfig(tied=False, n_prototypes=16384),
-        optim=replace(small.optim, batch_size=512), run=replace(small.run, steps=50_000),
-    )
+        small, preset="imagenet100-gpu", data=DataConfig(source="imagenet100", short_side=256),
+        heads=HeadConfig(tied=False, n_prototypes=16384), optim=replace(small.optim, batch_size=512),
+        run=replace(small.run, steps=50_000),
+    )  # fmt: skip
 
 
 def _vits16_in1k() -> RunConfig:
@@ -294,10 +297,7 @@ def _vitl14_lvd() -> RunConfig:
     """configs/train/vitl14.yaml: 625k steps of 3,072 images, Sinkhorn, untied heads of 131,072 [released]."""
     short = _vitl16_short()
     return replace(
-        short,
-        preset="vitl14-lvd",
-        data=DataConfig(source="lvd142m", short_side=256),
-        crops=CropConfig(local_size=98),
+        short, preset="vitl14-lvd", data=DataConfig(source="lvd142m", short_side=256), crops=CropConfig(local_size=98),
         vit=VitConfig(name="vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
         heads=HeadConfig(tied=False, n_prototypes=131_072, bottleneck_dim=384, ibot_bottleneck_dim=256),
         loss=LossConfig(targets="sinkhorn", dino_divisor="released"),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
@@ -28,7 +28,7 @@ from minidino.config import RunConfig, from_json, to_json
 
 PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
 BEFORE = ("pixels", "curation")  # what may stand in a run folder before the run
-RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html")
+RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html", "guard.json", "teacher.json")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -177,13 +177,19 @@ class Run:
 
     @classmethod
     def create(
-        cls, folder: str | Path, config: RunConfig, device: torch.device, first: dict[str, Any] | None = None
+        cls,
+        folder: str | Path,
+        config: RunConfig,
+        device: torch.device,
+        first: dict[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> "Run":
         """Start a run folder; what an earlier run left there is replaced.
 
         Args:
             first: the state to start from, where that is not a fresh one: saved before the folder becomes a run, so
                 that none which was killed early goes on from fresh weights.
+            notes: {file name: what it shall hold as JSON}, there before the folder becomes a run as well.
         Raises:
             FileExistsError: the folder holds something that is not a run.
         """
@@ -197,6 +203,8 @@ class Run:
             path.unlink(missing_ok=True)
         if first is not None:
             run.save(0, first, 1)
+        for name, said in (notes or {}).items():
+            write_atomically(run.folder / name, json.dumps(said, indent=1).encode())
         write_atomically(run.config_path, to_json(config).encode())
         run.write_environment(config, device)
         return run
@@ -258,15 +266,15 @@ class Run:
             file.unlink()
         return path
 
-    def load(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-        """The newest whole checkpoint, or None when the run was killed before the first.
+    def load(self, device: torch.device, at_most: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """The newest whole checkpoint up to step `at_most`, or None when the run was killed before the first.
 
         A kill leaves no damaged file, but a disk may: such a checkpoint is passed over with a warning.
 
         Raises:
             ValueError: there are checkpoints and all are damaged.
         """
-        saved = self.saved()
+        saved = [(step, path) for step, path in self.saved() if at_most is None or step <= at_most]
         for step, path in reversed(saved):
             if damage := _damage(path):
                 warnings.warn(f"{path} is damaged and passed over: {damage}", stacklevel=2)

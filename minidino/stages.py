@@ -1,10 +1,15 @@
-"""The watcher of a run: images are opened, `learning/train.py` learns, and what it tells is written down.
+"""The watcher of runs: images are opened, `learning/train.py` learns, and what it tells is written down.
 
-    open_world -> pretrain: metrics, checkpoints, online k-NN, weights -> adapt: the same at a higher resolution
+    open_world -> pretrain -> adapt: the same at a higher resolution -> distill: smaller students of what came out
+
+Each stage leaves a run folder with metrics, checkpoints, weights and heads, and goes on after a kill.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,23 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minidino.config import RunConfig, override
+from minidino.images.batches import batches
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
-from minidino.learning.adapt import adapted, start_adapted
+from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
+from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating
+from minidino.learning.teacher import Frozen
 from minidino.learning.train import State, start, train
 from minidino.model.vit import VisionTransformer
-from minidino.model.weights import save_backbone
+from minidino.model.weights import backbone_of, save_backbone
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, atomic_path, give_back_memory, keep_freed_memory, pick_device
+from minidino.runs import Run, atomic_path, give_back_memory, keep_freed_memory, pick_device, write_atomically
 
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
+GUARD, TEACHER = "guard.json", "teacher.json"  # in run folders: was it worth it? who taught?
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,15 @@ def open_world(config: RunConfig, folder: Path) -> World:
     return World(images.name, train_pixels, test_pixels if labelled else None, pool=pool)
 
 
+@dataclass(frozen=True)
+class Pupil:
+    """A run that learns, and the state it is in."""
+
+    run: Run
+    config: RunConfig
+    state: State
+
+
 def pretrain(
     config: RunConfig, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
 ) -> tuple[Run, World]:
@@ -81,39 +99,138 @@ def pretrain(
         folder: the run folder.
         world: images that are open already.
         resume: go on from the newest checkpoint; what was measured after it is measured again, the same to the bit.
-        state: start from this instead of fresh weights.
+        state: start from this instead of fresh weights. Then guard.json says whether k-NN has gained by it.
     """
     keep_freed_memory()
-    run = Run(folder)
-    config = run.config() if resume else config
-    device = pick_device(config.run.device)
-    first = None if state is None else state.save()
-    state = state or start(config, device)  # an impossible config leaves the folder as it was
-    if not resume:
-        run = Run.create(folder, config, device, first)
-    world = world or open_world(config, run.folder / "pixels")
-    if resume and (saved := run.load(device)) is not None:
-        state.load(saved[1])
-    run.cut_records(state.step)
-    watch = OnlineKnn(world, config.crops.global_size)
-    total = config.run.steps * config.optim.batch_size
-    with tqdm(total=total, initial=state.step * config.optim.batch_size, unit="images", desc="training") as bar:
-        for record in train(config, world.lessons, state):
-            done = state.step == config.run.steps
-            if watch.ready and (state.step % config.run.knn_every == 0 or done):
-                record["knn"] = watch(state.teacher.backbone)
-                bar.set_postfix(knn=f"{record['knn']:.3f}", refresh=False)
-            if len(record) > 3:
-                run.log(record)
-            if state.step % config.run.checkpoint_every == 0 or done:
-                run.save(state.step, state.save(), config.run.keep_checkpoints)
-            bar.update(config.optim.batch_size)
-    finish(run, state)
+    pupil = reopen(folder) if resume else enrol(config, folder, state)
+    world = world or open_world(pupil.config, pupil.run.folder / "pixels")
+    learn([pupil], world)
     give_back_memory()
-    return run, world
+    return pupil.run, world
 
 
-def adapt(source: Path, folder: Path, size: int, steps: int, changes: Sequence[str] = ()) -> tuple[Run, World]:
+def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Pupil:
+    """A new run; an impossible config leaves the folder as it was."""
+    device, notes = pick_device(config.run.device), {}
+    if config.distill.teacher:
+        frozen = frozen or frozen_teacher(config, device)
+        notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": fingerprint(frozen.network)}
+    if state is None:
+        first, state = None, start(config, device)
+    else:
+        first, notes[GUARD] = state.save(), {}
+    state.frozen = frozen
+    return Pupil(Run.create(folder, config, device, first, notes), config, state)
+
+
+def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = None) -> Pupil:
+    """A run as it was at its newest checkpoint, at step `at_most` or before, or at its start.
+
+    Raises:
+        ValueError: a distillation whose teacher is another by now.
+    """
+    run = Run(folder)
+    config = run.config()
+    device = pick_device(config.run.device)
+    state = start(config, device)
+    if (saved := run.load(device, at_most)) is not None:
+        state.load(saved[1])
+    if config.distill.teacher:
+        state.frozen = frozen or frozen_teacher(config, device)
+        _expect_same_teacher(run, state.frozen)
+    return Pupil(run, config, state)
+
+
+def _expect_same_teacher(run: Run, frozen: Frozen) -> None:
+    """Raises ValueError when a weight of the teacher is not what it was at the start."""
+    path = run.folder / TEACHER
+    if path.exists() and (said := json.loads(path.read_text()))["sha256"] != fingerprint(frozen.network):
+        raise ValueError(f"the teacher {said['teacher']} of {run.folder} is not the one it began with: start anew")
+
+
+def learn(pupils: Sequence[Pupil], world: World) -> None:
+    """Take runs to their end, in step and on the same batches; what each measures goes to its folder."""
+    config, step = pupils[0].config, pupils[0].state.step
+    watch = OnlineKnn(world, config.crops.global_size)
+    for pupil in pupils:
+        pupil.run.cut_records(step)
+        weigh(pupil, watch, "before")
+    stream = batches(config, world.lessons, pick_device(config.run.device), step)
+    learning = [
+        train(pupil.config, world.lessons, pupil.state, shared)
+        for pupil, shared in zip(pupils, tee(stream, len(pupils)), strict=True)
+    ]
+    size = config.optim.batch_size
+    with tqdm(total=config.run.steps * size, initial=step * size, unit="images", desc="training") as bar:
+        for records in zip(*learning, strict=True):
+            for pupil, record in zip(pupils, records, strict=True):
+                note(pupil, record, watch)
+            bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
+            bar.update(size)
+    for pupil in pupils:
+        finish(pupil.run, pupil.state)
+        weigh(pupil, watch, "after")
+        if pupil.state.frozen is not None:
+            _expect_same_teacher(pupil.run, pupil.state.frozen)
+
+
+def note(pupil: Pupil, record: dict[str, Any], watch: "OnlineKnn") -> None:
+    """Write down what a step told, and save where it is time to."""
+    run, settings, state = pupil.run, pupil.config.run, pupil.state
+    done = state.step == settings.steps
+    if watch.ready and (state.step % settings.knn_every == 0 or done):
+        record["knn"] = watch(state.teacher.backbone)
+    if len(record) > 3:
+        run.log(record)
+    if state.step % settings.checkpoint_every == 0 or done:
+        run.save(state.step, state.save(), settings.keep_checkpoints)
+
+
+def weigh(pupil: Pupil, watch: "OnlineKnn", when: str) -> None:
+    """Keep the k-NN of a run that started from trained weights, "before" and "after", and say what it came to."""
+    path = pupil.run.folder / GUARD
+    if not path.exists():
+        return
+    said = json.loads(path.read_text())
+    if watch.ready and when not in said:
+        said[when] = watch(pupil.state.teacher.backbone)
+    said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
+    write_atomically(path, json.dumps(said, indent=1).encode())
+
+
+def verdict(before: float | None, after: float | None, n: int) -> dict[str, Any]:
+    """Whether a share of n queries has risen or fallen, by two standard errors of the difference."""
+    if before is None or after is None:
+        return {"verdict": "not judged"}
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / n)
+    gain = after - before
+    word = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no difference beyond noise"
+    return {"standard_error": error, "verdict": word}
+
+
+def guard_of(run: Run) -> dict[str, Any]:
+    """{"before", "after", "standard_error", "verdict"} of a run that started from trained weights; {} of others."""
+    path = run.folder / GUARD
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def go_on(source: str | Path, folder: Path, config: RunConfig, heads_first: float = 0.2) -> tuple[Run, World]:
+    """Train on from a backbone that came without heads, as the released ones do; `guard_of` says what it came to.
+
+    Args:
+        source: weights that `backbone_of` reads; the sizes of the backbone are theirs.
+        folder: of the new run.
+        config: all else.
+        heads_first: share of the steps in which the fresh heads learn alone.
+    """
+    vit = backbone_of(source)
+    config = going_on(config, vit, heads_first)
+    return pretrain(config, folder, state=start_from(config, pick_device(config.run.device), vit))
+
+
+def adapt(
+    source: Path, folder: Path, size: int, steps: int, changes: Sequence[str] = (), fit_memory: bool = False
+) -> tuple[Run, World]:
     """The high-resolution phase of a finished run, in a folder of its own; see `minidino.learning.adapt`.
 
     Args:
@@ -122,12 +239,59 @@ def adapt(source: Path, folder: Path, size: int, steps: int, changes: Sequence[s
         size: px of a global crop, a multiple of the patch.
         steps: updates.
         changes: "key=value" texts, on top of the config of the phase.
+        fit_memory: fewer images a step, as `adapt.fitting_batch` says.
     Raises:
         ValueError: the source has not reached its last step, or the config is impossible.
     """
-    config = override(adapted(Run(source).config(), size, steps), list(changes))
+    config = override(adapted(Run(source).config(), size, steps, fit_memory), list(changes))
     device = pick_device(config.run.device)
     return pretrain(config, folder, state=start_adapted(config, device, last_state(Run(source), device)))
+
+
+def distill(
+    source: str | Path,
+    folder: Path,
+    students: Sequence[str],
+    steps: int,
+    changes: Sequence[str] = (),
+    imitate: RunConfig | None = None,
+    resume: bool = False,
+    world: World | None = None,
+) -> tuple[list[Run], World]:
+    """Small students of one frozen teacher, which looks at each batch once for all; see `minidino.learning.distill`.
+
+    Args:
+        source: the teacher's finished run; to imitate, also weights.
+        folder: of the student's run; of several, each has one in it, named as the student.
+        students: sizes, such as "vit_small" or "vit_tiny,width=32,depth=4,heads=2".
+        steps: updates.
+        changes: "key=value" texts, on top of the config of the teacher's run.
+        imitate: this config, and the teacher's tokens for targets; None is the paper's way, through its heads.
+        resume: go on with what was begun, all from the newest step that they have in common.
+        world: images that are open already.
+    Raises:
+        FileNotFoundError, ValueError: the teacher cannot teach these students; says why.
+    """
+    keep_freed_memory()
+    if imitate is None:
+        plans = [distilled(Run(source).config(), source, student, steps) for student in students]
+    else:
+        plans = [imitating(imitate, source, student, steps) for student in students]
+    plans = [override(plan, list(changes)) for plan in plans]
+    folders = [folder / student.replace(",", "-") for student in students] if len(students) > 1 else [folder]
+    frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
+
+    def open_pupil(plan: RunConfig, place: Path, at_most: int | None) -> Pupil:
+        begun = resume and Run(place).config_path.exists()
+        return reopen(place, at_most, frozen) if begun else enrol(plan, place, frozen=frozen)
+
+    pupils = [open_pupil(*plan, None) for plan in zip(plans, folders, strict=True)]
+    while len(reached := {pupil.state.step for pupil in pupils}) > 1:
+        pupils = [reopen(place, min(reached), frozen) for place in folders]
+    world = world or open_world(plans[0], folder / "pixels")
+    learn(pupils, world)
+    give_back_memory()
+    return [pupil.run for pupil in pupils], world
 
 
 def last_state(run: Run, device: torch.device) -> dict[str, Any]:
@@ -142,7 +306,7 @@ def finish(run: Run, state: State) -> None:
     """Write the EMA teacher: the backbone, and its heads for whoever wants to go on."""
     save_backbone(state.teacher.backbone, run.folder / "weights.safetensors")
     heads = {k: v.contiguous() for k, v in state.teacher.state_dict().items() if not k.startswith("backbone.")}
-    if state.teacher.ibot_head is state.teacher.dino_head:
+    if "ibot_head" not in state.teacher.parts():  # tied
         heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}
     with atomic_path(run.folder / "heads.safetensors") as beside:
         save_file(heads, beside)
@@ -152,11 +316,11 @@ class OnlineKnn:
     """A quick k-NN reading on a few thousand images while a run learns."""
 
     def __init__(self, world: World, size: int):
-        self.ready = world.test is not None
+        self.ready, self.n_queries = world.test is not None, 0
         if self.ready:
             bank = world.train.select(some(len(world.train), ONLINE_BANK))
             queries = world.test.select(some(len(world.test), ONLINE_QUERIES))
-            self.labels = bank.labels, queries.labels
+            self.labels, self.n_queries = (bank.labels, queries.labels), len(queries)
             self.images = bank.squares(size), queries.squares(size)
 
     def __call__(self, backbone: VisionTransformer) -> float:

@@ -26,7 +26,7 @@ ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for 
 class Batch(NamedTuple):
     crops_global: Float[Tensor, "G B 3 H W"]  # normalised
     crops_local: Float[Tensor, "L B 3 h w"]
-    masks: Bool[Tensor, "G B N"]  # True = hidden from the student
+    masks: Bool[Tensor, "G B N"]  # True = hidden from the student; in distillation all are, and none is hidden
     mask_weights: Float[Tensor, "M"]  # 1 / number masked in that crop, in the row-major order of masks
     index: Int[Tensor, "B"]  # which image each row is
 
@@ -121,10 +121,19 @@ def make_batch(config: RunConfig, step: int, images: Tensor, sizes: Tensor, inde
     *laws_global, law_local = crop_laws(config.crops)
     seeds = [crop_seed(config.run.seed, step, int(i)) for i in index]
     crops_global, crops_local = multi_crop(images, sizes, laws_global, law_local, config.crops.n_local, seeds)
-    side, patch_size = config.crops.global_size, config.vit.patch_size
-    grid = (side // patch_size, side // patch_size)
-    generator = torch.Generator().manual_seed(crop_seed(config.run.seed, step, MASKS))
-    masks = batch_masks(len(laws_global) * len(index), grid, generator, config.masks.probability, config.masks.ratio,
-                        largest_block(config.masks, side, patch_size))  # fmt: skip
+    n_crops = len(laws_global) * len(index)
+    masks = _all_patches(config, n_crops) if config.distill.teacher else _holes(config, n_crops, step)
     masks = masks.view(len(laws_global), len(index), -1).to(images.device)
     return collate(crops_global, crops_local, masks, index)
+
+
+def _holes(config: RunConfig, n_crops: int, step: int) -> Bool[Tensor, "n N"]:
+    side, patch_size = config.crops.global_size, config.vit.patch_size
+    generator = torch.Generator().manual_seed(crop_seed(config.run.seed, step, MASKS))
+    return batch_masks(n_crops, (side // patch_size, side // patch_size), generator, config.masks.probability,
+                       config.masks.ratio, largest_block(config.masks, side, patch_size))  # fmt: skip
+
+
+def _all_patches(config: RunConfig, n_crops: int) -> Bool[Tensor, "n N"]:
+    """Distillation compares every patch, and hides none: see `objective.student_losses`."""
+    return torch.ones(n_crops, (config.crops.global_size // config.vit.patch_size) ** 2, dtype=torch.bool)

@@ -1,9 +1,14 @@
-"""The high-resolution phase: a short run on larger crops, from the weights that pretraining left.
+"""Going on from weights: on larger crops, or with fresh heads.
+
+The high-resolution phase is a short run on larger crops, from the weights that pretraining left.
 
     a finished run -> positions stretched to the new grid -> `train` with every schedule compressed
 
 "Increasing image resolution is key to pixel-level downstream tasks", but the whole training at a high resolution is
 "demanding": a short phase at its end is enough. Its code and its learning rate were not released.
+
+A released backbone comes without heads, and fresh heads would spoil it: their first gradients mean nothing. So they learn
+alone for a while, before the backbone goes on with them.
 
 Source: DINOv2 paper, sections 4 and 6.6, appendix B.2 (518 px for 10k iterations).
 """
@@ -17,23 +22,25 @@ import torch
 from minidino.config import RunConfig
 from minidino.learning.objective import Center
 from minidino.learning.train import State, start
-from minidino.model.vit import interpolate_pos_embed
+from minidino.model.vit import VisionTransformer, interpolate_pos_embed
+from minidino.model.weights import load_weights
 
 POSITIONS = "backbone.pos_embed"
 
 
-def adapted(config: RunConfig, size: int, steps: int) -> RunConfig:
+def adapted(config: RunConfig, size: int, steps: int, fit_memory: bool = False) -> RunConfig:
     """The config of the phase: crops of `size` px for `steps` updates, half the base learning rate, all else as it was.
 
     Local crops and stored images grow with the global crops, to whole patches. iBOT is there from the first step: its
-    late entry is for networks that start from nothing.
+    late entry is for networks that start from nothing. With fit_memory a step has as many images as `fitting_batch`
+    allows, and the learning rate follows the batch as ever.
     """
     crops, patch = config.crops, config.vit.patch_size
 
     def grown(side: int) -> int:
         return patch * math.ceil(side * size / crops.global_size / patch)
 
-    return replace(
+    larger = replace(
         config,
         data=replace(config.data, short_side=grown(config.data.short_side)),
         crops=replace(crops, global_size=size, local_size=grown(crops.local_size)),
@@ -41,6 +48,25 @@ def adapted(config: RunConfig, size: int, steps: int) -> RunConfig:
         optim=replace(config.optim, base_lr=config.optim.base_lr / 2),
         run=replace(config.run, steps=steps),
     )
+    batch_size = fitting_batch(config, larger) if fit_memory else config.optim.batch_size
+    return replace(larger, optim=replace(larger.optim, batch_size=batch_size))
+
+
+def fitting_batch(before: RunConfig, after: RunConfig) -> int:
+    """How many images of `after` take the memory of a step of `before`: as many tokens, and whole parts of a batch.
+
+    What is kept for the backward pass grows with the student's tokens alone, since attention keeps no squares.
+    """
+    share = tokens_per_image(before) / tokens_per_image(after)
+    parts = before.optim.accumulate
+    return max(int(before.optim.batch_size * share) // parts, 2) * parts
+
+
+def tokens_per_image(config: RunConfig) -> int:
+    """Tokens of the student's two global and all local crops: 914 with the published crops and patches of 14 px."""
+    c, v = config.crops, config.vit
+    return sum(n * ((side // v.patch_size) ** 2 + 1 + v.num_register_tokens)
+               for n, side in ((2, c.global_size), (c.n_local, c.local_size)))  # fmt: skip
 
 
 def start_adapted(config: RunConfig, device: torch.device, saved: dict[str, Any]) -> State:
@@ -60,4 +86,26 @@ def start_adapted(config: RunConfig, device: torch.device, saved: dict[str, Any]
         )
         getattr(state, name).load_state_dict(weights)
     state.center = None if saved["center"] is None else Center(*saved["center"])
+    return state
+
+
+def going_on(config: RunConfig, vit: VisionTransformer, heads_first: float) -> RunConfig:
+    """The config of going on with a backbone: its sizes, and a share of the steps in which the heads learn alone."""
+    first = vit.blocks[0]
+    sizes = {"width": vit.width, "depth": vit.depth, "heads": vit.heads, "patch_size": vit.patch_size,
+             "num_register_tokens": vit.num_register_tokens, "ffn": "swiglu" if hasattr(first.mlp, "w12") else "mlp",
+             "interpolate_offset": vit.interpolate_offset, "interpolate_antialias": vit.interpolate_antialias,
+             "layerscale": config.vit.layerscale or 1.0 if hasattr(first.ls1, "gamma") else 0.0}  # fmt: skip
+    return replace(
+        config,
+        vit=replace(config.vit, **sizes),
+        optim=replace(config.optim, freeze_backbone_frac=heads_first),
+    )
+
+
+def start_from(config: RunConfig, device: torch.device, vit: VisionTransformer) -> State:
+    """A student and its average that begin as a given backbone, with fresh heads."""
+    state = start(config, device)
+    for network in (state.student, state.teacher):
+        load_weights(network.backbone, vit.state_dict())
     return state

@@ -1,4 +1,4 @@
-"""The five formulas of DINOv2's objective, as functions of tensors: two kinds of targets and three losses.
+"""The formulas of DINOv2's objective as functions of tensors: two kinds of targets, three losses; one for imitation.
 
 Everything is computed and returned in float32, whatever comes in. Logits are never yet divided by a temperature.
 """
@@ -186,3 +186,20 @@ def koleo_loss(x: Float[Tensor, "B D"], eps: float = 1e-8) -> Float[Tensor, ""]:
         nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(dim=1)
     distance = F.pairwise_distance(x, x[nearest], eps=eps)
     return -(distance + eps).log().mean()
+
+
+def token_loss(student: Float[Tensor, "*n D"], teacher: Float[Tensor, "*n D"]) -> Float[Tensor, ""]:
+    """How far tokens are from those of another network, in direction and in length.
+
+        loss = mean over tokens of (1 - cosine) + mean over their numbers of smooth-L1, with its bend at 1
+
+    Args:
+        student: tokens mapped to the teacher's width.
+        teacher: its tokens after the last norm, whose numbers are of size 1.
+    Returns:
+        Scalar, float32; 0 where both are equal.
+    Source: ours, of the usual parts; DINOv2 distils through its heads instead (paper, section 5).
+    """
+    student, teacher = student.float(), teacher.float()
+    apart = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    return apart.mean() + F.smooth_l1_loss(student, teacher)

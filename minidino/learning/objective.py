@@ -14,9 +14,18 @@ from torch import Tensor
 
 from minidino.images.batches import Batch
 from minidino.learning import prototypes
-from minidino.learning.losses import AllReduce, alone, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from minidino.learning.losses import (
+    AllReduce,
+    alone,
+    koleo_loss,
+    sinkhorn_knopp,
+    softmax_center,
+    token_loss,
+    update_center,
+)
 from minidino.learning.prototypes import Potentials, center_potentials, sinkhorn_potentials
-from minidino.learning.teacher import Network
+from minidino.learning.teacher import Imitator, Network
+from minidino.model.vit import VisionTransformer
 
 Temperatures = float | tuple[float, float]  # of class tokens and of patches
 
@@ -38,6 +47,13 @@ class Targets(NamedTuple):
 class TeacherLogits(NamedTuple):
     dino: Float[Tensor, "G B K"]
     ibot: Float[Tensor, "M K"] | None
+
+
+class TokenTargets(NamedTuple):
+    """Of a teacher without heads: its normed tokens of the global crops."""
+
+    class_tokens: Float[Tensor, "G B D"]
+    patch_tokens: Float[Tensor, "G B N D"]
 
 
 @torch.no_grad()
@@ -104,11 +120,13 @@ def student_losses(
     n_ibot_crops: float | None = None,
     dino_divisor: str = "fixed",
     impl: str = "reference",
+    hide: bool = True,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
     """The student's weighted losses, and its class tokens of the global crops.
 
     Args:
         weights: of "dino", "ibot" and "koleo"; with targets.ibot None there are no holes either.
+        hide: False lets the student see the patches that it answers for, as in distillation.
         koleo_views: "released" spreads both global views, "paper" the first alone.
         n_ibot_crops: what the sum over masked crops is divided by; None: all global crops, as released.
         dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
@@ -117,7 +135,7 @@ def student_losses(
     n_global, n_images = batch.crops_global.shape[:2]
     n_local = len(batch.crops_local)
     masks = None if targets.ibot is None else batch.masks.flatten(0, 1)
-    views, view_masks = [batch.crops_global.flatten(0, 1)], [masks]
+    views, view_masks = [batch.crops_global.flatten(0, 1)], [masks if hide else None]
     if n_local:
         views, view_masks = [*views, batch.crops_local.flatten(0, 1)], [*view_masks, None]
     tokens = student.backbone.forward_packed(views, view_masks)
@@ -139,6 +157,30 @@ def student_losses(
         spread = class_tokens if koleo_views == "released" else class_tokens[:1]
         losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(view) for view in spread]).sum()
     return losses, class_tokens
+
+
+@torch.no_grad()
+def token_targets(teacher: VisionTransformer, batch: Batch) -> TokenTargets:
+    """What a teacher without heads says of the whole global crops: its tokens."""
+    shape = batch.crops_global.shape[:2]
+    tokens = teacher.forward_features(batch.crops_global.flatten(0, 1))
+    return TokenTargets(tokens.x_norm_clstoken.unflatten(0, shape), tokens.x_norm_patchtokens.unflatten(0, shape))
+
+
+def imitation_losses(
+    student: Imitator, batch: Batch, targets: TokenTargets
+) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
+    """How far a student's mapped tokens are from its teacher's, and its class tokens of the global crops.
+
+    This is not the paper's distillation, which goes through the teacher's heads: see `student_losses`.
+    """
+    shape = batch.crops_global.shape[:2]
+    tokens = student.backbone.forward_features(batch.crops_global.flatten(0, 1))
+    losses = {
+        "class": token_loss(student.class_map(tokens.x_norm_clstoken), targets.class_tokens.flatten(0, 1)),
+        "patch": token_loss(student.patch_map(tokens.x_norm_patchtokens), targets.patch_tokens.flatten(0, 1)),
+    }
+    return losses, tokens.x_norm_clstoken.unflatten(0, shape)
 
 
 def ssl_losses(

@@ -1,11 +1,15 @@
 """Student and teacher: one network twice, the second a slow average of the first."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from minidino.config import HeadConfig, RunConfig
+from minidino.images.batches import Batch
 from minidino.model.heads import DINOHead
 from minidino.model.vit import VisionTransformer, build_vit
 
@@ -25,6 +29,38 @@ class Network(nn.Module):
         """The modules whose gradients are clipped each for itself; tied heads once."""
         parts = {"backbone": self.backbone, "dino_head": self.dino_head}
         return parts if self.ibot_head is self.dino_head else parts | {"ibot_head": self.ibot_head}
+
+
+class Imitator(nn.Module):
+    """A student that learns the tokens of a teacher without heads, through a linear map for each kind of token.
+
+    Args:
+        backbone: of the student.
+        teacher_width: D of the teacher's tokens.
+    """
+
+    def __init__(self, backbone: VisionTransformer, teacher_width: int):
+        super().__init__()
+        self.backbone = backbone
+        self.class_map = nn.Linear(backbone.width, teacher_width)
+        self.patch_map = nn.Linear(backbone.width, teacher_width)
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"backbone": self.backbone, "class_map": self.class_map, "patch_map": self.patch_map}
+
+
+@dataclass
+class Frozen:
+    """A teacher that never learns. What it says of a batch is worked out once, however many students ask."""
+
+    network: nn.Module
+    said: tuple[Batch, Any] | None = None
+
+    def once(self, batch: Batch, say: Callable[[], Any]) -> Any:
+        """say(), or what it was for the same batch before."""
+        if self.said is None or self.said[0] is not batch:
+            self.said = batch, say()
+        return self.said[1]
 
 
 def build_backbone(config: RunConfig) -> VisionTransformer:
@@ -48,20 +84,22 @@ def build_head(h: HeadConfig, in_dim: int, ibot: bool = False) -> DINOHead:
     )  # fmt: skip
 
 
-def build_student(config: RunConfig) -> Network:
+def build_student(config: RunConfig) -> Network | Imitator:
     """A fresh student; the seed of torch's global generator decides its weights."""
     backbone = build_backbone(config)
+    if config.distill.targets == "features":
+        return Imitator(backbone, config.distill.teacher_width)
     dino_head = build_head(config.heads, backbone.width)
     return Network(backbone, dino_head, None if config.heads.tied else build_head(config.heads, backbone.width, True))
 
 
-def make_teacher(student: Network) -> Network:
+def make_teacher(student: nn.Module) -> nn.Module:
     """A copy that never sees a gradient and never drops a path."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the teacher a little towards the student: t = momentum * t + (1 - momentum) * s.
 
     Source: DINOv2 paper, section 4; official dinov2/train/ssl_meta_arch.py update_teacher (b8931f7).

@@ -9,8 +9,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from minidino.learning.objective import (
     Center,
     Targets,
     TeacherLogits,
+    imitation_losses,
     make_targets,
     student_losses,
     teacher_logits,
+    token_targets,
 )
 from minidino.learning.optim import (
     Schedule,
@@ -37,8 +40,8 @@ from minidino.learning.optim import (
     linear_schedule,
     parameter_groups,
 )
-from minidino.learning.prototypes import Potentials, dense, resolve
-from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
+from minidino.learning.prototypes import dense, resolve
+from minidino.learning.teacher import Frozen, Imitator, Network, build_student, make_teacher, update_teacher
 from minidino.model.attention import resolve as resolve_attention
 from minidino.runs import pick_precision
 
@@ -51,8 +54,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class State:
     """All that changes while a run learns; `save` and `load` make it survive the process."""
 
-    student: Network
-    teacher: Network
+    student: Network | Imitator
+    teacher: Network | Imitator  # the slow average of the student: what a run results in
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: str  # fp32, bf16 or fp16; a resumed run goes on in the one it began with
@@ -60,6 +63,7 @@ class State:
     step: int = 0  # updates done
     skipped: int = 0  # updates left out in a row, because loss or gradients were not numbers
     seconds: float = 0.0  # spent learning, over all the processes that took part
+    frozen: Frozen | None = None  # teaches instead, in distillation; it does not change and is not saved
 
     def save(self) -> dict[str, Any]:
         return {
@@ -78,7 +82,7 @@ class State:
 
 
 def start(config: RunConfig, device: torch.device) -> State:
-    """A fresh student, its teacher and optimizer; the run's seed decides the weights."""
+    """A fresh student, its average and optimizer; the run's seed decides the weights. A frozen teacher comes later."""
     resolve(config.loss.prototypes, device)  # these two raise what cannot run here before anything is built
     resolve_attention(config.vit.attention, device)
     torch.manual_seed(config.run.seed)
@@ -113,13 +117,16 @@ def schedules(config: RunConfig) -> dict[str, Schedule]:
     }
 
 
-def train(config: RunConfig, pixels: Pixels, state: State) -> Iterator[dict[str, Any]]:
+def train(
+    config: RunConfig, pixels: Pixels, state: State, stream: Iterable[Batch] | None = None
+) -> Iterator[dict[str, Any]]:
     """Learn from the state's step to the run's last; one record a step, with readings every run.log_every steps.
 
     Args:
         config: the whole run.
         pixels: decoded training images.
         state: changed in place; fresh from `start`, or loaded.
+        stream: the batches from the state's step on, where several students share them; None makes them.
     Yields:
         {"step", "images", "seconds"} and, when read: the losses, the schedules, what the doctor watches.
         `seconds` counts from step 0, without the time the watcher takes.
@@ -128,7 +135,7 @@ def train(config: RunConfig, pixels: Pixels, state: State) -> Iterator[dict[str,
     """
     device = next(state.student.parameters()).device
     plan, clock = schedules(config), time.perf_counter()
-    for batch in batches(config, pixels, device, state.step):
+    for batch in batches(config, pixels, device, state.step) if stream is None else stream:
         now = {name: schedule(state.step) for name, schedule in plan.items()}
         read = state.step % config.run.log_every == 0 or state.step == config.run.steps - 1
         readings = _update(config, state, batch, now, read)
@@ -143,6 +150,7 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
     """One update of the student, then of the teacher."""
     torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS))
     state.optimizer.zero_grad(set_to_none=True)
+    state.student.backbone.requires_grad_(state.step >= round(config.optim.freeze_backbone_frac * config.run.steps))
     losses, targets, class_tokens, center = _backward(config, state, batch, now)
     loss = sum(losses.values()).item()
     norms = _step_optimizer(config, state, now) if math.isfinite(loss) else {}
@@ -157,46 +165,73 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
         return {}
     schedule = {name: value for name, value in now.items() if name != "last_layer_lr"}
     parts = {name: value.item() for name, value in losses.items()}
-    signs = _vital_signs(targets.dino, class_tokens) if good else {}
+    signs = _vital_signs(targets, class_tokens) if good else {}
     return {"loss": loss, **parts, **schedule, **norms, **signs}
+
+
+Lesson = Callable[[], tuple[dict[str, Tensor], Tensor]]  # of a part of the batch: losses, class tokens
 
 
 def _backward(
     config: RunConfig, state: State, batch: Batch, now: dict[str, float]
-) -> tuple[dict[str, Tensor], Targets, Tensor, Center | None]:
+) -> tuple[dict[str, Tensor], Targets | None, Tensor, Center | None]:
     """Gradients of a batch, computed in parts; the teacher's targets are balanced over the whole of it.
 
     KoLeo looks for neighbours within a part.
     """
-    w, n_parts = config.loss, config.optim.accumulate
-    weights = {"dino": w.dino, "ibot": now["ibot_weight"], "koleo": w.koleo}
-    device = batch.crops_global.device
-    impl = resolve(w.prototypes, device)
+    n_parts, device = config.optim.accumulate, batch.crops_global.device
     autocast = torch.autocast(device.type, DTYPES[state.precision], enabled=state.precision != "fp32")
     parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
     with autocast:
-        logits = [teacher_logits(state.teacher, part, ibot=weights["ibot"] > 0) for part in parts]
-    n_hidden = [0 if part.ibot is None else len(part.ibot) for part in logits]
-    ibot = None if logits[0].ibot is None else torch.cat([part.ibot for part in logits])
-    patch_temp = now["teacher_temp"] if config.teacher.patch_temp is None else config.teacher.patch_temp
-    targets, center = make_targets(
-        TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
-        targets=w.targets, center=state.center, impl=impl,
-    )  # fmt: skip
-    # the divisor counts the masked crops of the whole batch: its parts have more and fewer
-    n_masked = max(int(batch.masks.any(-1).sum()), 1) / n_parts if w.ibot_divisor == "paper" else None
+        if config.distill.targets == "features":
+            lessons, targets, center = _imitation(state, batch, parts), None, None
+        else:
+            lessons, targets, center = _objective(config, state, batch, parts, now)
     losses, class_tokens = {}, None
-    dinos = targets.dino.chunk(n_parts, dim=1)
-    ibots = [None] * n_parts if ibot is None else targets.ibot.split(n_hidden)
-    for part, dino, ibot in zip(parts, dinos, ibots, strict=True):
+    for lesson in lessons:
         with autocast:
-            shares, class_tokens = student_losses(
-                state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views, n_masked,
-                w.dino_divisor, impl,
-            )  # fmt: skip
+            shares, class_tokens = lesson()
         state.scaler.scale(sum(shares.values()) / n_parts).backward()
         losses = {name: losses.get(name, 0) + share.detach() / n_parts for name, share in shares.items()}
     return losses, targets, class_tokens, center
+
+
+def _objective(
+    config: RunConfig, state: State, batch: Batch, parts: list[Batch], now: dict[str, float]
+) -> tuple[list[Lesson], Targets, Center | None]:
+    """DINOv2's losses of each part, against what the average of the student says, or a frozen teacher."""
+    w, n_parts = config.loss, len(parts)
+    weights = {"dino": w.dino, "ibot": now["ibot_weight"], "koleo": w.koleo}
+    impl = resolve(w.prototypes, batch.crops_global.device)
+    patch_temp = now["teacher_temp"] if config.teacher.patch_temp is None else config.teacher.patch_temp
+
+    def say(teacher: Network) -> tuple[Targets, Center | None]:
+        logits = [teacher_logits(teacher, part, ibot=weights["ibot"] > 0) for part in parts]
+        ibot = torch.cat([part.ibot for part in logits]) if weights["ibot"] > 0 else None
+        return make_targets(
+            TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
+            targets=w.targets, center=state.center, impl=impl,
+        )  # fmt: skip
+
+    frozen = state.frozen
+    targets, center = say(state.teacher) if frozen is None else frozen.once(batch, lambda: say(frozen.network))
+    # the divisor counts the masked crops of the whole batch: its parts have more and fewer
+    n_masked = max(int(batch.masks.any(-1).sum()), 1) / n_parts if w.ibot_divisor == "paper" else None
+    dinos, n_patches = targets.dino.chunk(n_parts, dim=1), [len(part.mask_weights) for part in parts]
+    ibots = [None] * n_parts if targets.ibot is None else targets.ibot.split(n_patches)
+    lessons = [
+        partial(student_losses, state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views,
+                n_masked, w.dino_divisor, impl, hide=frozen is None)
+        for part, dino, ibot in zip(parts, dinos, ibots, strict=True)
+    ]  # fmt: skip
+    return lessons, targets, center
+
+
+def _imitation(state: State, batch: Batch, parts: list[Batch]) -> list[Lesson]:
+    """The distance of each part's tokens to those of a frozen teacher."""
+    frozen = state.frozen
+    told = frozen.once(batch, lambda: [token_targets(frozen.network, part) for part in parts])
+    return [partial(imitation_losses, state.student, part, targets) for part, targets in zip(parts, told, strict=True)]
 
 
 def _slices(n: int, n_parts: int) -> list[slice]:
@@ -218,11 +253,13 @@ def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> d
     return norms
 
 
-def _vital_signs(targets: Tensor | Potentials, class_tokens: Tensor) -> dict[str, float]:
+def _vital_signs(targets: Targets | None, class_tokens: Tensor) -> dict[str, float]:
     """What tells learning from collapse: see `minidino.learning.doctor`."""
-    probs, features = dense(targets).flatten(0, 1), class_tokens[0].detach().float()
+    features = class_tokens[0].detach().float()
     spread = doctor.feature_spread(features)
-    return {
-        "teacher_entropy": doctor.entropy(probs), "prototypes_used": doctor.prototypes_used(probs).perplexity,
-        "rankme": doctor.rankme(features), "feature_std": spread.std, "mean_cosine": spread.mean_cosine,
-    }  # fmt: skip
+    signs = {"rankme": doctor.rankme(features), "feature_std": spread.std, "mean_cosine": spread.mean_cosine}
+    if targets is None:
+        return signs
+    probs = dense(targets.dino).flatten(0, 1)
+    used = doctor.prototypes_used(probs).perplexity
+    return {"teacher_entropy": doctor.entropy(probs), "prototypes_used": used, **signs}

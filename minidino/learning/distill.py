@@ -1,0 +1,147 @@
+"""Distillation: a small student learns from a larger network that is frozen, heads and all.
+
+    a finished run -> its network, frozen -> `train` with a student of another size -> the average of the student
+
+"The loss terms are not modified": multi-crop DINO, iBOT, KoLeo and Sinkhorn-Knopp stay. What changes is who teaches, and
+that nothing is hidden or dropped: iBOT compares all patches of both global crops, which the student sees. The student has
+heads of its own with the teacher's prototypes' number, and its average is the result, as ever.
+
+A teacher that came without heads can only be imitated token by token (`objective.imitation_losses`). That is something
+else than the paper's distillation, and has to be asked for.
+
+Source: DINOv2 paper, section 5; it was not released. DINOv3's code agrees in what must be equal
+(dinov3/train/ssl_meta_arch.py _setup_distillation, 6876159).
+"""
+
+import hashlib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from minidino.config import DistillConfig, RunConfig, VitConfig
+from minidino.learning.teacher import Frozen, Imitator, Network, build_student
+from minidino.model.vit import SIZES, VisionTransformer
+from minidino.model.weights import backbone_of, load_weights
+from minidino.runs import Run
+
+SHAPE = ("width", "depth", "heads")  # what a student may say of itself besides its name
+
+
+def student_vit(told: str, like: VitConfig) -> VitConfig:
+    """The sizes of a student, from "vit_small" or "vit_tiny,width=32,depth=4,heads=2"; all else as its teacher.
+
+    Raises:
+        ValueError: an unknown name, or something else than width, depth and heads.
+    """
+    name, *words = told.split(",")
+    if name not in SIZES:
+        raise ValueError(f"student: expected one of {', '.join(SIZES)}, got {name!r}")
+    shape: dict[str, int | None] = dict.fromkeys(SHAPE)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in SHAPE or not value.isdigit():
+            raise ValueError(f"student: expected {name},width=W,depth=N,heads=H or a part of it, got {told!r}")
+        shape[key] = int(value)
+    return replace(like, name=name, drop_path_rate=0.0, **shape)
+
+
+def distilled(config: RunConfig, teacher: str | Path, student: str, steps: int) -> RunConfig:
+    """The config of a distillation: that of the teacher's run, with another backbone and nothing dropped.
+
+    Args:
+        config: of the teacher's run.
+        teacher: that run's folder.
+        student: its sizes, as `student_vit` reads them.
+        steps: updates.
+    """
+    return replace(
+        config,
+        vit=student_vit(student, config.vit),
+        loss=replace(config.loss, ibot_start_frac=0.0, ibot_full_frac=0.0),  # its patches mean something from the start
+        distill=DistillConfig(teacher=str(teacher)),
+        run=replace(config.run, steps=steps),
+    )
+
+
+def imitating(config: RunConfig, teacher: str | Path, student: str, steps: int) -> RunConfig:
+    """The config of learning the tokens of any backbone: a run, or weights, with or without heads.
+
+    Args:
+        config: of data, crops and training; patches and positions follow the teacher.
+    """
+    net = _backbone(str(teacher))
+    vit = replace(student_vit(student, config.vit), patch_size=net.patch_size)
+    return replace(
+        config,
+        vit=vit,
+        crops=replace(config.crops, n_local=0),
+        distill=DistillConfig(teacher=str(teacher), targets="features", teacher_width=net.width),
+        run=replace(config.run, steps=steps),
+    )
+
+
+def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
+    """The teacher of a distillation, after a look whether it can teach this student.
+
+    Raises:
+        FileNotFoundError: its run or its heads are not there.
+        ValueError: another patch size, another number of prototypes, or other heads; says what to do.
+    """
+    source, d = Run(config.distill.teacher), config.distill
+    if d.targets == "features":
+        network: nn.Module = _backbone(d.teacher)
+        _expect_equal("vit.patch_size", config.vit.patch_size, network.patch_size, d.teacher)
+        _expect_equal("distill.teacher_width", d.teacher_width, network.width, d.teacher)
+    else:
+        network = network_of(source)
+        theirs = source.config()
+        _expect_equal("vit.patch_size", config.vit.patch_size, theirs.vit.patch_size, d.teacher)
+        _expect_equal("heads.tied", config.heads.tied, theirs.heads.tied, d.teacher)
+        for name in ("n_prototypes", "ibot_n_prototypes"):
+            _expect_equal(f"heads.{name}", getattr(config.heads, name), getattr(theirs.heads, name), d.teacher)
+    return Frozen(network.to(device).requires_grad_(False).eval())
+
+
+def network_of(run: Run) -> Network:
+    """The average that a finished run results in, with its heads.
+
+    Raises:
+        FileNotFoundError: no run, not finished, or no heads beside its weights.
+        ValueError: the run imitated tokens, so that it has no prototypes.
+    """
+    config, heads = run.config(), run.folder / "heads.safetensors"
+    if not (run.folder / "weights.safetensors").exists():
+        raise FileNotFoundError(f"{run.folder} has no weights.safetensors: finish it with train --resume")
+    if not heads.exists() or config.distill.targets == "features":
+        raise FileNotFoundError(
+            f"{run.folder} has no heads of prototypes, and the paper's distillation needs the teacher's: keep "
+            "heads.safetensors beside weights.safetensors, or ask for --features, which is something else"
+        )
+    network = build_student(config)
+    load_weights(network.backbone, run.folder / "weights.safetensors")
+    said = load_file(heads)
+    if network.ibot_head is network.dino_head:
+        said |= {key.replace("dino_head", "ibot_head", 1): value for key, value in said.items()}
+    network.load_state_dict({f"backbone.{k}": v for k, v in network.backbone.state_dict().items()} | said)
+    return network
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of all weights: it changes when one of them does, by a bit."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _backbone(teacher: str) -> VisionTransformer:
+    run = Run(teacher)
+    return backbone_of(run.folder / "weights.safetensors" if (run.folder / "heads.safetensors").exists() else teacher)
+
+
+def _expect_equal(name: str, ours: object, theirs: object, teacher: str) -> None:
+    if ours != theirs:
+        raise ValueError(f"{name}: expected {theirs}, as the teacher {teacher} has, got {ours}")
