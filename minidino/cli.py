@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _curate, _train, _adapt, _distill, _probe, _export, _bench, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -180,6 +180,19 @@ def _distill(stages) -> None:
     parser.add_argument("--preset", default="scenes-cpu", help="with --features: crops, optimizer, pictures")
     parser.add_argument("--data", metavar="PATH", help="with --features: pictures to learn from")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _chain(stages) -> None:
+    def run(options) -> None:
+        from minidino.chain import Chain, read_chain, run_chain
+
+        run_chain(read_chain(options.plan) if options.plan else Chain(), Path(options.out))
+
+    parser = _stage(stages, "chain", "pretrain, adapt, distill and probe in one go", "minidino chain my-chain.json --out "
+                    "runs/my-chain", run)  # fmt: skip
+    parser.add_argument("plan", nargs="?", metavar="CHAIN.json", help="the stages; without it a short one of drawn scenes, "
+                        "whose file in --out shows the fields")  # fmt: skip
+    parser.add_argument("--out", default="runs/chain", help="folder of all stages; the same command goes on after a kill")
 
 
 def _new_folder(path: str | Path) -> Path:

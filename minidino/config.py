@@ -179,6 +179,7 @@ class DistillConfig:
     teacher: str = ""  # a frozen network that teaches instead: a finished run, or weights; "": the student's own average
     targets: Literal["heads", "features"] = "heads"  # the paper's losses, or the tokens of a teacher without heads
     teacher_width: int = 0  # D of that teacher's tokens
+    prototypes: Literal["teacher", "fresh"] = "teacher"  # which ones the student's heads begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +289,8 @@ def _vitl16_short() -> RunConfig:
         data=DataConfig(source="imagenet1k", short_side=256),
         vit=VitConfig(name="vit_large"),
         masks=MaskConfig(max_patches="released"),
-        loss=LossConfig(targets="centering", dino_divisor="released"),
-        run=RunSettings(precision="fp16"),
-    )
+        loss=LossConfig(targets="centering", dino_divisor="released"), run=RunSettings(precision="fp16"),
+    )  # fmt: skip
 
 
 def _vitl14_lvd() -> RunConfig:

@@ -261,6 +261,39 @@ def baselines_bar(
     return {"names": names, "means": means, "sds": sds}
 
 
+def against_parameters(
+    rows: Mapping[str, tuple[str, int, float, float]], path: str | Path | None = None, metric: str = "k-NN top-1"
+) -> dict:
+    """Draw what networks reach against how large they are.
+
+    Args:
+        rows: {name: (kind, parameters, fraction, its standard deviation or error)}; the kind gives the colour: one of
+            those in COLORS, "teacher", "student" (taught by one) or "random" (the same that learned alone).
+        path: where the PNG goes; None draws without saving.
+        metric: what the axis says, in percent.
+    Returns:
+        {name: (parameters, fraction)}.
+    """
+    best = max(rows, key=lambda name: rows[name][2])
+    students = {name: row for name, row in rows.items() if row[0] == "student"}
+    taught = max(students or rows, key=lambda name: rows[name][2])
+    title = f"{best} reaches {rows[best][2]:.1%}"
+    if taught != best:
+        title = f"{taught}: {rows[taught][2]:.1%} with {rows[best][1] / rows[taught][1]:.1f} times fewer parameters than " \
+                f"{best}, {rows[best][2]:.1%}"  # fmt: skip
+    figure, axes = figure_of(1, 1, 4.2, title)
+    ax = axes[0, 0]
+    for name, (kind, n, share, sd) in rows.items():
+        ax.errorbar(n, 100 * share, 100 * sd, fmt="o", color=COLORS[kind], capsize=3, markersize=8)
+        ax.annotate(name, (n, 100 * share), (9, 0), textcoords="offset points", va="center", fontsize=9)
+    sizes = [row[1] for row in rows.values()]
+    ax.set(xscale="log", xlim=(min(sizes) / 1.3, max(sizes) * 2.2), xlabel="parameters of the backbone",
+           ylabel=f"{metric} (%)")  # fmt: skip
+    ax.grid(alpha=0.3)
+    save(figure, path)
+    return {name: (n, share) for name, (_, n, share, _) in rows.items()}
+
+
 def severity_curves(found: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path | None = None) -> dict:
     """Draw how accuracy falls when pictures are corrupted, kind by kind.
 

@@ -24,7 +24,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
-from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating
+from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, start_distilled
 from minidino.learning.teacher import Frozen
 from minidino.learning.train import State, start, train
 from minidino.model.vit import VisionTransformer
@@ -116,11 +116,14 @@ def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: F
         frozen = frozen or frozen_teacher(config, device)
         notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": fingerprint(frozen.network)}
     if state is None:
-        first, state = None, start(config, device)
+        first, state = None, begin(config, device, frozen)
     else:
-        first, notes[GUARD] = state.save(), {}
-    state.frozen = frozen
+        first, notes[GUARD], state.frozen = state.save(), {}, frozen
     return Pupil(Run.create(folder, config, device, first, notes), config, state)
+
+
+def begin(config: RunConfig, device: torch.device, frozen: Frozen | None) -> State:
+    return start(config, device) if frozen is None else start_distilled(config, device, frozen)
 
 
 def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = None) -> Pupil:
@@ -132,12 +135,12 @@ def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = Non
     run = Run(folder)
     config = run.config()
     device = pick_device(config.run.device)
-    state = start(config, device)
+    if config.distill.teacher:
+        frozen = frozen or frozen_teacher(config, device)
+        _expect_same_teacher(run, frozen)
+    state = begin(config, device, frozen)
     if (saved := run.load(device, at_most)) is not None:
         state.load(saved[1])
-    if config.distill.teacher:
-        state.frozen = frozen or frozen_teacher(config, device)
-        _expect_same_teacher(run, state.frozen)
     return Pupil(run, config, state)
 
 
@@ -168,10 +171,10 @@ def learn(pupils: Sequence[Pupil], world: World) -> None:
             bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
             bar.update(size)
     for pupil in pupils:
-        finish(pupil.run, pupil.state)
-        weigh(pupil, watch, "after")
         if pupil.state.frozen is not None:
             _expect_same_teacher(pupil.run, pupil.state.frozen)
+        weigh(pupil, watch, "after")
+        finish(pupil.run, pupil.state)
 
 
 def note(pupil: Pupil, record: dict[str, Any], watch: "OnlineKnn") -> None:
@@ -278,7 +281,7 @@ def distill(
     else:
         plans = [imitating(imitate, source, student, steps) for student in students]
     plans = [override(plan, list(changes)) for plan in plans]
-    folders = [folder / student.replace(",", "-") for student in students] if len(students) > 1 else [folder]
+    folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
 
     def open_pupil(plan: RunConfig, place: Path, at_most: int | None) -> Pupil:
@@ -292,6 +295,11 @@ def distill(
     learn(pupils, world)
     give_back_memory()
     return [pupil.run for pupil in pupils], world
+
+
+def student_folders(folder: Path, students: Sequence[str]) -> list[Path]:
+    """Where each student of a distillation lives: in the folder itself when it is the only one."""
+    return [folder / student.replace(",", "-") for student in students] if len(students) > 1 else [folder]
 
 
 def last_state(run: Run, device: torch.device) -> dict[str, Any]:

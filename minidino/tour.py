@@ -1,6 +1,6 @@
 """The main job, end to end: pictures in, a backbone that learned without labels, and an honest report.
 
-    open_world -> (scenes: raw pool -> curate) -> pretrain -> judge -> draw -> report.html, results.json
+    open_world -> (scenes: raw pool -> curate) -> pretrain -> judge -> distill -> draw -> report.html, results.json
 """
 
 import csv
@@ -22,7 +22,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.pools import Pool, make_pool, write_pool
 from minidino.images.scenes import KINDS
-from minidino.judge import judge, random_backbone, trained_backbone
+from minidino.judge import class_tokens, judge, judge_knn, random_backbone, trained_backbone
 from minidino.learning import doctor
 from minidino.learning.teacher import build_student
 from minidino.learning.train import start, train
@@ -32,12 +32,13 @@ from minidino.probes.knn import neighbours
 from minidino.probes.patches import attention_to
 from minidino.report import Section, write_report
 from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
-from minidino.stages import K, World, open_world, pretrain, some
+from minidino.stages import K, World, distill, open_world, pretrain, some
 
 Say = Callable[[str], None]
 TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up
 COPIES, JUNK = 0.2, 0.1  # planted in the pool of drawn scenes, for each of them
 COPY_STEPS = 100  # of the net that has to find the copies
+SHARE = 4  # distillation takes so much fewer steps than training
 
 
 def tour(data: str | None = None, minutes: float | None = None, out: str = "runs/tour", say: Say = print) -> dict:
@@ -70,6 +71,8 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
         say(f"  k-NN {name:16} {value:.3f}")
     say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
+    if world.test is not None:
+        results["sizes"] = shrink(run, world, results["knn_readings"]["trained"][f"k={K}"], say)
     draw(world, config, run)
     report(run, world, results)
     results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
@@ -132,6 +135,35 @@ def fit_steps(config: RunConfig, world: World, device: torch.device, minutes: fl
         f"{fitting} steps fit into {minutes or 4:g} minutes")  # fmt: skip
     steps = max(fitting if minutes else min(config.run.steps, fitting), 20)
     return replace(config, run=replace(config.run, steps=steps, knn_every=max(steps // 8, 1)))
+
+
+def shrink(run: Run, world: World, reached: float, say: Say) -> dict[str, dict[str, Any]]:
+    """A network of half the width, taught by the trained one and alone, on as many pictures each: what k-NN says.
+
+    Args:
+        run: the trained network.
+        reached: its own k-NN.
+    Returns:
+        {name: {"parameters", "knn", "seconds"}}: of the teacher, of the student that it taught, of the one alone.
+    """
+    config, v = run.config(), run.config().vit
+    steps = max(config.run.steps // SHARE, 1)
+    student = f"{v.name},width={v.width // 2},depth={v.depth},heads={max(v.heads // 2, 1)}"
+    say(f"distilling it into a network of half the width, and teaching the same without it, {steps} steps each")
+    often = f"run.knn_every={steps}"
+    (taught,), _ = distill(run.folder, run.folder / "distilled", [student], steps, [often], world=world)
+    alone = replace(config, vit=taught.config().vit, run=taught.config().run)
+    pretrain(alone, run.folder / "alone", world)
+    runs = {"distilled": taught, "alone": Run(run.folder / "alone")}
+    nets = {name: trained_backbone(each, pick_device(config.run.device)) for name, each in runs.items()}
+    readings = judge_knn(world, class_tokens(world, config, nets).items())
+    nets = {"teacher": trained_backbone(run, pick_device("cpu"))} | nets
+    knn = {"teacher": reached} | {name: reading[f"k={K}"] for name, reading in readings.items()}
+    found = {name: {"parameters": sum(p.numel() for p in net.parameters()), "knn": knn[name],
+                    "seconds": (runs.get(name) or run).records()[-1]["seconds"]} for name, net in nets.items()}  # fmt: skip
+    for name, row in found.items():
+        say(f"  k-NN {name:16} {row['knn']:.3f} with {row['parameters']:,} parameters")
+    return found
 
 
 def draw(world: World, config: RunConfig, run: Run) -> None:
@@ -199,6 +231,8 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     sections.append(Section("How it learned", f"The doctor: {doctor_says}", folder / "curves.png"))
     if world.test is not None:
         sections += _result_sections(results, folder)
+    if "sizes" in results:
+        sections.append(_sizes_section(results, folder))
     sections += [
         Section("Patch features before and after", "Three principal directions of the patch features as red, green and "
                 "blue, over all images together: the picture of Figure 1 of the paper.", folder / "pca.png"),
@@ -235,6 +269,18 @@ def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
         words = "Linear probes on frozen patch tokens. Position alone is the baseline that counts for depth."
         sections.append(Section("What single patches know", words, table=rows))
     return sections
+
+
+def _sizes_section(results: dict[str, Any], folder: Path) -> Section:
+    sizes, n = results["sizes"], results["n_test"]
+    kinds = {"teacher": "teacher", "distilled": "student", "alone": "random"}
+    bars = {name: (kinds[name], r["parameters"], r["knn"], (r["knn"] * (1 - r["knn"]) / n) ** 0.5) for name, r in sizes.items()}
+    pictures.against_parameters(bars, folder / "sizes.png")
+    rows = [("network", "parameters", "k-NN, k = 20", "minutes of training")]
+    rows += [(name, f"{r['parameters']:,}", r["knn"], r["seconds"] / 60) for name, r in sizes.items()]
+    return Section("A smaller network, taught by this one", "Half the width, a quarter of the steps: once with the trained "
+                   "network for a frozen teacher, once alone. The error bar is the standard error of a share.",
+                   folder / "sizes.png", rows)  # fmt: skip
 
 
 def _n_parameters(config: RunConfig) -> str:

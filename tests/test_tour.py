@@ -16,9 +16,9 @@ from minidino.images.scenes import KINDS
 from minidino.judge import BASELINES, judge, patch_truth
 from minidino.runs import Run
 from minidino.stages import open_world, pretrain, some
-from minidino.tour import draw, found_copies, report, tour
+from minidino.tour import draw, found_copies, report, shrink, tour
 
-PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn")
+PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn", "sizes")
 SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_every=1", "run.knn_every=3",
          "optim.batch_size=16", "run.device=cpu"]  # fmt: skip
 
@@ -27,7 +27,8 @@ SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_e
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour") / "run"
     run, world = pretrain(override(preset("scenes-cpu"), SMALL), folder)
-    return run, world, judge(run, world)
+    results = judge(run, world)
+    return run, world, results | {"sizes": shrink(run, world, results["knn_readings"]["trained"]["k=20"], print)}
 
 
 def test_results_hold_every_baseline_and_both_nets(finished):
@@ -39,6 +40,16 @@ def test_results_hold_every_baseline_and_both_nets(finished):
     assert results["knn"]["hog"] > 0.15  # a descriptor that knows outlines, even with 150 examples
     assert set(results["patches"]) >= {"position", "pixels + position", "random_vit", "trained", "trained + position"}
     assert results["training"]["images"] == 96 and results["n_test"] == 60
+
+
+def test_a_network_of_half_the_width_is_taught_and_learns_alone(finished):
+    run, _, results = finished
+    sizes = results["sizes"]
+    assert set(sizes) == {"teacher", "distilled", "alone"} and sizes["teacher"]["parameters"] == 221_120
+    assert sizes["distilled"]["parameters"] == sizes["alone"]["parameters"] < 221_120 / 3
+    taught, alone = (Run(run.folder / name).config() for name in ("distilled", "alone"))
+    assert taught.distill.teacher == str(run.folder) and alone.distill.teacher == ""
+    assert taught.run.steps == alone.run.steps == 1 and taught.vit.width == alone.vit.width == 32
 
 
 def test_pictures_and_a_report_in_one_file(finished):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minidino.config import DistillConfig, RunConfig, VitConfig
-from minidino.learning.teacher import Frozen, Imitator, Network, build_student
+from minidino.learning.teacher import Frozen, Network, build_student
+from minidino.learning.train import State, start
 from minidino.model.vit import SIZES, VisionTransformer
 from minidino.model.weights import backbone_of, load_weights
 from minidino.runs import Run
@@ -103,6 +104,23 @@ def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
         for name in ("n_prototypes", "ibot_n_prototypes"):
             _expect_equal(f"heads.{name}", getattr(config.heads, name), getattr(theirs.heads, name), d.teacher)
     return Frozen(network.to(device).requires_grad_(False).eval())
+
+
+def start_distilled(config: RunConfig, device: torch.device, frozen: Frozen) -> State:
+    """A fresh student with its average, and who teaches it.
+
+    Its heads begin with the teacher's prototypes, where they have the same width: then it has to learn what the teacher
+    sees, and not how it names it.
+    """
+    state = start(config, device)
+    state.frozen = frozen
+    if config.distill.targets == "heads" and config.distill.prototypes == "teacher":
+        for network in (state.student, state.teacher):
+            for name in ("dino_head", "ibot_head"):
+                ours, theirs = (getattr(net, name).last_layer for net in (network, frozen.network))
+                if all(a.shape == b.shape for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)):
+                    ours.load_state_dict(theirs.state_dict())
+    return state
 
 
 def network_of(run: Run) -> Network:

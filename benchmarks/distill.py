@@ -1,0 +1,181 @@
+"""Is a small network better off with a teacher? The same student, the same pictures seen, with and without one.
+
+    python benchmarks/distill.py choose [--seeds 1]  ways to distil, on world 1
+    python benchmarks/distill.py learn [--seeds 3]   every arm, with the three networks of `probes.py scenes` as teachers
+    python benchmarks/distill.py judge [--seeds 3]   all of them under the same probes
+    python benchmarks/distill.py cost                a step with and without a teacher, on a quiet machine
+    python benchmarks/distill.py draw                the README's table
+
+Teachers: the preset scenes-cpu, 900 steps. Chosen on world 1, reported on world 11, judged on worlds 1001 and 1011.
+Networks go to runs/distill-*, results to data/results/distill-*.json.
+"""
+
+import argparse
+import json
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from probes import network as teacher_of
+from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
+
+from minidino.config import RunConfig, override, preset
+from minidino.judge import class_tokens, judge_knn, judge_linear, judge_patches, trained_backbone
+from minidino.learning.distill import distilled, frozen_teacher, imitating, start_distilled
+from minidino.learning.train import start, train
+from minidino.runs import Run, keep_freed_memory, pick_device
+from minidino.stages import World, distill, open_world, pretrain
+
+RUNS = Path("runs")
+TEACHER_STEPS, STEPS = 900, 600
+STUDENT = "vit_tiny,width=32,depth=4,heads=1"
+ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (what the README calls it, changes)
+    "scratch": ("alone", ()),
+    "distilled": ("taught through the teacher's heads", ()),
+    "fresh": ("the same, its prototypes fresh", ("distill.prototypes=fresh",)),
+    "features": ("imitating the teacher's tokens", ()),
+}
+CHOICES: dict[str, tuple[str, ...]] = {  # what was tried on world 1, each a change of "distilled"
+    "as it is": (),
+    "fresh prototypes": ("distill.prototypes=fresh",),
+    "fresh prototypes, small": ("distill.prototypes=fresh", "heads.prototype_std=none"),
+    "half the learning rate": ("optim.base_lr=4e-3",),
+    "twice the learning rate": ("optim.base_lr=16e-3",),
+    "iBOT weight 1": ("loss.ibot=1.0",),
+    "no KoLeo": ("loss.koleo=0.0",),
+    "teacher temperatures 0.03, 0.06": ("teacher.temp=0.03", "teacher.warmup_temp=0.03", "teacher.patch_temp=0.06"),
+}
+
+
+def scratch_config(world: int, seed: int, steps: int) -> RunConfig:
+    return override(preset("scenes-cpu"), [
+        f"run.seed={seed}", f"run.steps={steps}", f"run.knn_every={steps}", f"data.scene_seed={world}",
+        "vit.width=32", "vit.heads=1",
+    ])  # fmt: skip
+
+
+@cache
+def scenes(world: int) -> World:
+    return open_world(scratch_config(world, 0, 1), RUNS / "distill-pixels")
+
+
+def teacher(world: int, seed: int) -> Path:
+    """A run of the preset; those of the world of reporting are shared with benchmarks/probes.py."""
+    if world == REPORTING:
+        return teacher_of(seed)
+    folder = RUNS / f"distill-teacher-{world}-{seed}"
+    if not (folder / "weights.safetensors").exists():
+        changes = [f"run.steps={TEACHER_STEPS}", f"run.seed={seed}", f"data.scene_seed={world}", "run.knn_every=300"]
+        pretrain(override(preset("scenes-cpu"), changes), folder, scenes(world))
+    return folder
+
+
+def network(arm: str, world: int, seed: int, steps: int = STEPS, changes: tuple[str, ...] = ()) -> Run:
+    """The run of one arm, trained where that has not been done yet."""
+    folder = RUNS / f"distill-{arm.replace(' ', '-')}-{world}-{seed}-{steps}"
+    if (folder / "weights.safetensors").exists():
+        return Run(folder)
+    if arm == "scratch":
+        return pretrain(scratch_config(world, seed, steps), folder, scenes(world))[0]
+    changes = (f"run.seed={seed + 10}", f"run.knn_every={steps}", *changes)  # not the crops the teacher saw
+    base = override(preset("scenes-cpu"), [f"data.scene_seed={world}"]) if arm == "features" else None
+    return distill(teacher(world, seed), folder, [STUDENT], steps, changes, base, world=scenes(world))[0][0]
+
+
+def reading(run: Run, world: World) -> dict[str, float]:
+    config, nets = run.config(), {"trained": trained_backbone(run, pick_device())}
+    tokens = class_tokens(world, config, nets)
+    knn, patches = judge_knn(world, tokens.items())["trained"], judge_patches(world, config, nets)
+    found = {"knn": knn["k=20"], "knn_best": knn["best"], "linear": judge_linear(world, tokens)["trained"]["mean"]}
+    found |= {key: patches["trained"][key] for key in ("miou", "rmse", "log_rmse")}
+    print(run.folder.name, found, flush=True)
+    return found | {"parameters": sum(p.numel() for p in nets["trained"].parameters())}
+
+
+def choose(seeds: int) -> None:
+    """Half the steps, on the world of choosing."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    arms = {"scratch": (), "features": ()} | CHOICES
+    for seed in range(seeds):
+        for name, changes in arms.items():
+            run = network(name, CHOOSING, seed, STEPS // 2, changes)
+            rows.setdefault(name, []).append(reading(run, scenes(CHOOSING)))
+            store("distill-choices", {"world": CHOOSING, "steps": STEPS // 2, "student": STUDENT, "runs": rows})
+
+
+def learn(seeds: int) -> None:
+    for seed in range(seeds):
+        for arm, (_, changes) in ARMS.items():
+            print(network(arm, REPORTING, seed, STEPS, changes).folder, flush=True)
+
+
+def judge_all(seeds: int) -> None:
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        runs = {"teacher": Run(teacher(REPORTING, seed))} | {arm: network(arm, REPORTING, seed) for arm in ARMS}
+        for arm, run in runs.items():
+            rows.setdefault(arm, []).append(reading(run, scenes(REPORTING)))
+    summary = {arm: {key: spread([run[key] for run in runs]) for key in runs[0]} for arm, runs in rows.items()}
+    gains = {key: spread([a[key] - b[key] for a, b in zip(rows["distilled"], rows["scratch"], strict=True)])
+             for key in ("knn", "linear", "miou")}  # fmt: skip
+    store("distill-scenes", {"world": REPORTING, "steps": STEPS, "teacher_steps": TEACHER_STEPS, "student": STUDENT,
+                             "n_train": 8000, "n_test": 2000, "summary": summary, "distilled_minus_scratch": gains,
+                             "runs": rows})  # fmt: skip
+
+
+def cost() -> None:
+    """Seconds of a step, median over 30 after three to warm up, with all losses at work."""
+    keep_freed_memory()
+    config, device = scratch_config(REPORTING, 0, 33), pick_device()
+    config = override(config, ["loss.ibot_start_frac=0.0", "loss.ibot_full_frac=0.0"])
+    source, pixels = teacher(REPORTING, 0), scenes(REPORTING).train
+    taught = distilled(Run(source).config(), source, STUDENT, 33)
+    imitated = imitating(preset("scenes-cpu"), source, STUDENT, 33)
+    configs = {"scratch": config, "distilled": taught, "features": imitated}
+    found = {}
+    for arm, plan in configs.items():
+        state = start(plan, device) if arm == "scratch" else start_distilled(plan, device, frozen_teacher(plan, device))
+        stamps = [record["seconds"] for record in train(plan, pixels, state)]
+        found[arm] = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
+    store("distill-cost", {"step_s": found})
+
+
+# ---------------------------------------------------------------- the README
+
+
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"distill-{name}.json").read_text())
+
+
+def tables() -> dict[str, str]:
+    found, step_s = stored("scenes"), stored("cost")["step_s"]
+    lines = ["| network | parameters | ms a step | k-NN, k = 20 | linear probe | mIoU of patches |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = {"teacher": f"the teacher, {found['teacher_steps']} steps"}
+    rows |= {arm: f"student, {words}" for arm, (words, _) in ARMS.items()}
+    for arm, words in rows.items():
+        row = found["summary"][arm]
+        cells = [f"{row[key]['mean']:.3f} ± {row[key]['sd']:.3f}" for key in ("knn", "linear", "miou")]
+        pace = step_s.get("distilled" if arm == "fresh" else arm)
+        lines.append(f"| {words} | {row['parameters']['mean']:,.0f} | {'' if pace is None else f'{1000 * pace:.0f}'} | "
+                     f"{' | '.join(cells)} |")  # fmt: skip
+    e = found["environment"]
+    lines += ["", f"Students: {found['steps']} steps of 64 drawn scenes; {found['n_test']:,} held-out scenes; mean ± standard "
+              f"deviation over 3 seeds, each with a teacher of its own; {e['machine']}; torch {e['versions']['torch']}, "
+              f"{e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+    return {"distill": "\n".join(lines)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("choose", "learn", "judge", "cost", "draw"))
+    parser.add_argument("--seeds", type=int)
+    options = parser.parse_args()
+    seeds = options.seeds or (1 if options.what == "choose" else 3)
+    {"choose": lambda: choose(seeds), "learn": lambda: learn(seeds), "judge": lambda: judge_all(seeds), "cost": cost,
+     "draw": lambda: put(tables())}[options.what]()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

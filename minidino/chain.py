@@ -1,0 +1,158 @@
+"""pretrain -> adapt -> distill -> probe, in one go: one config, one folder, one report.
+
+    chain.json + pictures -> DIR/pretrain, DIR/adapt, DIR/distill -> DIR/probe -> DIR/report.html
+
+Each stage is the one that its own command runs. What is finished is left alone and what was killed goes on, so the same
+command resumes. Source: DINOv2 paper, sections 4 and 5, appendix B.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minidino import pictures
+from minidino.config import RunConfig, override, preset
+from minidino.evaluate import TASKS, evaluate
+from minidino.judge import trained_backbone
+from minidino.learning.adapt import adapted
+from minidino.learning.distill import distilled
+from minidino.report import Section, write_report
+from minidino.runs import Run, pick_device, write_atomically
+from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
+
+Say = Callable[[str], None]
+PLAN = "chain.json"
+LAST = "heads.safetensors"  # what a run writes when all else is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """All four stages; the texts in `...changes` are those that the commands take."""
+
+    preset: str = "scenes-cpu"
+    changes: tuple[str, ...] = ("run.steps=600",)  # of pretraining; what follows inherits them
+    adapt_size: int = 64  # px of a global crop
+    adapt_steps: int = 40
+    adapt_changes: tuple[str, ...] = ()
+    students: tuple[str, ...] = ("vit_tiny,width=32,depth=4,heads=1",)
+    distill_steps: int = 200
+    distill_changes: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("knn", "linear")  # of `minidino probe`
+    size: int | None = None  # px that probes look at; None: the global crop of each run
+    baselines: tuple[str, ...] = ("random",)
+
+    def __post_init__(self):
+        if unknown := set(self.tasks) - set(TASKS):
+            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+        if not self.students:
+            raise ValueError("students: expected at least one, such as vit_tiny")
+        self.configs()  # says what is impossible before anything has begun
+
+    def configs(self) -> list[RunConfig]:
+        """Of pretraining, of the phase at a higher resolution, and of each student."""
+        first = override(preset(self.preset), list(self.changes))
+        second = override(adapted(first, self.adapt_size, self.adapt_steps), list(self.adapt_changes))
+        taught = [distilled(second, "", student, self.distill_steps) for student in self.students]
+        return [first, second, *(override(config, list(self.distill_changes)) for config in taught)]
+
+
+def read_chain(path: str | Path) -> Chain:
+    """A chain from JSON. Raises ValueError for what is no field, with those that are."""
+    said, known = json.loads(Path(path).read_text()), {field.name for field in fields(Chain)}
+    if not isinstance(said, dict) or set(said) - known:
+        raise ValueError(f"{path}: expected fields of {', '.join(sorted(known))}, got {', '.join(sorted(set(said) - known))}")
+    return Chain(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
+
+
+def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
+    """Run what is not finished yet.
+
+    Args:
+        plan: all four stages.
+        folder: where each stage has its own folder.
+        say: where the words go.
+    Returns:
+        {network: {"parameters", "images", "seconds", task: {subject: score}}}; results.json holds it too.
+    Raises:
+        ValueError: the folder holds another chain.
+    """
+    written = json.dumps(asdict(plan), indent=1)
+    if (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
+        raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
+    write_atomically(folder / PLAN, written.encode())
+    first = override(preset(plan.preset), list(plan.changes))
+    runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}
+    _go(runs["pretrained"], say, lambda place: pretrain(first, place))
+    _go(runs["adapted"], say, lambda place: adapt(
+        runs["pretrained"], place, plan.adapt_size, plan.adapt_steps, plan.adapt_changes))  # fmt: skip
+    students = student_folders(folder / "distill", plan.students)
+    if not all((place / LAST).exists() for place in students):
+        say(f"distilling into {', '.join(plan.students)}")
+        distill(runs["adapted"], folder / "distill", plan.students, plan.distill_steps, plan.distill_changes, resume=True)
+    runs |= {f"distilled {name}": place for name, place in zip(plan.students, students, strict=True)}
+    found = {name: _described(Run(place)) | _asked(plan, place, folder, say) for name, place in runs.items()}
+    write_atomically(folder / "results.json", json.dumps(found, indent=1).encode())
+    say(str(report(plan, folder, found, {name: Run(place) for name, place in runs.items()})))
+    return found
+
+
+def _go(place: Path, say: Say, begin: Callable[[Path], Any]) -> None:
+    """Begin a run, go on with it, or leave it alone."""
+    if (place / LAST).exists():
+        return
+    killed = Run(place).config_path.exists()
+    say(f"{place}: {'going on' if killed else 'beginning'}")
+    if killed:
+        pretrain(preset("scenes-cpu"), place, resume=True)
+    else:
+        begin(place)
+
+
+def _described(run: Run) -> dict[str, Any]:
+    last, device = run.records()[-1], pick_device("cpu")
+    return {
+        "parameters": sum(p.numel() for p in trained_backbone(run, device).parameters()),
+        "size_px": run.config().crops.global_size, "images": last["images"], "seconds": last["seconds"],
+    }  # fmt: skip
+
+
+def _asked(plan: Chain, place: Path, folder: Path, say: Say) -> dict[str, dict[str, float]]:
+    """The number of each task, of the network and of what it is measured against."""
+    found = {}
+    for task in plan.tasks:
+        out = folder / "probe" / f"{place.relative_to(folder)}-{task}".replace("/", "-")
+        if not (out / "report.html").exists():
+            told = evaluate(place, task, None, plan.size, plan.baselines, out, cache=folder / "features")
+            say(told["row"])
+        answers = json.loads((out / "results.json").read_text())["answers"]
+        found[task] = {who: answer[TASKS[task].score] for who, answer in answers.items()}
+    return found
+
+
+def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run]) -> Path:
+    """report.html: what each stage made of it."""
+    task = plan.tasks[0]
+    shown = {name: ("student" if name.startswith("distilled") else "teacher", row["parameters"], row[task]["trained"], 0.0)
+             for name, row in found.items()}  # fmt: skip
+    pictures.against_parameters(shown, folder / "sizes.png", TASKS[task].unit)
+    table: list[Sequence[object]] = [("network", "parameters", "px", "looks", "minutes", *plan.tasks)]
+    table += [(name, f"{row['parameters']:,}", row["size_px"], f"{row['images']:,}", row["seconds"] / 60,
+               *(row[task]["trained"] for task in plan.tasks)) for name, row in found.items()]  # fmt: skip
+    rest = [("never trained", *plan.tasks)]
+    for who in [name for name in found["adapted"][task] if name != "trained"]:
+        rest.append((f"{who}, as the adapted", *(found["adapted"][t].get(who, "") for t in plan.tasks)))
+    guard = guard_of(runs["adapted"])
+    words = f"Did the phase at {plan.adapt_size} px help? {guard['verdict']}"
+    if "after" in guard:
+        words += f": k-NN {guard['before']:.3f} before and {guard['after']:.3f} after, at that size"
+    hashed = json.loads((next(reversed(runs.values())).folder / "teacher.json").read_text())["sha256"]
+    sections = [
+        Section("Size and worth", f"{TASKS[task].unit} of frozen features. One run of each.", folder / "sizes.png", table),
+        Section("What they should beat", table=rest),
+        Section("Checks", f"{words}.\n\nThe teacher's weights have the same hash before and after: {hashed[:16]}..."),
+        Section("The config", f"All of it stands in {PLAN}; each run's own folder has its config.json.",
+                table=[("field", "value"), *((key, str(value)) for key, value in asdict(plan).items())]),
+    ]  # fmt: skip
+    return write_report(folder / "report.html", "minidino chain: pretrain, adapt, distill, probe", sections)

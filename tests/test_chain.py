@@ -1,0 +1,106 @@
+"""The chain: four stages by one command, which goes on after a kill and leaves finished stages alone."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minidino import chain, stages
+from minidino.chain import Chain, read_chain, run_chain
+from minidino.cli import main
+from minidino.runs import Run
+
+TINY = (
+    "data.n_scenes=40", "data.n_test_scenes=20", "data.short_side=32", "crops.global_size=32", "crops.local_size=16",
+    "vit.width=16", "vit.depth=2", "vit.heads=2", "heads.n_prototypes=16", "heads.hidden_dim=16",
+    "heads.bottleneck_dim=8", "optim.batch_size=8", "run.device=cpu", "run.log_every=1", "run.steps=3",
+    "run.checkpoint_every=1",
+)  # fmt: skip
+SMALL, SMALLER = "vit_tiny,width=8,depth=2,heads=2", "vit_tiny,width=8,depth=1,heads=1"
+PLAN = Chain(
+    changes=TINY, adapt_size=48, adapt_steps=2, students=(SMALL, SMALLER), distill_steps=3, tasks=("knn",), baselines=()
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run_chain(PLAN, folder, say=lambda _: None)
+
+
+def runs_in(folder):
+    return sorted(path.parent for path in folder.rglob("heads.safetensors"))
+
+
+def test_all_stages_are_there_with_heads_and_one_report(whole):
+    folder, found = whole
+    assert [str(place.relative_to(folder)) for place in runs_in(folder)] == [
+        "adapt", f"distill/{SMALLER.replace(',', '-')}", f"distill/{SMALL.replace(',', '-')}", "pretrain"]  # fmt: skip
+    assert set(found) == {"pretrained", "adapted", f"distilled {SMALL}", f"distilled {SMALLER}"}
+    assert found["pretrained"]["size_px"] == 32 and found["adapted"]["size_px"] == 48
+    assert found["adapted"]["parameters"] > found[f"distilled {SMALL}"]["parameters"]
+    assert all(0 <= row["knn"]["trained"] <= 1 for row in found.values())
+    assert json.loads((folder / "results.json").read_text()) == found
+    page = (folder / "report.html").read_text()
+    assert "Did the phase at 48 px help?" in page and SMALLER in page and "same hash before and after" in page
+    assert read_chain(folder / "chain.json") == PLAN
+
+
+def test_the_students_teacher_is_the_adapted_network(whole):
+    folder, _ = whole
+    config = Run(runs_in(folder)[1]).config()
+    assert config.distill.teacher == str(folder / "adapt") and config.crops.global_size == 48
+
+
+def test_what_is_finished_is_left_alone(whole, monkeypatch):
+    folder, found = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("step_*.pt")}
+    monkeypatch.setattr(chain, "evaluate", lambda *_, **__: pytest.fail("asked again"))
+    assert run_chain(PLAN, folder, say=lambda _: None) == found
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("step_*.pt")} == before
+
+
+@pytest.mark.parametrize("moment", [1, 4, 6, 8, 11])
+def test_a_chain_killed_in_any_stage_ends_the_same(whole, tmp_path, monkeypatch, moment):
+    save, saved = Run.save, []
+
+    def dying(run, *arguments):
+        if len(saved) == moment:
+            raise KeyboardInterrupt
+        saved.append(run)
+        return save(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages.Run, "save", dying)
+        run_chain(PLAN, tmp_path / "cut", say=lambda _: None)
+    found = run_chain(PLAN, tmp_path / "cut", say=lambda _: None)
+    assert {name: row["knn"] for name, row in found.items()} == {name: row["knn"] for name, row in whole[1].items()}
+    for one, other in zip(runs_in(whole[0]), runs_in(tmp_path / "cut"), strict=True):
+        left, right = (load_file(place / "weights.safetensors") for place in (one, other))
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_another_chain_does_not_go_on_in_the_folder(whole):
+    with pytest.raises(ValueError, match="holds another chain"):
+        run_chain(Chain(), whole[0], say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapt_size": 50}, "crops.global_size: expected a multiple of vit.patch_size 8 px, got 50 px"),
+        ({"students": ["vit_huge"]}, "student: expected one of vit_tiny"),
+        ({"students": []}, "students: expected at least one"),
+        ({"tasks": ["knn", "guess"]}, "tasks: expected some of knn, .*, got guess"),
+        ({"distill_changes": ["vit.dept=3"]}, "keys are vit.name"),
+        ({"size_px": 3}, "expected fields of adapt_changes, .*, got size_px"),
+    ],
+)
+def test_an_impossible_chain_is_refused_before_it_begins(tmp_path, capsys, changes, words):
+    (tmp_path / "plan.json").write_text(json.dumps({key: v for key, v in asdict(PLAN).items()} | changes))
+    with pytest.raises(ValueError, match=words):
+        read_chain(tmp_path / "plan.json")
+    assert main(["chain", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "minidino chain:" in capsys.readouterr().err and not (tmp_path / "out").exists()
