@@ -3,6 +3,8 @@
     python benchmarks/distill.py choose [--seeds 1]  ways to distil, on world 1
     python benchmarks/distill.py learn [--seeds 3]   every arm, with the three networks of `probes.py scenes` as teachers
     python benchmarks/distill.py judge [--seeds 3]   all of them under the same probes
+    python benchmarks/distill.py heads [--seeds 3]   going on from a backbone without heads: shall they learn alone first?
+    python benchmarks/distill.py photographs --data PATH   the chain of all stages on Imagenette
     python benchmarks/distill.py cost                a step with and without a teacher, on a quiet machine
     python benchmarks/distill.py draw                the README's table
 
@@ -13,6 +15,7 @@ Networks go to runs/distill-*, results to data/results/distill-*.json.
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,13 @@ from typing import Any
 from probes import network as teacher_of
 from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
 
+from minidino.chain import Chain, run_chain
 from minidino.config import RunConfig, override, preset
 from minidino.judge import class_tokens, judge_knn, judge_linear, judge_patches, trained_backbone
 from minidino.learning.distill import distilled, frozen_teacher, imitating, start_distilled
 from minidino.learning.train import start, train
 from minidino.runs import Run, keep_freed_memory, pick_device
-from minidino.stages import World, distill, open_world, pretrain
+from minidino.stages import World, distill, go_on, guard_of, open_world, pretrain
 
 RUNS = Path("runs")
 TEACHER_STEPS, STEPS = 900, 600
@@ -36,6 +40,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (what the README calls
     "fresh": ("the same, its prototypes fresh", ("distill.prototypes=fresh",)),
     "features": ("imitating the teacher's tokens", ()),
 }
+HEADS_FIRST, HEADS_STEPS = (0.0, 0.3), 150
 CHOICES: dict[str, tuple[str, ...]] = {  # what was tried on world 1, each a change of "distilled"
     "as it is": (),
     "fresh prototypes": ("distill.prototypes=fresh",),
@@ -124,6 +129,36 @@ def judge_all(seeds: int) -> None:
                              "runs": rows})  # fmt: skip
 
 
+def heads(seeds: int) -> None:
+    """k-NN before and after going on with fresh heads, which learn alone for a share of the steps."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in range(seeds):
+        source = teacher(REPORTING, seed)
+        before = reading(Run(source), scenes(REPORTING))
+        for share in HEADS_FIRST:
+            folder = RUNS / f"distill-heads-{share}-{seed}"
+            config = override(preset("scenes-cpu"), [
+                f"run.steps={HEADS_STEPS}", f"run.seed={seed + 20}", f"data.scene_seed={REPORTING}", "optim.base_lr=4e-3",
+                "loss.ibot_start_frac=0.0", "loss.ibot_full_frac=0.0", f"run.knn_every={HEADS_STEPS}"])  # fmt: skip
+            run = Run(folder)
+            if not (folder / "heads.safetensors").exists():
+                run = go_on(source / "weights.safetensors", folder, config, share, scenes(REPORTING))[0]
+            after = reading(run, scenes(REPORTING))
+            rows.setdefault(str(share), []).append({"before": before, "after": after, "guard": guard_of(run)})
+    gains = {share: spread([run["after"]["knn"] - run["before"]["knn"] for run in runs]) for share, runs in rows.items()}
+    store("distill-heads", {"world": REPORTING, "steps": HEADS_STEPS, "knn_gain": gains, "runs": rows})
+
+
+def photographs(data: str) -> None:
+    """All stages on photographs, in a budget for two cores."""
+    plan = Chain(
+        preset="imagenette-cpu", changes=(f"data.source={data}", "run.steps=1500"), adapt_size=64, adapt_steps=120,
+        students=("vit_tiny,width=48,depth=4,heads=1",), distill_steps=400, tasks=("knn", "linear"), size=64,
+    )  # fmt: skip
+    found = run_chain(plan, RUNS / "distill-chain-imagenette")
+    store("distill-imagenette", {"plan": asdict(plan), "networks": found})
+
+
 def cost() -> None:
     """Seconds of a step, median over 30 after three to warm up, with all losses at work."""
     keep_freed_memory()
@@ -169,11 +204,13 @@ def tables() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("choose", "learn", "judge", "cost", "draw"))
+    parser.add_argument("what", choices=("choose", "learn", "judge", "heads", "photographs", "cost", "draw"))
+    parser.add_argument("--data", help="Imagenette, for photographs")
     parser.add_argument("--seeds", type=int)
     options = parser.parse_args()
     seeds = options.seeds or (1 if options.what == "choose" else 3)
-    {"choose": lambda: choose(seeds), "learn": lambda: learn(seeds), "judge": lambda: judge_all(seeds), "cost": cost,
+    {"choose": lambda: choose(seeds), "learn": lambda: learn(seeds), "judge": lambda: judge_all(seeds),
+     "heads": lambda: heads(seeds), "photographs": lambda: photographs(options.data), "cost": cost,
      "draw": lambda: put(tables())}[options.what]()  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
-from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, start_distilled
+from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
 from minidino.learning.teacher import Frozen
 from minidino.learning.train import State, start, train
 from minidino.model.vit import VisionTransformer
@@ -217,7 +217,9 @@ def guard_of(run: Run) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def go_on(source: str | Path, folder: Path, config: RunConfig, heads_first: float = 0.2) -> tuple[Run, World]:
+def go_on(
+    source: str | Path, folder: Path, config: RunConfig, heads_first: float = 0.2, world: World | None = None
+) -> tuple[Run, World]:
     """Train on from a backbone that came without heads, as the released ones do; `guard_of` says what it came to.
 
     Args:
@@ -225,10 +227,11 @@ def go_on(source: str | Path, folder: Path, config: RunConfig, heads_first: floa
         folder: of the new run.
         config: all else.
         heads_first: share of the steps in which the fresh heads learn alone.
+        world: images that are open already.
     """
     vit = backbone_of(source)
     config = going_on(config, vit, heads_first)
-    return pretrain(config, folder, state=start_from(config, pick_device(config.run.device), vit))
+    return pretrain(config, folder, world, state=start_from(config, pick_device(config.run.device), vit))
 
 
 def adapt(
@@ -303,11 +306,19 @@ def student_folders(folder: Path, students: Sequence[str]) -> list[Path]:
 
 
 def last_state(run: Run, device: torch.device) -> dict[str, Any]:
-    """The saved state at the end of a run. Raises ValueError when it has not come there."""
+    """The saved state at the end of a run; where only its average is left, with heads, that stands for the student too.
+
+    Raises:
+        ValueError: the run has not come to its end.
+        FileNotFoundError: there are no checkpoints any more, and no heads either.
+    """
     step, saved = run.load(device) or (0, {})
-    if step < run.config().run.steps:
+    if step == run.config().run.steps:
+        return saved
+    if run.saved() or not (run.folder / "weights.safetensors").exists():
         raise ValueError(f"{run.folder} is at step {step} of {run.config().run.steps}; finish it with train --resume")
-    return saved
+    average = network_of(run).to(device).state_dict()
+    return {"student": average, "teacher": average, "center": None}
 
 
 def finish(run: Run, state: State) -> None:

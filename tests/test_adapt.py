@@ -1,6 +1,7 @@
 """The high-resolution phase: the same network on a finer grid, and a run that resumes like any other."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from safetensors.torch import load_file
 from minidino import stages
 from minidino.cli import main
 from minidino.config import difference, override, preset
-from minidino.learning.adapt import adapted, start_adapted
+from minidino.images.batches import make_batch
+from minidino.learning.adapt import adapted, fitting_batch, start_adapted, tokens_per_image
 from minidino.learning.train import start
 from minidino.model.vit import interpolate_pos_embed
 from minidino.runs import Run
-from minidino.stages import adapt, open_world, pretrain
+from minidino.stages import adapt, last_state, open_world, pretrain
 
 CPU = torch.device("cpu")
 TINY = [
@@ -89,8 +91,8 @@ def test_a_phase_killed_before_its_first_checkpoint_goes_on_from_the_pretrained_
     whole, _ = adapt(finished.folder, tmp_path / "whole", 40, 4)
     train = stages.train
 
-    def dying(config, pixels, state):
-        for record in train(config, pixels, state):
+    def dying(*arguments):
+        for record in train(*arguments):
             yield record
             raise KeyboardInterrupt
 
@@ -112,6 +114,50 @@ def test_a_run_that_has_not_ended_is_not_adapted(finished, tmp_path):
     with pytest.raises(ValueError, match="at step 0 of 30; finish it"):
         adapt(tmp_path / "run", tmp_path / "larger", 40, 4)
     assert not (tmp_path / "larger").exists()
+
+
+def test_without_checkpoints_the_average_stands_for_the_student(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "kept", ignore=shutil.ignore_patterns("checkpoints"))
+    state = last_state(Run(tmp_path / "kept"), CPU)
+    for key, value in load_file(finished.folder / "weights.safetensors").items():
+        assert torch.equal(state["student"][f"backbone.{key}"], value)
+    run, _ = adapt(tmp_path / "kept", tmp_path / "larger", 32, 2)
+    assert len(run.records()) == 2
+    (tmp_path / "kept" / "heads.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no heads of prototypes"):
+        adapt(tmp_path / "kept", tmp_path / "other", 32, 2)
+
+
+def test_fewer_images_take_the_memory_of_before(monkeypatch):
+    """Bytes that are kept for the backward pass, counted, at twice the size: within a tenth of what they were."""
+
+    def kept(config):
+        found = {}
+
+        def keep(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        state = start(config, CPU)
+        batch = make_batch(config, 0, torch.zeros(config.optim.batch_size, 3, 64, 64, dtype=torch.uint8),
+                           torch.full((config.optim.batch_size, 2), 64), torch.arange(config.optim.batch_size))  # fmt: skip
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            crops = batch.crops_global.flatten(0, 1), batch.crops_local.flatten(0, 1)
+            state.student.backbone.forward_packed(list(crops), [None, None])
+        return sum(found.values())
+
+    before = tiny("optim.batch_size=64", "crops.global_size=32", "vit.width=32", "vit.attention=sdpa")
+    after, grown = adapted(before, 64, 4, fit_memory=True), adapted(before, 64, 4)
+    assert tokens_per_image(before) == 2 * 17 + 2 * 5 and tokens_per_image(after) == 2 * 65 + 2 * 17
+    assert after.optim.batch_size == fitting_batch(before, grown) == 64 * 44 // 164 and grown.optim.batch_size == 64
+    assert kept(after) == pytest.approx(kept(before), rel=0.1)
+    assert kept(grown) > 3 * kept(before)
+    parts = adapted(override(before, ["optim.accumulate=4"]), 64, 4, fit_memory=True).optim
+    assert parts.batch_size % 4 == 0 and parts.batch_size <= 17
+
+
+def test_the_published_crops_have_the_published_tokens():
+    assert tokens_per_image(preset("vitl14-lvd")) == 914 and tokens_per_image(preset("vitl16-short")) == 690
 
 
 def test_the_command_writes_a_run_beside_the_source(finished, capsys):
