@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+JOBS ?= 2# test processes side by side, each with one thread
 TOUR := $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 .DEFAULT_GOAL := help
@@ -14,11 +15,12 @@ help: ## list the targets
 tour: .venv/.stamp ## learn from pictures in minutes, then judge and report [DATA=folder-or-archive] [MINUTES=4]
 	@$(BIN)/minidino tour $(TOUR)
 
-test: .venv/.stamp-test ## run all tests, and every notebook against its stored outputs
+test: .venv/.stamp-test ## run all tests, and every notebook against its stored outputs [JOBS=2]
 	@echo "make: running the tests"
-	@$(BIN)/python -m pytest tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile tests
 	@$(if $(NOTEBOOKS),echo "make: comparing the notebooks with their stored outputs")
-	@$(if $(NOTEBOOKS),$(BIN)/python -m pytest --nbval --nbval-current-env $(NOTEBOOKS))
+	@$(if $(NOTEBOOKS),OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope \
+		--nbval --nbval-current-env $(NOTEBOOKS))
 
 notebooks: .venv/.stamp-test ## run every notebook again and store its outputs; nothing else writes them
 	@$(if $(NOTEBOOKS),echo "make: running $(words $(NOTEBOOKS)) notebooks",echo "make: there are no notebooks yet")

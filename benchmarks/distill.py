@@ -32,12 +32,12 @@ from minidino.runs import Run, keep_freed_memory, pick_device
 from minidino.stages import World, distill, go_on, guard_of, open_world, pretrain
 
 RUNS = Path("runs")
-TEACHER_STEPS, STEPS = 900, 600
+TEACHER_STEPS, STEPS, CHOICE_STEPS = 900, 400, 300
 STUDENT = "vit_tiny,width=32,depth=4,heads=1"
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (what the README calls it, changes)
     "scratch": ("alone", ()),
     "distilled": ("taught through the teacher's heads", ()),
-    "fresh": ("the same, its prototypes fresh", ("distill.prototypes=fresh",)),
+    "fresh": ("the same, prototypes of its own", ("distill.prototypes=fresh", "heads.prototype_std=none")),
     "features": ("imitating the teacher's tokens", ()),
 }
 HEADS_FIRST, HEADS_STEPS = (0.0, 0.3), 150
@@ -99,14 +99,14 @@ def reading(run: Run, world: World) -> dict[str, float]:
 
 
 def choose(seeds: int) -> None:
-    """Half the steps, on the world of choosing."""
+    """Each change by itself, on the world of choosing."""
     rows: dict[str, list[dict[str, float]]] = {}
     arms = {"scratch": (), "features": ()} | CHOICES
     for seed in range(seeds):
         for name, changes in arms.items():
-            run = network(name, CHOOSING, seed, STEPS // 2, changes)
+            run = network(name, CHOOSING, seed, CHOICE_STEPS, changes)
             rows.setdefault(name, []).append(reading(run, scenes(CHOOSING)))
-            store("distill-choices", {"world": CHOOSING, "steps": STEPS // 2, "student": STUDENT, "runs": rows})
+            store("distill-choices", {"world": CHOOSING, "steps": CHOICE_STEPS, "student": STUDENT, "runs": rows})
 
 
 def learn(seeds: int) -> None:

@@ -154,7 +154,7 @@ def _told(run) -> int:
 
 def _distill(stages) -> None:
     def run(options) -> None:
-        from minidino.stages import distill
+        from minidino.stages import distill, student_folders
 
         source, base = Path(options.source), None
         if options.features:
@@ -163,7 +163,9 @@ def _distill(stages) -> None:
         elif options.data or options.preset != "scenes-cpu":
             raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
         folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))
-        folder = folder if options.resume else _new_folder(folder)
+        for place in student_folders(folder, options.student):
+            if not options.resume:
+                _new_folder(place)
         runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, options.resume)
         print("\n".join(str(run.folder) for run in runs))
 

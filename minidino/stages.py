@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minidino.config import RunConfig, override
+from minidino.config import RunConfig, difference, override
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
@@ -81,7 +81,7 @@ def open_world(config: RunConfig, folder: Path) -> World:
 
 
 @dataclass(frozen=True)
-class Pupil:
+class Learner:
     """A run that learns, and the state it is in."""
 
     run: Run
@@ -102,14 +102,14 @@ def pretrain(
         state: start from this instead of fresh weights. Then guard.json says whether k-NN has gained by it.
     """
     keep_freed_memory()
-    pupil = reopen(folder) if resume else enrol(config, folder, state)
-    world = world or open_world(pupil.config, pupil.run.folder / "pixels")
-    learn([pupil], world)
+    learner = reopen(folder) if resume else enrol(config, folder, state)
+    world = world or open_world(learner.config, learner.run.folder / "pixels")
+    learn([learner], world)
     give_back_memory()
-    return pupil.run, world
+    return learner.run, world
 
 
-def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Pupil:
+def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
     """A new run; an impossible config leaves the folder as it was."""
     device, notes = pick_device(config.run.device), {}
     if config.distill.teacher:
@@ -119,14 +119,14 @@ def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: F
         first, state = None, begin(config, device, frozen)
     else:
         first, notes[GUARD], state.frozen = state.save(), {}, frozen
-    return Pupil(Run.create(folder, config, device, first, notes), config, state)
+    return Learner(Run.create(folder, config, device, first, notes), config, state)
 
 
 def begin(config: RunConfig, device: torch.device, frozen: Frozen | None) -> State:
     return start(config, device) if frozen is None else start_distilled(config, device, frozen)
 
 
-def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = None) -> Pupil:
+def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = None) -> Learner:
     """A run as it was at its newest checkpoint, at step `at_most` or before, or at its start.
 
     Raises:
@@ -141,7 +141,7 @@ def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = Non
     state = begin(config, device, frozen)
     if (saved := run.load(device, at_most)) is not None:
         state.load(saved[1])
-    return Pupil(run, config, state)
+    return Learner(run, config, state)
 
 
 def _expect_same_teacher(run: Run, frozen: Frozen) -> None:
@@ -151,35 +151,35 @@ def _expect_same_teacher(run: Run, frozen: Frozen) -> None:
         raise ValueError(f"the teacher {said['teacher']} of {run.folder} is not the one it began with: start anew")
 
 
-def learn(pupils: Sequence[Pupil], world: World) -> None:
+def learn(learners: Sequence[Learner], world: World) -> None:
     """Take runs to their end, in step and on the same batches; what each measures goes to its folder."""
-    config, step = pupils[0].config, pupils[0].state.step
+    config, step = learners[0].config, learners[0].state.step
     watch = OnlineKnn(world, config.crops.global_size)
-    for pupil in pupils:
-        pupil.run.cut_records(step)
-        weigh(pupil, watch, "before")
+    for learner in learners:
+        learner.run.cut_records(step)
+        weigh(learner, watch, "before")
     stream = batches(config, world.lessons, pick_device(config.run.device), step)
     learning = [
-        train(pupil.config, world.lessons, pupil.state, shared)
-        for pupil, shared in zip(pupils, tee(stream, len(pupils)), strict=True)
+        train(learner.config, world.lessons, learner.state, shared)
+        for learner, shared in zip(learners, tee(stream, len(learners)), strict=True)
     ]
     size = config.optim.batch_size
     with tqdm(total=config.run.steps * size, initial=step * size, unit="images", desc="training") as bar:
         for records in zip(*learning, strict=True):
-            for pupil, record in zip(pupils, records, strict=True):
-                note(pupil, record, watch)
+            for learner, record in zip(learners, records, strict=True):
+                note(learner, record, watch)
             bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
             bar.update(size)
-    for pupil in pupils:
-        if pupil.state.frozen is not None:
-            _expect_same_teacher(pupil.run, pupil.state.frozen)
-        weigh(pupil, watch, "after")
-        finish(pupil.run, pupil.state)
+    for learner in learners:
+        if learner.state.frozen is not None:
+            _expect_same_teacher(learner.run, learner.state.frozen)
+        weigh(learner, watch, "after")
+        finish(learner.run, learner.state)
 
 
-def note(pupil: Pupil, record: dict[str, Any], watch: "OnlineKnn") -> None:
+def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
     """Write down what a step told, and save where it is time to."""
-    run, settings, state = pupil.run, pupil.config.run, pupil.state
+    run, settings, state = learner.run, learner.config.run, learner.state
     done = state.step == settings.steps
     if watch.ready and (state.step % settings.knn_every == 0 or done):
         record["knn"] = watch(state.teacher.backbone)
@@ -189,14 +189,14 @@ def note(pupil: Pupil, record: dict[str, Any], watch: "OnlineKnn") -> None:
         run.save(state.step, state.save(), settings.keep_checkpoints)
 
 
-def weigh(pupil: Pupil, watch: "OnlineKnn", when: str) -> None:
+def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
     """Keep the k-NN of a run that started from trained weights, "before" and "after", and say what it came to."""
-    path = pupil.run.folder / GUARD
+    path = learner.run.folder / GUARD
     if not path.exists():
         return
     said = json.loads(path.read_text())
     if watch.ready and when not in said:
-        said[when] = watch(pupil.state.teacher.backbone)
+        said[when] = watch(learner.state.teacher.backbone)
     said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
     write_atomically(path, json.dumps(said, indent=1).encode())
 
@@ -287,17 +287,20 @@ def distill(
     folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
 
-    def open_pupil(plan: RunConfig, place: Path, at_most: int | None) -> Pupil:
-        begun = resume and Run(place).config_path.exists()
-        return reopen(place, at_most, frozen) if begun else enrol(plan, place, frozen=frozen)
+    def open_learner(plan: RunConfig, place: Path) -> Learner:
+        if not (resume and Run(place).config_path.exists()):
+            return enrol(plan, place, frozen=frozen)
+        if changed := difference(Run(place).config(), plan):
+            raise ValueError(f"{place} was begun with other settings: {changed}; give them again, or choose another folder")
+        return reopen(place, frozen=frozen)
 
-    pupils = [open_pupil(*plan, None) for plan in zip(plans, folders, strict=True)]
-    while len(reached := {pupil.state.step for pupil in pupils}) > 1:
-        pupils = [reopen(place, min(reached), frozen) for place in folders]
+    learners = [open_learner(*each) for each in zip(plans, folders, strict=True)]
+    while len(reached := {learner.state.step for learner in learners}) > 1:
+        learners = [reopen(place, min(reached), frozen) for place in folders]
     world = world or open_world(plans[0], folder / "pixels")
-    learn(pupils, world)
+    learn(learners, world)
     give_back_memory()
-    return [pupil.run for pupil in pupils], world
+    return [learner.run for learner in learners], world
 
 
 def student_folders(folder: Path, students: Sequence[str]) -> list[Path]:

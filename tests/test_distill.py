@@ -256,7 +256,7 @@ def test_a_teacher_without_heads_or_end_is_refused(teacher, tmp_path, capsys):
 
 
 def test_the_command_writes_a_run_beside_the_teacher(teacher, capsys):
-    command = ["distill", str(teacher.folder), "--student", SMALL, "--steps", "2", "optim.base_lr=0.001"]
+    command = ["distill", str(teacher.folder), "--student", SMALL, "optim.base_lr=0.001", "--steps", "2"]
     assert main(command) == 0
     folder = teacher.folder.with_name("teacher-distilled")
     assert capsys.readouterr().out.strip() == str(folder)
@@ -265,7 +265,9 @@ def test_the_command_writes_a_run_beside_the_teacher(teacher, capsys):
     assert main(command) == 2
     assert "holds a run" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
-    assert main([*command[:-1], "--out", str(folder.with_name("other")), "--data", "pictures"]) == 2
+    assert main([*command[:4], "--steps", "3", "--resume"]) == 2
+    assert "begun with other settings: {'optim.base_lr': (0.001, 0.008), 'run.steps': (2, 3)}" in capsys.readouterr().err
+    assert main([*command, "--out", str(folder.with_name("other")), "--data", "pictures"]) == 2
     assert "go with --features" in capsys.readouterr().err
 
 

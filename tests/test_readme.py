@@ -19,6 +19,8 @@ BENCHMARKS = {
     "attention": {"attention"},
     "prototypes": {"prototypes"},
     "probes": {"probes-scenes", "probes-photographs"},
+    "highres": {"highres"},
+    "distill": {"distill"},
 }
 
 
@@ -53,6 +55,21 @@ def test_the_trained_net_beats_every_baseline_by_three_sigma():
     for name in set(knn) - {"trained"}:
         error = ((trained["sd"] ** 2 + knn[name]["sd"] ** 2) / 3) ** 0.5
         assert trained["mean"] - knn[name]["mean"] > 3 * error
+
+
+def test_distillation_and_the_phase_gain_what_the_readme_says():
+    stored = {name: json.loads((ROOT / "data" / "results" / f"{name}-scenes.json").read_text())
+              for name in ("distill", "highres")}  # fmt: skip
+    for key in ("knn", "miou"):
+        gain = stored["distill"]["distilled_minus_scratch"][key]
+        assert gain["n"] == 3 and gain["mean"] > 3 * gain["sd"] / 3**0.5
+    runs = stored["highres"]["runs"]
+    for key in ("miou", "position miou"):
+        gains = [a["128"][key] - b["128"][key] for a, b in zip(runs["adapted"], runs["small"], strict=True)]
+        mean = sum(gains) / 3
+        assert len(gains) == 3 and mean > 3 * (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
+    for loss in (a["128"]["knn"] - b["128"]["knn"] for a, b in zip(runs["adapted"], runs["small"], strict=True)):
+        assert loss > -0.02  # no loss of k-NN
 
 
 def test_the_kernels_are_faster_where_the_readme_says_so():
