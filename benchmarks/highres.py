@@ -24,7 +24,7 @@ from minidino.config import RunConfig, override, preset
 from minidino.judge import class_tokens, judge_knn, judge_patches, trained_backbone
 from minidino.learning.adapt import adapted
 from minidino.learning.train import start, train
-from minidino.runs import Run, keep_freed_memory, pick_device
+from minidino.runs import Run, keep_freed_memory, pick_device, write_atomically
 from minidino.stages import World, adapt, open_world, pretrain
 
 RUNS = Path("runs")
@@ -72,7 +72,10 @@ def network(way: str, seed: int, world: int = REPORTING, rate: float = 0.5) -> R
 
 
 def reading(run: Run, world: World, size: int) -> dict[str, float]:
-    """k-NN of class tokens, and what single patches know, of pictures of `size` px."""
+    """k-NN of class tokens, and what single patches know, of pictures of `size` px; asked once of each network."""
+    path = run.folder / f"reading-{size}px.json"
+    if path.exists():
+        return json.loads(path.read_text())
     config = run.config()
     config = replace(config, crops=replace(config.crops, global_size=size))
     nets = {"trained": trained_backbone(run, pick_device())}
@@ -81,7 +84,9 @@ def reading(run: Run, world: World, size: int) -> dict[str, float]:
     told = {f"{name}{key}": patches[who][key] for who, name in (("trained", ""), ("trained + position", "position "))
             for key in ("miou", "rmse", "log_rmse")}  # fmt: skip
     print(run.folder.name, size, knn, told, flush=True)
-    return {"knn": knn["k=20"], "knn_best": knn["best"], **told}
+    found = {"knn": knn["k=20"], "knn_best": knn["best"], **told}
+    write_atomically(path, json.dumps(found).encode())
+    return found
 
 
 def rates() -> None:
