@@ -196,8 +196,8 @@ def tables() -> dict[str, str]:
         lines.append(f"| {words} | {row['parameters']['mean']:,.0f} | {'' if pace is None else f'{1000 * pace:.0f}'} | "
                      f"{' | '.join(cells)} |")  # fmt: skip
     e = found["environment"]
-    lines += ["", f"Students: {found['steps']} steps of 64 drawn scenes; {found['n_test']:,} held-out scenes; mean ± standard "
-              f"deviation over 3 seeds, each with a teacher of its own; {e['machine']}; torch {e['versions']['torch']}, "
+    lines += ["", f"Students: {found['steps']} steps of 64 drawn scenes; {found['n_test']:,} held-out scenes; mean ± "
+              f"standard deviation over 3 seeds, each with its teacher; {e['machine']}; torch {e['versions']['torch']}, "
               f"{e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
     return {"distill": "\n".join(lines)}
 

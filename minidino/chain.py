@@ -62,7 +62,8 @@ def read_chain(path: str | Path) -> Chain:
     """A chain from JSON. Raises ValueError for what is no field, with those that are."""
     said, known = json.loads(Path(path).read_text()), {field.name for field in fields(Chain)}
     if not isinstance(said, dict) or set(said) - known:
-        raise ValueError(f"{path}: expected fields of {', '.join(sorted(known))}, got {', '.join(sorted(set(said) - known))}")
+        strange = sorted(set(said) - known)
+        raise ValueError(f"{path}: expected fields of {', '.join(sorted(known))}, got {', '.join(strange)}")
     return Chain(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
 
 
@@ -90,7 +91,8 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
     students = student_folders(folder / "distill", plan.students)
     if not all((place / LAST).exists() for place in students):
         say(f"distilling into {', '.join(plan.students)}")
-        distill(runs["adapted"], folder / "distill", plan.students, plan.distill_steps, plan.distill_changes, resume=True)
+        changes = plan.distill_changes
+        distill(runs["adapted"], folder / "distill", plan.students, plan.distill_steps, changes, resume=True)
     runs |= {f"distilled {name}": place for name, place in zip(plan.students, students, strict=True)}
     found = {name: _described(Run(place)) | _asked(plan, place, folder, say) for name, place in runs.items()}
     write_atomically(folder / "results.json", json.dumps(found, indent=1).encode())
@@ -134,8 +136,8 @@ def _asked(plan: Chain, place: Path, folder: Path, say: Say) -> dict[str, dict[s
 def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run]) -> Path:
     """report.html: what each stage made of it."""
     task = plan.tasks[0]
-    shown = {name: ("student" if name.startswith("distilled") else "teacher", row["parameters"], row[task]["trained"], 0.0)
-             for name, row in found.items()}  # fmt: skip
+    kinds = {name: "student" if name.startswith("distilled") else "teacher" for name in found}
+    shown = {name: (kinds[name], row["parameters"], row[task]["trained"], 0.0) for name, row in found.items()}
     pictures.against_parameters(shown, folder / "sizes.png", TASKS[task].unit)
     table: list[Sequence[object]] = [("network", "parameters", "px", "looks", "minutes", *plan.tasks)]
     table += [(name, f"{row['parameters']:,}", row["size_px"], f"{row['images']:,}", row["seconds"] / 60,
@@ -149,7 +151,7 @@ def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run
         words += f": k-NN {guard['before']:.3f} before and {guard['after']:.3f} after, at that size"
     hashed = json.loads((next(reversed(runs.values())).folder / "teacher.json").read_text())["sha256"]
     sections = [
-        Section("Size and worth", f"{TASKS[task].unit} of frozen features. One run of each.", folder / "sizes.png", table),
+        Section("Size and worth", f"{TASKS[task].unit} of frozen features. One run.", folder / "sizes.png", table),
         Section("What they should beat", table=rest),
         Section("Checks", f"{words}.\n\nThe teacher's weights have the same hash before and after: {hashed[:16]}..."),
         Section("The config", f"All of it stands in {PLAN}; each run's own folder has its config.json.",

@@ -159,7 +159,8 @@ def _distill(stages) -> None:
         source, base = Path(options.source), None
         if options.features:
             base = preset(options.preset)
-            base = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data or base.data.source))
+            data = dataclasses.replace(base.data, source=options.data or base.data.source)
+            base = dataclasses.replace(base, data=data)
         elif options.data or options.preset != "scenes-cpu":
             raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
         folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))

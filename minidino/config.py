@@ -176,7 +176,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    teacher: str = ""  # a frozen network that teaches instead: a finished run, or weights; "": the student's own average
+    teacher: str = ""  # a frozen network that teaches: a finished run, or weights; "": the student's own average
     targets: Literal["heads", "features"] = "heads"  # the paper's losses, or the tokens of a teacher without heads
     teacher_width: int = 0  # D of that teacher's tokens
     prototypes: Literal["teacher", "fresh"] = "teacher"  # which ones the student's heads begin with

@@ -279,8 +279,8 @@ def against_parameters(
     taught = max(students or rows, key=lambda name: rows[name][2])
     title = f"{best} reaches {rows[best][2]:.1%}"
     if taught != best:
-        title = f"{taught}: {rows[taught][2]:.1%} with {rows[best][1] / rows[taught][1]:.1f} times fewer parameters than " \
-                f"{best}, {rows[best][2]:.1%}"  # fmt: skip
+        fewer = rows[best][1] / rows[taught][1]
+        title = f"{taught}: {rows[taught][2]:.1%}, {fewer:.1f} times fewer parameters than {best}, {rows[best][2]:.1%}"
     figure, axes = figure_of(1, 1, 4.2, title)
     ax = axes[0, 0]
     for name, (kind, n, share, sd) in rows.items():

@@ -291,7 +291,7 @@ def distill(
         if not (resume and Run(place).config_path.exists()):
             return enrol(plan, place, frozen=frozen)
         if changed := difference(Run(place).config(), plan):
-            raise ValueError(f"{place} was begun with other settings: {changed}; give them again, or choose another folder")
+            raise ValueError(f"{place} was begun with other settings: {changed}; give them again or choose another --out")
         return reopen(place, frozen=frozen)
 
     learners = [open_learner(*each) for each in zip(plans, folders, strict=True)]

@@ -274,7 +274,8 @@ def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
 def _sizes_section(results: dict[str, Any], folder: Path) -> Section:
     sizes, n = results["sizes"], results["n_test"]
     kinds = {"teacher": "teacher", "distilled": "student", "alone": "random"}
-    bars = {name: (kinds[name], r["parameters"], r["knn"], (r["knn"] * (1 - r["knn"]) / n) ** 0.5) for name, r in sizes.items()}
+    errors = {name: (r["knn"] * (1 - r["knn"]) / n) ** 0.5 for name, r in sizes.items()}
+    bars = {name: (kinds[name], r["parameters"], r["knn"], errors[name]) for name, r in sizes.items()}
     pictures.against_parameters(bars, folder / "sizes.png")
     rows = [("network", "parameters", "k-NN, k = 20", "minutes of training")]
     rows += [(name, f"{r['parameters']:,}", r["knn"], r["seconds"] / 60) for name, r in sizes.items()]

@@ -318,7 +318,8 @@ def test_weights_without_heads_are_imitated(world, tmp_path, kind, capsys):
     config, records = run.config(), run.records()
     assert (config.vit.patch_size, config.crops.n_local, config.distill.teacher_width) == (4, 0, 64)
     assert records[-1]["loss"] < 0.9 * records[0]["loss"] and "teacher_entropy" not in records[0]
-    assert set(load_file(out / "heads.safetensors")) == {f"{m}_map.{p}" for m in ("class", "patch") for p in ("weight", "bias")}
+    maps = {f"{kind}_map.{part}" for kind in ("class", "patch") for part in ("weight", "bias")}
+    assert set(load_file(out / "heads.safetensors")) == maps
     assert main(["doctor", str(out)]) == 0
     assert main(["distill", str(out), "--student", SMALLER, "--steps", "2"]) == 2
     assert "no heads of prototypes" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
     a finished run -> its network, frozen -> `train` with a student of another size -> the average of the student
 
-"The loss terms are not modified": multi-crop DINO, iBOT, KoLeo and Sinkhorn-Knopp stay. What changes is who teaches, and
-that nothing is hidden or dropped: iBOT compares all patches of both global crops, which the student sees. The student has
-heads of its own with the teacher's prototypes' number, and its average is the result, as ever.
+The loss terms are not modified: multi-crop DINO, iBOT, KoLeo and Sinkhorn-Knopp stay. What changes is who teaches, and
+that nothing is hidden or dropped: iBOT compares all patches of both global crops, which the student sees. The student
+has heads of its own, with as many prototypes as its teacher's, and its average is the result, as ever.
 
 A teacher that came without heads can only be imitated token by token (`objective.imitation_losses`). That is something
 else than the paper's distillation, and has to be asked for.
@@ -14,7 +14,7 @@ Source: DINOv2 paper, section 5; it was not released. DINOv3's code agrees in wh
 """
 
 import hashlib
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
