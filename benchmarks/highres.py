@@ -1,7 +1,7 @@
-"""Figure 6 of the paper in small: is a short phase at 128 px as good as all of the training there?
+"""Figure 6 of the paper in small: what is a short phase at 128 px worth, beside as much time spent there from the start?
 
     python benchmarks/highres.py rates             how much to lower the learning rate: one network of world 1
-    python benchmarks/highres.py learn [--seeds 3] three ways to a network for 128 px, and the one before the phase
+    python benchmarks/highres.py learn [--seeds 3] before the phase, after it, and as long at 128 px from the start
     python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 64 and at 128 px
     python benchmarks/highres.py cost              a step at either size, on a quiet machine
     python benchmarks/highres.py draw              the README's table
@@ -33,11 +33,10 @@ STEPS, PHASE = 500, 60  # at the small size, and in the phase at the large one
 SAME_COST = 163  # steps at the large size that take as long as STEPS and PHASE together: 0.60 s and 2.94 s on one core
 RATES = (1.0, 0.5, 0.25)  # of the phase, times the base learning rate
 N_PATCHED = 600  # scenes whose patches are learned from; half as many are judged
-WAYS = {  # name: (what the README calls it, seeds)
-    "small": (f"{STEPS} steps at {SMALL} px", None),
-    "adapted": (f"{STEPS} steps at {SMALL} px, then {PHASE} at {LARGE} px", None),
-    "same-cost": (f"{SAME_COST} steps at {LARGE} px: the same cost", None),
-    "large": (f"{STEPS + PHASE} steps at {LARGE} px", 1),
+WAYS = {  # name: what the README calls it
+    "small": f"{STEPS} steps at {SMALL} px",
+    "adapted": f"{STEPS} steps at {SMALL} px, then {PHASE} at {LARGE} px",
+    "same-cost": f"{SAME_COST} steps at {LARGE} px",
 }
 
 
@@ -67,7 +66,7 @@ def network(way: str, seed: int, world: int = REPORTING, rate: float = 0.5) -> R
         base = source.config().optim.base_lr
         changes = [f"data.short_side={LARGE}", f"run.knn_every={PHASE}", f"optim.base_lr={base * rate}"]
         return adapt(source.folder, folder, LARGE, PHASE, changes)[0]
-    size, steps = {"small": (SMALL, STEPS), "same-cost": (LARGE, SAME_COST), "large": (LARGE, STEPS + PHASE)}[way]
+    size, steps = {"small": (SMALL, STEPS), "same-cost": (LARGE, SAME_COST)}[way]
     return pretrain(config_of(seed, world, size, steps), folder, scenes(world))[0]
 
 
@@ -98,7 +97,7 @@ def rates() -> None:
 
 
 def ways(seeds: int) -> list[tuple[str, int]]:
-    return [(way, seed) for way, (_, most) in WAYS.items() for seed in range(min(seeds, most or seeds))]
+    return [(way, seed) for seed in range(seeds) for way in WAYS]
 
 
 def learn(seeds: int) -> None:
@@ -129,7 +128,7 @@ def cost() -> None:
         stamps = [record["seconds"] for record in train(config, scenes(REPORTING).train, start(config, pick_device()))]
         seconds[size] = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
     minutes = {"small": STEPS * seconds[SMALL], "adapted": STEPS * seconds[SMALL] + PHASE * seconds[LARGE],
-               "same-cost": SAME_COST * seconds[LARGE], "large": (STEPS + PHASE) * seconds[LARGE]}  # fmt: skip
+               "same-cost": SAME_COST * seconds[LARGE]}  # fmt: skip
     store("highres-cost", {"step_s": seconds, "minutes": {way: value / 60 for way, value in minutes.items()}})
 
 
@@ -144,13 +143,13 @@ def tables() -> dict[str, str]:
     found, minutes = stored("scenes"), stored("cost")["minutes"]
     lines = ["| training | minutes | k-NN | mIoU | mIoU, position told | depth RMSE, position told (m) |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for way, (words, _) in WAYS.items():
+    for way, words in WAYS.items():
         row = found["summary"][way][str(LARGE)]
         cells = [_said(row[key]) for key in ("knn", "miou", "position miou", "position rmse")]
         lines.append(f"| {words} | {minutes[way]:.1f} | {' | '.join(cells)} |")
     e = found["environment"]
     lines += ["", f"Judged at {LARGE} px on {found['n_test']:,} held-out scenes (patches: {found['n_patched'] // 2}); "
-              "mean ± standard deviation over 3 seeds, the last row one seed; minutes by the measured time of a step on "
+              "mean ± standard deviation over 3 seeds; minutes by the measured time of a step on "
               f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
     return {"highres": "\n".join(lines)}
 
