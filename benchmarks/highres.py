@@ -2,7 +2,7 @@
 
     python benchmarks/highres.py rates             how much to lower the learning rate: one network of world 1
     python benchmarks/highres.py learn [--seeds 3] before the phase, after it, and as long at 128 px from the start
-    python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 64 and at 128 px
+    python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 128 px
     python benchmarks/highres.py cost              a step at either size, on a quiet machine
     python benchmarks/highres.py draw              the README's table
 
@@ -18,12 +18,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
 
 from minidino.config import RunConfig, override, preset
-from minidino.judge import class_tokens, judge_knn, judge_patches, trained_backbone
+from minidino.images.scenes import MASK_CLASSES
+from minidino.judge import class_tokens, judge_knn, patch_truth, trained_backbone
 from minidino.learning.adapt import adapted
 from minidino.learning.train import start, train
+from minidino.probes.features import extract
+from minidino.probes.linear import patch_depth_probe, patch_probe
 from minidino.runs import Run, keep_freed_memory, pick_device, write_atomically
 from minidino.stages import World, adapt, open_world, pretrain
 
@@ -70,29 +75,34 @@ def network(way: str, seed: int, world: int = REPORTING, rate: float = 0.5) -> R
     return pretrain(config_of(seed, world, size, steps), folder, scenes(world))[0]
 
 
-def reading(run: Run, world: World, size: int) -> dict[str, float]:
-    """k-NN of class tokens, and what single patches know, of pictures of `size` px; asked once of each network."""
-    path = run.folder / f"reading-{size}px.json"
+def reading(run: Run, world: World) -> dict[str, float]:
+    """k-NN of class tokens, and what single patches know, of pictures of LARGE px; asked once of each network."""
+    path = run.folder / f"reading-{LARGE}px.json"
     if path.exists():
         return json.loads(path.read_text())
     config = run.config()
-    config = replace(config, crops=replace(config.crops, global_size=size))
-    nets = {"trained": trained_backbone(run, pick_device())}
-    knn = judge_knn(world, class_tokens(world, config, nets).items())["trained"]
-    patches = judge_patches(world, config, nets, N_PATCHED)
-    told = {f"{name}{key}": patches[who][key] for who, name in (("trained", ""), ("trained + position", "position "))
-            for key in ("miou", "rmse", "log_rmse")}  # fmt: skip
-    print(run.folder.name, size, knn, told, flush=True)
-    found = {"knn": knn["k=20"], "knn_best": knn["best"], **told}
+    config = replace(config, crops=replace(config.crops, global_size=LARGE))
+    net, grid = trained_backbone(run, pick_device()), LARGE // config.vit.patch_size
+    knn = judge_knn(world, class_tokens(world, config, {"trained": net}).items())["trained"]
+    parts = [(world.train, world.train_scenes, N_PATCHED), (world.test, world.test_scenes, N_PATCHED // 2)]
+    truth = [patch_truth(scenes.masks[:n], scenes.depth[:n], grid) for _, scenes, n in parts]
+    seen = [extract(net, pixels.select(np.arange(n)).squares(LARGE), patches=True)["patch"] for pixels, _, n in parts]
+    placed = [torch.cat([part, torch.eye(grid**2).expand(len(part), -1, -1)], -1) for part in seen]
+    found = {"knn": knn["k=20"], "knn_best": knn["best"]}
+    for word, (x, test_x) in (("", seen), ("position ", placed)):
+        found[f"{word}miou"] = patch_probe(x, truth[0][0], test_x, truth[1][0], len(MASK_CLASSES))["miou"]
+        depth = patch_depth_probe(x, truth[0][1], test_x, truth[1][1])
+        found |= {f"{word}{key}": depth[key] for key in ("rmse", "log_rmse")}
+    print(run.folder.name, found, flush=True)
     write_atomically(path, json.dumps(found).encode())
     return found
 
 
 def rates() -> None:
     """The phase of one network with three learning rates."""
-    rows = {"small": reading(network("small", 0, CHOOSING), scenes(CHOOSING), LARGE)}
+    rows = {"small": reading(network("small", 0, CHOOSING), scenes(CHOOSING))}
     for rate in RATES:
-        rows[str(rate)] = reading(network(f"adapted-{rate}", 0, CHOOSING, rate), scenes(CHOOSING), LARGE)
+        rows[str(rate)] = reading(network(f"adapted-{rate}", 0, CHOOSING, rate), scenes(CHOOSING))
         store("highres-rates", {"world": CHOOSING, "phase_steps": PHASE, "readings": rows})
 
 
@@ -106,14 +116,13 @@ def learn(seeds: int) -> None:
 
 
 def judge_all(seeds: int) -> None:
-    """Every network at both sizes; the differences that count are those of one seed."""
+    """Every network at the large size; the differences that count are those of one seed."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for way, seed in ways(seeds):
         run = network(way, seed)
-        found = {str(size): reading(run, scenes(REPORTING), size) for size in (SMALL, LARGE)}
-        rows.setdefault(way, []).append({"seed": seed, **found})
-        summary = {name: {size: {key: spread([run[size][key] for run in runs]) for key in runs[0][size]}
-                          for size in (str(SMALL), str(LARGE))} for name, runs in rows.items()}  # fmt: skip
+        rows.setdefault(way, []).append(reading(run, scenes(REPORTING)) | {"seed": seed})
+        summary = {name: {key: spread([run[key] for run in runs]) for key in runs[0] if key != "seed"}
+                   for name, runs in rows.items()}  # fmt: skip
         store("highres-scenes", {"world": REPORTING, "steps": STEPS, "phase_steps": PHASE, "same_cost": SAME_COST,
                                  "n_train": 4000, "n_test": 1000, "n_patched": N_PATCHED, "summary": summary,
                                  "runs": rows})  # fmt: skip
@@ -144,7 +153,7 @@ def tables() -> dict[str, str]:
     lines = ["| training | minutes | k-NN | mIoU | mIoU, position told | depth RMSE, position told (m) |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for way, words in WAYS.items():
-        row = found["summary"][way][str(LARGE)]
+        row = found["summary"][way]
         cells = [_said(row[key]) for key in ("knn", "miou", "position miou", "position rmse")]
         lines.append(f"| {words} | {minutes[way]:.1f} | {' | '.join(cells)} |")
     e = found["environment"]
