@@ -138,7 +138,7 @@ def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run
     task = plan.tasks[0]
     kinds = {name: "student" if name.startswith("distilled") else "teacher" for name in found}
     shown = {name: (kinds[name], row["parameters"], row[task]["trained"], 0.0) for name, row in found.items()}
-    pictures.against_parameters(shown, folder / "sizes.png", TASKS[task].unit)
+    pictures.against_parameters(shown, folder / "sizes.png", f"{task}: {TASKS[task].unit}")
     table: list[Sequence[object]] = [("network", "parameters", "px", "looks", "minutes", *plan.tasks)]
     table += [(name, f"{row['parameters']:,}", row["size_px"], f"{row['images']:,}", row["seconds"] / 60,
                *(row[task]["trained"] for task in plan.tasks)) for name, row in found.items()]  # fmt: skip
@@ -155,6 +155,10 @@ def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run
         Section("What they should beat", table=rest),
         Section("Checks", f"{words}.\n\nThe teacher's weights have the same hash before and after: {hashed[:16]}..."),
         Section("The config", f"All of it stands in {PLAN}; each run's own folder has its config.json.",
-                table=[("field", "value"), *((key, str(value)) for key, value in asdict(plan).items())]),
+                table=[("field", "value"), *((key, _said(value)) for key, value in asdict(plan).items())]),
     ]  # fmt: skip
     return write_report(folder / "report.html", "minidino chain: pretrain, adapt, distill, probe", sections)
+
+
+def _said(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)

@@ -46,6 +46,15 @@ def test_severity_curves_draw_every_corruption_of_every_subject_in_its_colour(tm
     assert min(pixels_of(tmp_path / "curves.png", pictures.COLORS[who]) for who in found) > 7 * 50
 
 
+def test_networks_are_drawn_by_their_size_and_kind(tmp_path):
+    rows = {"large": ("teacher", 400, 0.7, 0.01), "small": ("student", 100, 0.6, 0.01), "alone": ("random", 100, 0.4, 0.0)}
+    found = pictures.against_parameters(rows, tmp_path / "sizes.png")
+    assert found == {"large": (400, 0.7), "small": (100, 0.6), "alone": (100, 0.4)}
+    assert min(pixels_of(tmp_path / "sizes.png", pictures.COLORS[row[0]]) for row in rows.values()) > 50
+    said = Image.open(tmp_path / "sizes.png").text["Description"]
+    assert said == "small: 60.0%, 4.0 times fewer parameters than large, 70.0%"
+
+
 def test_crops_and_masks(tmp_path):
     masks = torch.zeros(2, 9, dtype=torch.bool)
     masks[1, :3] = True
