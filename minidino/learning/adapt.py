@@ -7,8 +7,8 @@ The high-resolution phase is a short run on larger crops, from the weights that 
 "Increasing image resolution is key to pixel-level downstream tasks", but the whole training at a high resolution is
 "demanding": a short phase at its end is enough. Its code and its learning rate were not released.
 
-A released backbone comes without heads, and fresh heads would spoil it: their first gradients mean nothing. So they
-learn alone for a while, before the backbone goes on with them.
+A released backbone comes without heads, and the first gradients of fresh heads mean nothing. So they can learn alone for a
+while, before the backbone goes on with them. (Small networks were none the better for it: benchmarks/distill.py heads.)
 
 Source: DINOv2 paper, sections 4 and 6.6, appendix B.2 (518 px for 10k iterations).
 """
