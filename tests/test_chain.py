@@ -1,7 +1,13 @@
 """The chain: four stages by one command, which goes on after a kill and leaves finished stages alone."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from minidino.chain import Chain, read_chain, run_chain
 from minidino.cli import main
 from minidino.runs import Run
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "data.n_scenes=40", "data.n_test_scenes=20", "data.short_side=32", "crops.global_size=32", "crops.local_size=16",
     "vit.width=16", "vit.depth=2", "vit.heads=2", "heads.n_prototypes=16", "heads.hidden_dim=16",
@@ -104,3 +111,40 @@ def test_an_impossible_chain_is_refused_before_it_begins(tmp_path, capsys, chang
         read_chain(tmp_path / "plan.json")
     assert main(["chain", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 2
     assert "minidino chain:" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- kill -9
+
+
+def command_of(stage, source, out, plan):
+    """The command of a stage, and the one that goes on with it after a kill."""
+    begin = {
+        "adapt": ["adapt", source, "--size", "48", "--steps", "30", "--out", out],
+        "distill": ["distill", source, "--student", SMALL, "--student", SMALLER, "--steps", "30", "--out", out],
+        "chain": ["chain", plan, "--out", out],
+    }[stage]
+    again = {"adapt": ["train", "--resume", out], "distill": [*begin, "--resume"], "chain": begin}[stage]
+    return [[str(word) for word in words] for words in (begin, again)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is posix")
+@pytest.mark.parametrize("stage", ["adapt", "distill", "chain"])
+def test_a_stage_killed_by_the_system_goes_on_by_its_command(whole, tmp_path, stage):
+    source, plan = whole[0] / "pretrain", tmp_path / "plan.json"
+    plan.write_text(json.dumps(asdict(PLAN) | {"adapt_steps": 30}))
+    begin, again = command_of(stage, source, tmp_path / "cut", plan)
+    process = subprocess.Popen([sys.executable, "-m", "minidino.cli", *begin], stderr=subprocess.DEVNULL, cwd=ROOT)
+    for _ in range(6000):
+        if any(int(path.stem[-8:]) >= 4 for path in (tmp_path / "cut").rglob("step_*.pt")):
+            break
+        assert process.poll() is None, f"{stage} ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert main(again) == 0
+    assert main(command_of(stage, source, tmp_path / "whole", plan)[0]) == 0
+    pairs = list(zip(runs_in(tmp_path / "whole"), runs_in(tmp_path / "cut"), strict=True))
+    assert len(pairs) == {"adapt": 1, "distill": 2, "chain": 4}[stage]
+    for one, other in pairs:
+        left, right = (load_file(place / "weights.safetensors") for place in (one, other))
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
