@@ -89,7 +89,7 @@ def _train(stages) -> None:
 
         if options.resume:
             if options.changes or options.data or options.weights:
-                raise ValueError("a resumed run keeps its config: --data, --weights, key=value exclude --resume")
+                raise ValueError("a resumed run keeps its config: --data, --weights, key=value and --resume exclude each other")
             return _told(pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)[0])
         config = preset(options.preset)
         if options.data:
