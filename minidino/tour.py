@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up
 COPIES, JUNK = 0.2, 0.1  # planted in the pool of drawn scenes, for each of them
 COPY_STEPS = 100  # of the net that has to find the copies
-SHARE = 4  # distillation takes so much fewer steps than training
+SHARE = 6  # distillation takes so much fewer steps than training
 
 
 def tour(data: str | None = None, minutes: float | None = None, out: str = "runs/tour", say: Say = print) -> dict:
@@ -279,7 +279,7 @@ def _sizes_section(results: dict[str, Any], folder: Path) -> Section:
     pictures.against_parameters(bars, folder / "sizes.png")
     rows = [("network", "parameters", "k-NN, k = 20", "minutes of training")]
     rows += [(name, f"{r['parameters']:,}", r["knn"], r["seconds"] / 60) for name, r in sizes.items()]
-    return Section("A smaller network, taught by this one", "Half the width, a quarter of the steps: once with the trained "
+    return Section("A smaller network, taught by this one", "Half the width, a sixth of the steps: once with the trained "
                    "network for a frozen teacher, once alone. The error bar is the standard error of a share.",
                    folder / "sizes.png", rows)  # fmt: skip
 
