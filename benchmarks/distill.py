@@ -14,20 +14,18 @@ Networks go to runs/distill-*, results to data/results/distill-*.json.
 
 import argparse
 import json
-import statistics
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from probes import network as teacher_of
-from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
+from recipe import CHOOSING, REPORTING, RESULTS, put, spread, step_seconds, store
 
 from minidino.chain import Chain, run_chain
 from minidino.config import RunConfig, override, preset
 from minidino.judge import class_tokens, judge_knn, judge_linear, judge_patches, trained_backbone
 from minidino.learning.distill import distilled, frozen_teacher, imitating, start_distilled
-from minidino.learning.train import start, train
 from minidino.runs import Run, keep_freed_memory, pick_device
 from minidino.stages import World, distill, go_on, guard_of, open_world, pretrain
 
@@ -164,15 +162,13 @@ def cost() -> None:
     keep_freed_memory()
     config, device = scratch_config(REPORTING, 0, 33), pick_device()
     config = override(config, ["loss.ibot_start_frac=0.0", "loss.ibot_full_frac=0.0"])
-    source, pixels = teacher(REPORTING, 0), scenes(REPORTING).train
+    source = teacher(REPORTING, 0)
     taught = distilled(Run(source).config(), source, STUDENT, 33)
     imitated = imitating(preset("scenes-cpu"), source, STUDENT, 33)
-    configs = {"scratch": config, "distilled": taught, "features": imitated}
-    found = {}
-    for arm, plan in configs.items():
-        state = start(plan, device) if arm == "scratch" else start_distilled(plan, device, frozen_teacher(plan, device))
-        stamps = [record["seconds"] for record in train(plan, pixels, state)]
-        found[arm] = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
+    found = {"scratch": step_seconds(config, scenes(REPORTING))}
+    for arm, plan in {"distilled": taught, "features": imitated}.items():
+        state = start_distilled(plan, device, frozen_teacher(plan, device))
+        found[arm] = step_seconds(plan, scenes(REPORTING), state)
     store("distill-cost", {"step_s": found})
 
 

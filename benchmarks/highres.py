@@ -12,7 +12,6 @@ runs/highres-*, results to data/results/highres-*.json.
 
 import argparse
 import json
-import statistics
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe import CHOOSING, REPORTING, RESULTS, put, spread, store
+from recipe import CHOOSING, REPORTING, RESULTS, put, spread, step_seconds, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.images.scenes import MASK_CLASSES
 from minidino.judge import class_tokens, judge_knn, patch_truth, trained_backbone
 from minidino.learning.adapt import adapted
-from minidino.learning.train import start, train
 from minidino.probes.features import extract
 from minidino.probes.linear import patch_depth_probe, patch_probe
 from minidino.runs import Run, keep_freed_memory, pick_device, write_atomically
@@ -133,9 +131,7 @@ def cost() -> None:
     keep_freed_memory()
     seconds = {}
     for size in (SMALL, LARGE):
-        config = adapted(config_of(0, REPORTING, size, 1), size, 23)
-        stamps = [record["seconds"] for record in train(config, scenes(REPORTING).train, start(config, pick_device()))]
-        seconds[size] = statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
+        seconds[size] = step_seconds(adapted(config_of(0, REPORTING, size, 1), size, 23), scenes(REPORTING))
     minutes = {"small": STEPS * seconds[SMALL], "adapted": STEPS * seconds[SMALL] + PHASE * seconds[LARGE],
                "same-cost": SAME_COST * seconds[LARGE]}  # fmt: skip
     store("highres-cost", {"step_s": seconds, "minutes": {way: value / 60 for way, value in minutes.items()}})

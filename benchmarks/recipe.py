@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +38,7 @@ from minidino.images.scenes import GRAIN, KINDS, TEST_WORLD, draw_scenes
 from minidino.judge import hand_made, judge, judge_knn, whole_pictures
 from minidino.learning import doctor
 from minidino.learning.adapt import adapted
-from minidino.learning.train import start, train
+from minidino.learning.train import State, start, train
 from minidino.runs import Run, environment, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
 from minidino.stages import OnlineKnn, World, adapt, open_world, pretrain
 from minidino.tour import draw as draw_run
@@ -123,6 +124,12 @@ def store(name: str, payload: dict[str, Any]) -> Path:
 def spread(values: list[float]) -> dict[str, float]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
+
+
+def step_seconds(config: RunConfig, world: World, state: State | None = None) -> float:
+    """Median over the steps of a short run after the first three, which wake the machine up."""
+    stamps = [record["seconds"] for record in train(config, world.train, state or start(config, pick_device()))]
+    return statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:]))
 
 
 def report(seeds: int) -> None:

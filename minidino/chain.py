@@ -15,11 +15,11 @@ from typing import Any
 from minidino import pictures
 from minidino.config import RunConfig, override, preset
 from minidino.evaluate import TASKS, evaluate
-from minidino.judge import trained_backbone
+from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled
 from minidino.report import Section, write_report
-from minidino.runs import Run, pick_device, write_atomically
+from minidino.runs import Run, write_atomically
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
 
 Say = Callable[[str], None]
@@ -83,9 +83,8 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
     if (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
     write_atomically(folder / PLAN, written.encode())
-    first = override(preset(plan.preset), list(plan.changes))
     runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}
-    _go(runs["pretrained"], say, lambda place: pretrain(first, place))
+    _go(runs["pretrained"], say, lambda place: pretrain(plan.configs()[0], place))
     _go(runs["adapted"], say, lambda place: adapt(
         runs["pretrained"], place, plan.adapt_size, plan.adapt_steps, plan.adapt_changes))  # fmt: skip
     students = student_folders(folder / "distill", plan.students)
@@ -113,11 +112,9 @@ def _go(place: Path, say: Say, begin: Callable[[Path], Any]) -> None:
 
 
 def _described(run: Run) -> dict[str, Any]:
-    last, device = run.records()[-1], pick_device("cpu")
-    return {
-        "parameters": sum(p.numel() for p in trained_backbone(run, device).parameters()),
-        "size_px": run.config().crops.global_size, "images": last["images"], "seconds": last["seconds"],
-    }  # fmt: skip
+    last, config = run.records()[-1], run.config()
+    return {"parameters": n_parameters(config), "size_px": config.crops.global_size, "images": last["images"],
+            "seconds": last["seconds"]}  # fmt: skip
 
 
 def _asked(plan: Chain, place: Path, folder: Path, say: Say) -> dict[str, dict[str, float]]:

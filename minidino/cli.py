@@ -1,13 +1,13 @@
 """`minidino <stage> ...`: parse, call, print."""
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from minidino.config import PRESETS, difference, override, preset
+from minidino.config import PRESETS, RunConfig, difference, override, preset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,10 +91,7 @@ def _train(stages) -> None:
             if options.changes or options.data or options.weights:
                 raise ValueError("a resumed run keeps its config: --data, --weights, key=value and --resume exclude each other")
             return _told(pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)[0])
-        config = preset(options.preset)
-        if options.data:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=options.data))
-        config = override(config, options.changes)
+        config = override(_base(options), options.changes)
         folder = _new_folder(options.out or f"runs/{options.preset}")
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
@@ -119,6 +116,12 @@ def _train(stages) -> None:
     parser.add_argument("--heads-first", type=float, default=0.2, metavar="FRACTION", help="of the steps, in which those "
                         "heads learn alone (default %(default)s)")  # fmt: skip
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _base(options) -> RunConfig:
+    """The preset, with the pictures that --data names."""
+    config = preset(options.preset)
+    return replace(config, data=replace(config.data, source=options.data)) if options.data else config
 
 
 def _adapt(stages) -> None:
@@ -156,17 +159,12 @@ def _distill(stages) -> None:
     def run(options) -> None:
         from minidino.stages import distill, student_folders
 
-        source, base = Path(options.source), None
-        if options.features:
-            base = preset(options.preset)
-            data = dataclasses.replace(base.data, source=options.data or base.data.source)
-            base = dataclasses.replace(base, data=data)
-        elif options.data or options.preset != "scenes-cpu":
+        if not options.features and (options.data or options.preset != "scenes-cpu"):
             raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
+        source, base = Path(options.source), _base(options) if options.features else None
         folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))
-        for place in student_folders(folder, options.student):
-            if not options.resume:
-                _new_folder(place)
+        for place in student_folders(folder, options.student) if not options.resume else ():
+            _new_folder(place)
         runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, options.resume)
         print("\n".join(str(run.folder) for run in runs))
 
@@ -271,7 +269,7 @@ def _doctor(stages) -> None:
         from minidino.runs import Run
 
         run = Run(options.run_folder)
-        print(prescription(diagnose(run.records(), dataclasses.asdict(run.config()))))
+        print(prescription(diagnose(run.records(), asdict(run.config()))))
 
     parser = _stage(stages, "doctor", "read a run and say what is wrong", "minidino doctor runs/tour", run)
     parser.add_argument("run_folder", metavar="RUN")

@@ -127,6 +127,12 @@ def patch_truth(masks: np.ndarray, depth: np.ndarray, grid: int) -> tuple[Tensor
     return F.adaptive_avg_pool2d(classes, grid).argmax(1).flatten(1), 1 / nearness.flatten(1)
 
 
+def n_parameters(config: RunConfig) -> int:
+    """Of the backbone of a config; nothing is built for it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_backbone(config).parameters())
+
+
 def is_run(folder: str | Path) -> bool:
     """A run of this package, and not a Hugging Face folder, which has a config.json as well."""
     run = Run(folder)

@@ -268,7 +268,7 @@ def against_parameters(
 
     Args:
         rows: {name: (kind, parameters, fraction, its standard deviation or error)}; the kind gives the colour: one of
-            those in COLORS, "teacher", "student" (taught by one) or "random" (the same that learned alone).
+            those in COLORS, "teacher", "student" (taught by one) or "trained" (that learned alone).
         path: where the PNG goes; None draws without saving.
         metric: what the axis says, in percent.
     Returns:

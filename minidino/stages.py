@@ -114,7 +114,7 @@ def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: F
     device, notes = pick_device(config.run.device), {}
     if config.distill.teacher:
         frozen = frozen or frozen_teacher(config, device)
-        notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": fingerprint(frozen.network)}
+        notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": frozen.sha256}
     if state is None:
         first, state = None, begin(config, device, frozen)
     else:
@@ -137,17 +137,17 @@ def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = Non
     device = pick_device(config.run.device)
     if config.distill.teacher:
         frozen = frozen or frozen_teacher(config, device)
-        _expect_same_teacher(run, frozen)
+        _expect_same_teacher(run, frozen.sha256)
     state = begin(config, device, frozen)
     if (saved := run.load(device, at_most)) is not None:
         state.load(saved[1])
     return Learner(run, config, state)
 
 
-def _expect_same_teacher(run: Run, frozen: Frozen) -> None:
+def _expect_same_teacher(run: Run, sha256: str) -> None:
     """Raises ValueError when a weight of the teacher is not what it was at the start."""
     path = run.folder / TEACHER
-    if path.exists() and (said := json.loads(path.read_text()))["sha256"] != fingerprint(frozen.network):
+    if path.exists() and (said := json.loads(path.read_text()))["sha256"] != sha256:
         raise ValueError(f"the teacher {said['teacher']} of {run.folder} is not the one it began with: start anew")
 
 
@@ -170,9 +170,10 @@ def learn(learners: Sequence[Learner], world: World) -> None:
                 note(learner, record, watch)
             bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
             bar.update(size)
+    frozen = learners[0].state.frozen
+    if frozen is not None:
+        _expect_same_teacher(learners[0].run, fingerprint(frozen.network))
     for learner in learners:
-        if learner.state.frozen is not None:
-            _expect_same_teacher(learner.run, learner.state.frozen)
         weigh(learner, watch, "after")
         finish(learner.run, learner.state)
 

@@ -22,9 +22,8 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.pools import Pool, make_pool, write_pool
 from minidino.images.scenes import KINDS
-from minidino.judge import class_tokens, judge, judge_knn, random_backbone, trained_backbone
+from minidino.judge import class_tokens, judge, judge_knn, n_parameters, random_backbone, trained_backbone
 from minidino.learning import doctor
-from minidino.learning.teacher import build_student
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.probes import features
@@ -157,10 +156,9 @@ def shrink(run: Run, world: World, reached: float, say: Say) -> dict[str, dict[s
     runs = {"distilled": taught, "alone": Run(run.folder / "alone")}
     nets = {name: trained_backbone(each, pick_device(config.run.device)) for name, each in runs.items()}
     readings = judge_knn(world, class_tokens(world, config, nets).items())
-    nets = {"teacher": trained_backbone(run, pick_device("cpu"))} | nets
     knn = {"teacher": reached} | {name: reading[f"k={K}"] for name, reading in readings.items()}
-    found = {name: {"parameters": sum(p.numel() for p in net.parameters()), "knn": knn[name],
-                    "seconds": (runs.get(name) or run).records()[-1]["seconds"]} for name, net in nets.items()}  # fmt: skip
+    found = {name: {"parameters": n_parameters(each.config()), "knn": knn[name],
+                    "seconds": each.records()[-1]["seconds"]} for name, each in ({"teacher": run} | runs).items()}  # fmt: skip
     for name, row in found.items():
         say(f"  k-NN {name:16} {row['knn']:.3f} with {row['parameters']:,} parameters")
     return found
@@ -211,7 +209,7 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     config, folder, training = run.config(), run.folder, results["training"]
     machine = results["environment"]["machine"]
     sections = [
-        Section("What happened", f"A Vision Transformer of {_n_parameters(config)} parameters learned from "
+        Section("What happened", f"A Vision Transformer of {n_parameters(config):,} parameters learned from "
                 f"{results['n_train']:,} images ({results['data']}) without a label, {training['images']:,} looks in "
                 f"{training['seconds'] / 60:.1f} minutes on {machine}, by the full DINOv2 objective: DINO on class "
                 "tokens, iBOT on hidden patches, KoLeo.")]  # fmt: skip
@@ -273,7 +271,7 @@ def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:
 
 def _sizes_section(results: dict[str, Any], folder: Path) -> Section:
     sizes, n = results["sizes"], results["n_test"]
-    kinds = {"teacher": "teacher", "distilled": "student", "alone": "random"}
+    kinds = {"teacher": "teacher", "distilled": "student", "alone": "trained"}
     errors = {name: (r["knn"] * (1 - r["knn"]) / n) ** 0.5 for name, r in sizes.items()}
     bars = {name: (kinds[name], r["parameters"], r["knn"], errors[name]) for name, r in sizes.items()}
     pictures.against_parameters(bars, folder / "sizes.png")
@@ -282,8 +280,3 @@ def _sizes_section(results: dict[str, Any], folder: Path) -> Section:
     return Section("A smaller network, taught by this one", "Half the width, a sixth of the steps: once with the trained "
                    "network for a frozen teacher, once alone. The error bar is the standard error of a share.",
                    folder / "sizes.png", rows)  # fmt: skip
-
-
-def _n_parameters(config: RunConfig) -> str:
-    with torch.device("meta"):
-        return f"{sum(p.numel() for p in build_student(config).backbone.parameters()):,}"

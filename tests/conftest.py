@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,28 @@ def seeds() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def dying_at_save(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A block whose run is killed when it wants to write its checkpoint number n, from 0."""
+    from minidino.runs import Run
+
+    @contextmanager
+    def dying(moment: int) -> Iterator[None]:
+        save, saved = Run.save, []
+
+        def save_or_die(run: Run, *arguments) -> Path:
+            if len(saved) == moment:
+                raise KeyboardInterrupt
+            saved.append(run)
+            return save(run, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "save", save_or_die)
+            yield
+
+    return dying
 
 
 @pytest.fixture

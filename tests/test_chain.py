@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minidino import chain, stages
+from minidino import chain
 from minidino.chain import Chain, read_chain, run_chain
 from minidino.cli import main
 from minidino.runs import Run
@@ -70,17 +70,8 @@ def test_what_is_finished_is_left_alone(whole, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", [1, 4, 6, 8, 11])
-def test_a_chain_killed_in_any_stage_ends_the_same(whole, tmp_path, monkeypatch, moment):
-    save, saved = Run.save, []
-
-    def dying(run, *arguments):
-        if len(saved) == moment:
-            raise KeyboardInterrupt
-        saved.append(run)
-        return save(run, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages.Run, "save", dying)
+def test_a_chain_killed_in_any_stage_ends_the_same(whole, tmp_path, dying_at_save, moment):
+    with dying_at_save(moment):
         run_chain(PLAN, tmp_path / "cut", say=lambda _: None)
     found = run_chain(PLAN, tmp_path / "cut", say=lambda _: None)
     assert {name: row["knn"] for name, row in found.items()} == {name: row["knn"] for name, row in whole[1].items()}

@@ -181,20 +181,11 @@ def test_students_that_share_a_teacher_learn_what_they_learn_alone(teacher, worl
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_students_killed_at_any_moment_go_on_as_if_nothing_had_happened(teacher, world, tmp_path, monkeypatch, moment):
+def test_students_killed_at_any_moment_go_on_as_if_nothing_had_happened(teacher, world, tmp_path, dying_at_save, moment):
     """Both are saved every second step; the kill comes between any two writes, so one may be a checkpoint ahead."""
     changes = ["run.checkpoint_every=2", f"run.keep_checkpoints={1 + moment % 2}"]
     whole, _ = distill(teacher.folder, tmp_path / "whole", [SMALL, SMALLER], 6, changes, world=world)
-    save, saved = Run.save, []
-
-    def dying(run, *arguments):
-        if len(saved) == moment:
-            raise KeyboardInterrupt
-        saved.append(run)
-        return save(run, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "save", dying)
+    with dying_at_save(moment):
         distill(teacher.folder, tmp_path / "cut", [SMALL, SMALLER], 6, changes, world=world)
     cut, _ = distill(teacher.folder, tmp_path / "cut", [SMALL, SMALLER], 6, changes, resume=True, world=world)
     for one, other in zip(whole, cut, strict=True):

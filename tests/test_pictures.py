@@ -49,7 +49,7 @@ def test_severity_curves_draw_every_corruption_of_every_subject_in_its_colour(tm
 def test_networks_are_drawn_by_their_size_and_kind(tmp_path):
     from PIL import Image
 
-    rows = {"large": ("teacher", 400, 0.7, 0.01), "small": ("student", 100, 0.6, 0.01), "alone": ("random", 100, 0.4, 0.0)}
+    rows = {"large": ("teacher", 400, 0.7, 0.01), "small": ("student", 100, 0.6, 0.01), "alone": ("trained", 100, 0.4, 0.0)}
     found = pictures.against_parameters(rows, tmp_path / "sizes.png")
     assert found == {"large": (400, 0.7), "small": (100, 0.6), "alone": (100, 0.4)}
     assert min(pixels_of(tmp_path / "sizes.png", pictures.COLORS[row[0]]) for row in rows.values()) > 50

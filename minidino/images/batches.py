@@ -26,7 +26,7 @@ ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for 
 class Batch(NamedTuple):
     crops_global: Float[Tensor, "G B 3 H W"]  # normalised
     crops_local: Float[Tensor, "L B 3 h w"]
-    masks: Bool[Tensor, "G B N"]  # True = hidden from the student; in distillation all are, and none is hidden
+    masks: Bool[Tensor, "G B N"]  # True = iBOT asks for it: hidden from the student, but not in distillation
     mask_weights: Float[Tensor, "M"]  # 1 / number masked in that crop, in the row-major order of masks
     index: Int[Tensor, "B"]  # which image each row is
 

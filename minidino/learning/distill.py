@@ -103,7 +103,7 @@ def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
         _expect_equal("heads.tied", config.heads.tied, theirs.heads.tied, d.teacher)
         for name in ("n_prototypes", "ibot_n_prototypes"):
             _expect_equal(f"heads.{name}", getattr(config.heads, name), getattr(theirs.heads, name), d.teacher)
-    return Frozen(network.to(device).requires_grad_(False).eval())
+    return Frozen(network.to(device).requires_grad_(False).eval(), fingerprint(network))
 
 
 def start_distilled(config: RunConfig, device: torch.device, frozen: Frozen) -> State:
@@ -127,8 +127,7 @@ def network_of(run: Run) -> Network:
     """The average that a finished run results in, with its heads.
 
     Raises:
-        FileNotFoundError: no run, not finished, or no heads beside its weights.
-        ValueError: the run imitated tokens, so that it has no prototypes.
+        FileNotFoundError: no run, not finished, or no heads beside its weights that know prototypes.
     """
     config, heads = run.config(), run.folder / "heads.safetensors"
     if not (run.folder / "weights.safetensors").exists():

@@ -54,6 +54,7 @@ class Frozen:
     """A teacher that never learns. What it says of a batch is worked out once, however many students ask."""
 
     network: nn.Module
+    sha256: str  # of its weights when it began to teach
     said: tuple[Batch, Any] | None = None
 
     def once(self, batch: Batch, say: Callable[[], Any]) -> Any:
