@@ -43,7 +43,7 @@ QUESTIONS = (  # task, folder, size in px
     ("segmentation", "camvid", (192, 256)), ("depth", "rgbd-indoor", (192, 256)),
 )  # fmt: skip
 BOTH = ("random", "pixels")
-REPEATS = 9
+REPEATS = 20
 WHO = {  # as `evaluate` and as `judge_patches` call them
     "position": "position", "pixels + position": "pixels + position", "random ViT": "random_vit", "trained": "trained",
     "random ViT + position": "random_vit + position", "trained + position": "trained + position",
@@ -134,9 +134,9 @@ def beside_timm(width: int, depth: int, heads: int, patch: int, size: int, batch
         with torch.no_grad():
             return theirs.forward_features(normal)
 
-    own, other = in_turn(lambda: extract(ours, images, progress=False), look)
+    own, other, ratio = in_turn(lambda: extract(ours, images, progress=False), look)
     return {"ours_per_s": batch / own["median"], "timm_per_s": batch / other["median"], "ours_s": own, "timm_s": other,
-            "ratio": other["median"] / own["median"]}  # fmt: skip
+            "ratio": ratio}  # fmt: skip
 
 
 def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]:
@@ -144,28 +144,30 @@ def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]
     x = {"cls_blocks": torch.randn(n, 4, width), "mean_patch": torch.randn(n, width)}
     y = torch.arange(n) % n_classes
     widest = torch.cat([x["cls_blocks"].flatten(1), x["mean_patch"]], 1)
-    grid, one = in_turn(
-        partial(linear_grid, x, y, x, y, epochs=2), partial(linear_probe, widest, y, widest, y, lrs=(1e-2,), epochs=2)
+    one, grid, ratio = in_turn(
+        partial(linear_probe, widest, y, widest, y, lrs=(1e-2,), epochs=2), partial(linear_grid, x, y, x, y, epochs=2)
     )
     patch = 16 if width == 384 else 8
     size, depth = (224, 12) if width == 384 else (64, 4)
     vit = build_vit("vit_tiny", width=width, depth=depth, heads=width // 32, patch_size=patch, img_size=size).eval()
     few = torch.zeros(32, 3, size, size, dtype=torch.uint8)
-    look, _ = in_turn(lambda: extract(vit, few, progress=False, blocks=4), lambda: None)
+    look, *_ = in_turn(lambda: extract(vit, few, progress=False, blocks=4), lambda: None)
     extraction = look["median"] * n / len(few)
-    return {"grid_s": grid, "one_s": one, "heads_alone": grid["median"] / one["median"], "extraction_s": extraction,
+    return {"grid_s": grid, "one_s": one, "heads_alone": ratio, "extraction_s": extraction,
             "with_extraction": (extraction + grid["median"]) / (extraction + one["median"])}  # fmt: skip
 
 
 def in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> list[dict[str, float]]:
-    """Seconds of both, one after the other again and again: medians and quartiles."""
-    times: list[list[float]] = [[], []]
-    for _ in range(REPEATS + 1):
-        for work, taken in zip((first, second), times, strict=True):
+    """Seconds of both, done in pairs whose order turns each time, and second / first of each pair: quartiles."""
+    works, times = (first, second), []
+    for repeat in range(REPEATS + 1):
+        taken = [0.0, 0.0]
+        for who in (0, 1) if repeat % 2 else (1, 0):
             begun = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - begun)
-    quartiles = [statistics.quantiles(taken[1:], n=4) for taken in times]  # the first of each warms up
+            works[who]()
+            taken[who] = time.perf_counter() - begun
+        times.append((*taken, taken[1] / taken[0]))
+    quartiles = [statistics.quantiles(column, n=4) for column in zip(*times[1:], strict=True)]  # the first warms up
     return [{"low": low, "median": middle, "high": high} for low, middle, high in quartiles]
 
 

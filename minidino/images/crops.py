@@ -71,7 +71,7 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
 def normalise(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
     """Bring pixels, 0 to 255, to what a network was trained on: ImageNet's mean and deviation; on their device."""
     mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255).sub_(mean).div_(std)
 
 
 def crop_seed(seed: int, step: int, index: int) -> int:
