@@ -1,7 +1,8 @@
-"""Figure 6 of the paper in small: what is a short phase at 128 px worth, beside as much time spent there from the start?
+"""Figure 6 of the paper in small: what is a short phase at 128 px worth, beside training there from the start?
 
     python benchmarks/highres.py rates             how much to lower the learning rate: one network of world 1
-    python benchmarks/highres.py learn [--seeds 3] before the phase, after it, and as long at 128 px from the start
+    python benchmarks/highres.py learn [--seeds 3] before the phase, after it, and at 128 px from the start, for
+                                                   as much time and for as many steps
     python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 128 px
     python benchmarks/highres.py cost              a step at either size, on a quiet machine
     python benchmarks/highres.py draw              the README's table
@@ -40,6 +41,7 @@ WAYS = {  # name: what the README calls it
     "small": f"{STEPS} steps at {SMALL} px",
     "adapted": f"{STEPS} steps at {SMALL} px, then {PHASE} at {LARGE} px",
     "same-cost": f"{SAME_COST} steps at {LARGE} px",
+    "large": f"{STEPS + PHASE} steps at {LARGE} px",
 }
 
 
@@ -69,7 +71,7 @@ def network(way: str, seed: int, world: int = REPORTING, rate: float = 0.5) -> R
         base = source.config().optim.base_lr
         changes = [f"data.short_side={LARGE}", f"run.knn_every={PHASE}", f"optim.base_lr={base * rate}"]
         return adapt(source.folder, folder, LARGE, PHASE, changes)[0]
-    size, steps = {"small": (SMALL, STEPS), "same-cost": (LARGE, SAME_COST)}[way]
+    size, steps = {"small": (SMALL, STEPS), "same-cost": (LARGE, SAME_COST), "large": (LARGE, STEPS + PHASE)}[way]
     return pretrain(config_of(seed, world, size, steps), folder, scenes(world))[0]
 
 
@@ -133,7 +135,7 @@ def cost() -> None:
     for size in (SMALL, LARGE):
         seconds[size] = step_seconds(adapted(config_of(0, REPORTING, size, 1), size, 23), scenes(REPORTING))
     minutes = {"small": STEPS * seconds[SMALL], "adapted": STEPS * seconds[SMALL] + PHASE * seconds[LARGE],
-               "same-cost": SAME_COST * seconds[LARGE]}  # fmt: skip
+               "same-cost": SAME_COST * seconds[LARGE], "large": (STEPS + PHASE) * seconds[LARGE]}  # fmt: skip
     store("highres-cost", {"step_s": seconds, "minutes": {way: value / 60 for way, value in minutes.items()}})
 
 
