@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,10 +26,22 @@ def main(argv: list[str] | None = None) -> int:
     if later:
         options.changes += later
     try:
-        return options.run(options) or 0
+        with _together(options.stage):
+            return options.run(options) or 0
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)
         return 2
+
+
+def _together(stage: str) -> AbstractContextManager:
+    """The company of the processes that torchrun has started; in one that it did not start, nothing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext()
+    if stage not in ("train", "adapt", "distill"):
+        raise ValueError("one process is enough: torchrun is for train, adapt and distill")
+    from minidino.distributed import together
+
+    return together()
 
 
 def _stage(stages, name: str, words: str, example: str, run) -> argparse.ArgumentParser:
@@ -92,7 +106,10 @@ def _train(stages) -> None:
                 raise ValueError("a resumed run keeps its config: --data, --weights, key=value and --resume exclude each other")
             return _told(pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)[0])
         config = override(_base(options), options.changes)
-        folder = _new_folder(options.out or f"runs/{options.preset}")
+        folder = Path(options.out or f"runs/{options.preset}")
+        if _interrupted(folder):
+            return _told(pretrain(config, folder, resume=True)[0])
+        _expect_new(folder)
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
@@ -126,10 +143,13 @@ def _base(options) -> RunConfig:
 
 def _adapt(stages) -> None:
     def run(options) -> int:
-        from minidino.stages import adapt
+        from minidino.stages import adapt, pretrain
 
         source = Path(options.source)
-        folder = _new_folder(options.out or source.with_name(f"{source.name}-{options.size}px"))
+        folder = Path(options.out or source.with_name(f"{source.name}-{options.size}px"))
+        if _interrupted(folder):
+            return _told(pretrain(preset("scenes-cpu"), folder, resume=True)[0])
+        _expect_new(folder)
         return _told(adapt(source, folder, options.size, options.steps, options.changes, options.fit_memory)[0])
 
     parser = _stage(stages, "adapt", "go on with a finished run at a higher resolution",
@@ -163,9 +183,10 @@ def _distill(stages) -> None:
             raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
         source, base = Path(options.source), _base(options) if options.features else None
         folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))
-        for place in student_folders(folder, options.student) if not options.resume else ():
-            _new_folder(place)
-        runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, options.resume)
+        resume = options.resume or _interrupted(folder)
+        for place in student_folders(folder, options.student) if not resume else ():
+            _expect_new(place)
+        runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, resume)
         print("\n".join(str(run.folder) for run in runs))
 
     parser = _stage(stages, "distill", "teach small students by a larger network that is frozen",
@@ -196,12 +217,22 @@ def _chain(stages) -> None:
     parser.add_argument("--out", default="runs/chain", help="folder of all stages; the same command goes on after a kill")
 
 
-def _new_folder(path: str | Path) -> Path:
+def _interrupted(folder: Path) -> bool:
+    """Has torchrun replaced processes that had begun this run, or these runs?"""
+    from minidino.distributed import restarted, wait
+
+    begun = restarted() and any(folder.rglob("config.json"))
+    wait()  # none begins while another still looks
+    return begun
+
+
+def _expect_new(folder: Path) -> None:
+    from minidino.distributed import wait
     from minidino.runs import Run
 
-    if Run(path).config_path.exists():
-        raise FileExistsError(f"{path} holds a run: go on with train --resume {path}, or choose another with --out")
-    return Path(path)
+    if Run(folder).config_path.exists():
+        raise FileExistsError(f"{folder} holds a run: go on with train --resume {folder}, or choose another with --out")
+    wait()
 
 
 def _probe(stages) -> None:

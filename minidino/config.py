@@ -188,6 +188,7 @@ class RunSettings:
     seed: int = 0
     device: str = "auto"  # auto: cuda, then mps, then cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native; losses are fp32
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with torchrun: each process has all weights, or its share of each
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -277,8 +278,7 @@ def _imagenet100_gpu() -> RunConfig:
     )  # fmt: skip
 
 
-def _vits16_in1k() -> RunConfig:
-    """The short published recipe with a ViT-S/16 in place of the ViT-L/16."""
+def _vits16_in1k() -> RunConfig:  # the short published recipe with a ViT-S/16 in place of the ViT-L/16
     return RunConfig(preset="vits16-in1k", data=DataConfig(source="imagenet1k", short_side=256))
 
 

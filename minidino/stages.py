@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from minidino.config import RunConfig, difference, override
+from minidino.distributed import first_goes_first, is_first, wait, whole
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
 from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
-from minidino.learning.teacher import Frozen
-from minidino.learning.train import State, start, train
-from minidino.model.vit import VisionTransformer
+from minidino.learning.teacher import Frozen, Imitator, Network, build_student
+from minidino.learning.train import State, spread, start, train
 from minidino.model.weights import backbone_of, save_backbone
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
@@ -103,10 +104,15 @@ def pretrain(
     """
     keep_freed_memory()
     learner = reopen(folder) if resume else enrol(config, folder, state)
-    world = world or open_world(learner.config, learner.run.folder / "pixels")
+    world = world or _opened(learner.config, learner.run.folder)
     learn([learner], world)
     give_back_memory()
     return learner.run, world
+
+
+def _opened(config: RunConfig, folder: Path) -> World:
+    with first_goes_first():
+        return open_world(config, folder / "pixels")
 
 
 def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
@@ -119,7 +125,10 @@ def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: F
         first, state = None, begin(config, device, frozen)
     else:
         first, notes[GUARD], state.frozen = state.save(), {}, frozen
-    return Learner(Run.create(folder, config, device, first, notes), config, state)
+    if is_first():
+        Run.create(folder, config, device, first, notes)
+    wait()
+    return Learner(Run(folder), config, state)
 
 
 def begin(config: RunConfig, device: torch.device, frozen: Frozen | None) -> State:
@@ -156,7 +165,9 @@ def learn(learners: Sequence[Learner], world: World) -> None:
     config, step = learners[0].config, learners[0].state.step
     watch = OnlineKnn(world, config.crops.global_size)
     for learner in learners:
-        learner.run.cut_records(step)
+        spread(learner.config, learner.state)
+        if is_first():
+            learner.run.cut_records(step)
         weigh(learner, watch, "before")
     stream = batches(config, world.lessons, pick_device(config.run.device), step)
     learning = [
@@ -164,7 +175,8 @@ def learn(learners: Sequence[Learner], world: World) -> None:
         for learner, shared in zip(learners, tee(stream, len(learners)), strict=True)
     ]
     size = config.optim.batch_size
-    with tqdm(total=config.run.steps * size, initial=step * size, unit="images", desc="training") as bar:
+    with tqdm(total=config.run.steps * size, initial=step * size, unit="images", desc="training",
+              disable=not is_first()) as bar:  # fmt: skip
         for records in zip(*learning, strict=True):
             for learner, record in zip(learners, records, strict=True):
                 note(learner, record, watch)
@@ -175,7 +187,7 @@ def learn(learners: Sequence[Learner], world: World) -> None:
         _expect_same_teacher(learners[0].run, fingerprint(frozen.network))
     for learner in learners:
         weigh(learner, watch, "after")
-        finish(learner.run, learner.state)
+        finish(learner)
 
 
 def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
@@ -183,11 +195,13 @@ def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
     run, settings, state = learner.run, learner.config.run, learner.state
     done = state.step == settings.steps
     if watch.ready and (state.step % settings.knn_every == 0 or done):
-        record["knn"] = watch(state.teacher.backbone)
-    if len(record) > 3:
+        record["knn"] = watch(state)
+    if len(record) > 3 and is_first():
         run.log(record)
     if state.step % settings.checkpoint_every == 0 or done:
-        run.save(state.step, state.save(), settings.keep_checkpoints)
+        saved = state.save()
+        if is_first():
+            run.save(state.step, saved, settings.keep_checkpoints)
 
 
 def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
@@ -197,9 +211,11 @@ def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
         return
     said = json.loads(path.read_text())
     if watch.ready and when not in said:
-        said[when] = watch(learner.state.teacher.backbone)
+        said[when] = watch(learner.state)
     said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
-    write_atomically(path, json.dumps(said, indent=1).encode())
+    wait()  # until all have read it
+    if is_first():
+        write_atomically(path, json.dumps(said, indent=1).encode())
 
 
 def verdict(before: float | None, after: float | None, n: int) -> dict[str, Any]:
@@ -288,17 +304,20 @@ def distill(
     folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
 
-    def open_learner(plan: RunConfig, place: Path) -> Learner:
-        if not (resume and Run(place).config_path.exists()):
+    begun = [resume and Run(place).config_path.exists() for place in folders]
+    wait()
+
+    def open_learner(plan: RunConfig, place: Path, begun: bool) -> Learner:
+        if not begun:
             return enrol(plan, place, frozen=frozen)
         if changed := difference(Run(place).config(), plan):
             raise ValueError(f"{place} was begun with other settings: {changed}; give them again or choose another --out")
         return reopen(place, frozen=frozen)
 
-    learners = [open_learner(*each) for each in zip(plans, folders, strict=True)]
+    learners = [open_learner(*each) for each in zip(plans, folders, begun, strict=True)]
     while len(reached := {learner.state.step for learner in learners}) > 1:
         learners = [reopen(place, min(reached), frozen) for place in folders]
-    world = world or open_world(plans[0], folder / "pixels")
+    world = world or _opened(plans[0], folder)
     learn(learners, world)
     give_back_memory()
     return [learner.run for learner in learners], world
@@ -325,14 +344,19 @@ def last_state(run: Run, device: torch.device) -> dict[str, Any]:
     return {"student": average, "teacher": average, "center": None}
 
 
-def finish(run: Run, state: State) -> None:
+def finish(learner: Learner) -> None:
     """Write the EMA teacher: the backbone, and its heads for whoever wants to go on."""
-    save_backbone(state.teacher.backbone, run.folder / "weights.safetensors")
-    heads = {k: v.contiguous() for k, v in state.teacher.state_dict().items() if not k.startswith("backbone.")}
-    if "ibot_head" not in state.teacher.parts():  # tied
-        heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}
-    with atomic_path(run.folder / "heads.safetensors") as beside:
-        save_file(heads, beside)
+    said, folder = whole(learner.state.teacher.state_dict()), learner.run.folder
+    if is_first():
+        network = build_student(learner.config)  # the teacher's own may be in parts
+        network.load_state_dict(said)
+        save_backbone(network.backbone, folder / "weights.safetensors")
+        heads = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith("backbone.")}
+        if "ibot_head" not in network.parts():  # tied
+            heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}
+        with atomic_path(folder / "heads.safetensors") as beside:
+            save_file(heads, beside)
+    wait()
 
 
 class OnlineKnn:
@@ -346,8 +370,11 @@ class OnlineKnn:
             self.labels, self.n_queries = (bank.labels, queries.labels), len(queries)
             self.images = bank.squares(size), queries.squares(size)
 
-    def __call__(self, backbone: VisionTransformer) -> float:
-        bank, queries = (features.extract(backbone, images, progress=False)["cls"] for images in self.images)
+    def __call__(self, state: State) -> float:
+        def look(network: Network | Imitator) -> list[Tensor]:
+            return [features.extract(network.backbone, images, progress=False)["cls"] for images in self.images]
+
+        bank, queries = state.ask_teacher(look)
         k = min(K, len(bank))
         return knn_accuracy(bank, self.labels[0], queries, self.labels[1], (k,))[k]
 

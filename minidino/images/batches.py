@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from minidino.config import CropConfig, MaskConfig, RunConfig
+from minidino.distributed import my_rows, n_processes
 from minidino.images.crops import CropLaw, crop_seed, multi_crop, released_laws
 from minidino.images.masks import batch_masks
 from minidino.images.pixels import Pixels
@@ -86,23 +87,23 @@ def largest_block(masks: MaskConfig, side: int, patch_size: int) -> float:
 
 
 class _Steps(Dataset):
-    """Step -> padded pixels, sizes, indices: what a worker process prepares."""
+    """Step -> padded pixels, sizes, indices of some rows of the batch: what a worker process prepares."""
 
-    def __init__(self, pixels: Pixels, batch_size: int, seed: int, start_step: int, n_steps: int):
+    def __init__(self, pixels: Pixels, batch_size: int, seed: int, start_step: int, n_steps: int, rows: Tensor):
         self.pixels, self.batch_size, self.seed = pixels, batch_size, seed
-        self.start_step, self.n_steps = start_step, n_steps
+        self.start_step, self.n_steps, self.rows = start_step, n_steps, rows
 
     def __len__(self) -> int:
         return self.n_steps
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, Tensor]:
         step = self.start_step + i
-        index = batch_indices(len(self.pixels), self.batch_size, step, self.seed)
+        index = batch_indices(len(self.pixels), self.batch_size, step, self.seed)[self.rows]
         return step, *self.pixels.batch(index), index
 
 
 def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step: int = 0) -> Iterator[Batch]:
-    """Yield the batches of steps start_step, start_step + 1, ... up to the run's last.
+    """Yield this process's rows of the batches of steps start_step, start_step + 1, ... up to the run's last.
 
     Args:
         config: sizes, laws, seed and number of steps.
@@ -111,20 +112,22 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
         start_step: a run resumed at this step.
     """
     n_steps, settings = config.run.steps - start_step, config.run
-    steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps)
+    rows = my_rows(config.optim.batch_size, config.optim.accumulate)
+    steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps, rows)
     for step, images, sizes, index in DataLoader(steps, batch_size=None, num_workers=settings.workers):
         yield make_batch(config, step, images.to(device, non_blocking=True), sizes, index)
 
 
 def make_batch(config: RunConfig, step: int, images: Tensor, sizes: Tensor, index: Tensor) -> Batch:
-    """Cut and mask the images of one step, on the device where they are."""
+    """Cut and mask this process's images of one step, on the device where they are."""
     *laws_global, law_local = crop_laws(config.crops)
     seeds = [crop_seed(config.run.seed, step, int(i)) for i in index]
     crops_global, crops_local = multi_crop(images, sizes, laws_global, law_local, config.crops.n_local, seeds)
-    n_crops = len(laws_global) * len(index)
+    n_images = len(index) * n_processes()  # holes are shared out over the whole batch
+    n_crops = len(laws_global) * n_images
     masks = _all_patches(config, n_crops) if config.distill.teacher else _holes(config, n_crops, step)
-    masks = masks.view(len(laws_global), len(index), -1).to(images.device)
-    return collate(crops_global, crops_local, masks, index)
+    masks = masks.view(len(laws_global), n_images, -1)[:, my_rows(n_images, config.optim.accumulate)]
+    return collate(crops_global, crops_local, masks.to(images.device), index)
 
 
 def _holes(config: RunConfig, n_crops: int, step: int) -> Bool[Tensor, "n N"]:

@@ -4,7 +4,7 @@
     student(global crops with holes, local crops)     -> DINO on class tokens + iBOT on hidden patches + KoLeo
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -121,6 +121,7 @@ def student_losses(
     dino_divisor: str = "fixed",
     impl: str = "reference",
     hide: bool = True,
+    gather: Callable[[Tensor], Tensor] = alone,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "G B D"]]:
     """The student's weighted losses, and its class tokens of the global crops.
 
@@ -131,6 +132,7 @@ def student_losses(
         n_ibot_crops: what the sum over masked crops is divided by; None: all global crops, as released.
         dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
         impl: of the prototype loss, as it was for the targets.
+        gather: (B, D) -> class tokens of all processes, among which KoLeo looks for neighbours.
     """
     n_global, n_images = batch.crops_global.shape[:2]
     n_local = len(batch.crops_local)
@@ -155,7 +157,7 @@ def student_losses(
     class_tokens = class_tokens[: n_global * n_images].unflatten(0, (n_global, n_images))
     if weights["koleo"]:
         spread = class_tokens if koleo_views == "released" else class_tokens[:1]
-        losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(view) for view in spread]).sum()
+        losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(gather(view)) for view in spread]).sum()
     return losses, class_tokens
 
 

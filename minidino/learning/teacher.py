@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from minidino.config import HeadConfig, RunConfig
+from minidino.distributed import here
 from minidino.images.batches import Batch
 from minidino.model.heads import DINOHead
 from minidino.model.vit import VisionTransformer, build_vit
@@ -105,4 +106,4 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
     Source: DINOv2 paper, section 4; official dinov2/train/ssl_meta_arch.py update_teacher (b8931f7).
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    torch._foreach_lerp_(here(list(teacher.parameters())), here(list(student.parameters())), 1 - momentum)

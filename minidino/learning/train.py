@@ -15,9 +15,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidino.config import RunConfig
+from minidino.config import OptimConfig, RunConfig
+from minidino.distributed import (
+    Door,
+    all_reduce,
+    gather,
+    gradients_wait,
+    mean,
+    n_processes,
+    rank,
+    replicate,
+    shard,
+    shard_moments,
+    whole,
+)
 from minidino.images.batches import Batch, batches
 from minidino.images.crops import crop_seed
 from minidino.images.pixels import Pixels
@@ -45,7 +58,7 @@ from minidino.learning.teacher import Frozen, Imitator, Network, build_student, 
 from minidino.model.attention import resolve as resolve_attention
 from minidino.runs import pick_precision
 
-DROPS = -3  # stands in for an image index in the seed of a step's stochastic depth
+DROPS = -3  # and below, one each process: stand in for an image index in the seed of a step's stochastic depth
 PATIENCE = 20  # steps in a row whose loss or gradients may be NaN before the run stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,13 +78,17 @@ class State:
     seconds: float = 0.0  # spent learning, over all the processes that took part
     frozen: Frozen | None = None  # teaches instead, in distillation; it does not change and is not saved
 
+    def __post_init__(self) -> None:
+        self.ask_student, self.ask_teacher = Door(self.student), Door(self.teacher)
+
     def save(self) -> dict[str, Any]:
-        return {
+        """The same whatever the number of processes; each of them has to ask."""
+        return whole({
             "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "precision": self.precision, "center": None if self.center is None else tuple(self.center),
             "step": self.step, "skipped": self.skipped, "seconds": self.seconds,
-        }  # fmt: skip
+        })  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in ("student", "teacher", "optimizer", "scaler"):
@@ -87,13 +104,39 @@ def start(config: RunConfig, device: torch.device) -> State:
     resolve_attention(config.vit.attention, device)
     torch.manual_seed(config.run.seed)
     student = build_student(config).to(device).train()
-    o = config.optim
-    groups = parameter_groups(student, o.layerwise_decay, o.patch_embed_lr_mult, decay_tokens=o.decay_tokens)
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
     precision = pick_precision(config.run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    return State(student, make_teacher(student), optimizer, scaler, precision)
+    return State(student, make_teacher(student), adamw(student, config.optim), scaler, precision)
+
+
+def adamw(student: nn.Module, o: OptimConfig) -> torch.optim.AdamW:
+    groups = parameter_groups(student, o.layerwise_decay, o.patch_embed_lr_mult, decay_tokens=o.decay_tokens)
+    fused = next(student.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)
+
+
+def spread(config: RunConfig, state: State) -> None:
+    """Let all processes learn this state together; alone, nothing changes. Each has the whole of it when it is called.
+
+    Raises:
+        ValueError: the processes are at different steps, or the config is one that FSDP cannot run.
+    """
+    if n_processes() == 1:
+        return
+    steps = torch.tensor([state.step, -state.step], device=next(state.student.parameters()).device)
+    if all_reduce(steps, op="max").sum() != 0:
+        raise ValueError(f"one process is at step {state.step}, another is not: do all see the same run folder?")
+    if config.run.parallel == "ddp":
+        state.ask_student = replicate(state.ask_student)
+        return
+    if state.precision == "fp16" or config.optim.freeze_backbone_frac > 0:
+        raise ValueError("run.parallel: expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'")
+    moments = state.optimizer.state_dict()
+    for door in (state.ask_student, state.ask_teacher):
+        shard(door, bf16=state.precision == "bf16")
+    state.optimizer = adamw(state.student, config.optim)
+    state.optimizer.load_state_dict(moments)
+    shard_moments(state.optimizer)
 
 
 def schedules(config: RunConfig) -> dict[str, Schedule]:
@@ -148,10 +191,11 @@ def train(
 
 def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float], read: bool) -> dict[str, Any]:
     """One update of the student, then of the teacher."""
-    torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS))
+    torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS - rank()))
     state.optimizer.zero_grad(set_to_none=True)
     state.student.backbone.requires_grad_(state.step >= round(config.optim.freeze_backbone_frac * config.run.steps))
     losses, targets, class_tokens, center = _backward(config, state, batch, now)
+    losses = dict(zip(losses, mean(torch.stack(list(losses.values()))), strict=True))
     loss = sum(losses.values()).item()
     norms = _step_optimizer(config, state, now) if math.isfinite(loss) else {}
     good = len(norms) > 0 and all(map(math.isfinite, norms.values()))
@@ -189,9 +233,10 @@ def _backward(
             lessons, targets, center = _objective(config, state, batch, parts, now)
     losses, class_tokens = {}, None
     for lesson in lessons:
-        with autocast:
-            shares, class_tokens = lesson()
-        state.scaler.scale(sum(shares.values()) / n_parts).backward()
+        with gradients_wait(state.ask_student, lesson is not lessons[-1]):
+            with autocast:
+                shares, class_tokens = lesson()
+            state.scaler.scale(sum(shares.values()) / n_parts).backward()
         losses = {name: losses.get(name, 0) + share.detach() / n_parts for name, share in shares.items()}
     return losses, targets, class_tokens, center
 
@@ -210,18 +255,18 @@ def _objective(
         ibot = torch.cat([part.ibot for part in logits]) if weights["ibot"] > 0 else None
         return make_targets(
             TeacherLogits(torch.cat([part.dino for part in logits], dim=1), ibot), (now["teacher_temp"], patch_temp),
-            targets=w.targets, center=state.center, impl=impl,
+            all_reduce, w.targets, state.center, impl,
         )  # fmt: skip
 
     frozen = state.frozen
-    targets, center = say(state.teacher) if frozen is None else frozen.once(batch, lambda: say(frozen.network))
+    targets, center = state.ask_teacher(say) if frozen is None else frozen.once(batch, lambda: say(frozen.network))
     # the divisor counts the masked crops of the whole batch: its parts have more and fewer
-    n_masked = max(int(batch.masks.any(-1).sum()), 1) / n_parts if w.ibot_divisor == "paper" else None
+    n_masked = max(float(mean(batch.masks.any(-1).sum())), 1 / n_processes()) / n_parts if w.ibot_divisor == "paper" else None
     dinos, n_patches = targets.dino.chunk(n_parts, dim=1), [len(part.mask_weights) for part in parts]
     ibots = [None] * n_parts if targets.ibot is None else targets.ibot.split(n_patches)
     lessons = [
-        partial(student_losses, state.student, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views,
-                n_masked, w.dino_divisor, impl, hide=frozen is None)
+        partial(state.ask_student, student_losses, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views,
+                n_masked, w.dino_divisor, impl, hide=frozen is None, gather=gather)
         for part, dino, ibot in zip(parts, dinos, ibots, strict=True)
     ]  # fmt: skip
     return lessons, targets, center
@@ -231,7 +276,8 @@ def _imitation(state: State, batch: Batch, parts: list[Batch]) -> list[Lesson]:
     """The distance of each part's tokens to those of a frozen teacher."""
     frozen = state.frozen
     told = frozen.once(batch, lambda: [token_targets(frozen.network, part) for part in parts])
-    return [partial(imitation_losses, state.student, part, targets) for part, targets in zip(parts, told, strict=True)]
+    return [partial(state.ask_student, imitation_losses, part, targets)
+            for part, targets in zip(parts, told, strict=True)]  # fmt: skip
 
 
 def _slices(n: int, n_parts: int) -> list[slice]:
@@ -243,7 +289,7 @@ def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> d
     """Clip and step; the gradient norms before clipping. No step when one of them is not finite."""
     state.scaler.unscale_(state.optimizer)
     clipped = clip_gradients(state.student.parts(), config.optim.clip, config.optim.clip_scope)
-    norms = {f"grad_norm_{name}": norm.item() for name, norm in clipped.items()}
+    norms = {f"grad_norm_{name}": norm.item() for name, norm in whole(clipped).items()}
     for group in state.optimizer.param_groups:
         group["lr"] = group["lr_mult"] * now["last_layer_lr" if group["is_last_layer"] else "lr"]
         group["weight_decay"] = group["wd_mult"] * now["weight_decay"]
@@ -255,11 +301,12 @@ def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> d
 
 def _vital_signs(targets: Targets | None, class_tokens: Tensor) -> dict[str, float]:
     """What tells learning from collapse: see `minidino.learning.doctor`."""
-    features = class_tokens[0].detach().float()
+    features = gather(class_tokens[0].detach().float())
     spread = doctor.feature_spread(features)
     signs = {"rankme": doctor.rankme(features), "feature_std": spread.std, "mean_cosine": spread.mean_cosine}
     if targets is None:
         return signs
     probs = dense(targets.dino).flatten(0, 1)
-    used = doctor.prototypes_used(probs).perplexity
-    return {"teacher_entropy": doctor.entropy(probs), "prototypes_used": used, **signs}
+    undecided = mean(torch.tensor(doctor.entropy(probs), device=probs.device)).item()
+    used = doctor.prototypes_used(mean(probs.double().mean(0, keepdim=True))).perplexity
+    return {"teacher_entropy": undecided, "prototypes_used": used, **signs}
