@@ -24,13 +24,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Meet the other processes that torchrun has started; only the first of them prints. Alone it does nothing."""
+    """Meet the other processes that torchrun has started; only the first of them prints. Alone it does nothing.
+
+    torchrun keeps one store of addresses for all its restarts, where a process may find that of a dead one. On one machine
+    the number of the restart tells them apart; several machines count each for itself, and want
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    store, number, size = next(dist.rendezvous("env://"))
+    one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if one_machine else store
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number, world_size=size)
     try:
         with open(os.devnull, "w") as nowhere, nullcontext() if is_first() else redirect_stdout(nowhere):
             yield
@@ -52,8 +60,9 @@ def is_first() -> bool:
 
 
 def restarted() -> bool:
-    """Has torchrun replaced the processes, because one was lost?"""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Has torchrun replaced the processes, because one was lost? All have to ask: its own machine alone counts that."""
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    return all_reduce(count.cuda() if torch.cuda.is_available() else count, op="max").item() > 0
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 import minidino.cli
 import minidino.stages
 from minidino.config import override, preset
-from minidino.distributed import all_reduce, gather, my_rows, n_processes, rank, restarted, together
+from minidino.distributed import all_reduce, gather, here, my_rows, n_processes, rank, together
 from minidino.learning.losses import koleo_loss, sinkhorn_knopp, update_center
 from minidino.learning.train import State
 from minidino.stages import pretrain
@@ -18,9 +18,9 @@ from minidino.stages import pretrain
 TINY = [
     "crops.global_size=32", "crops.local_size=16", "vit.width=16", "vit.depth=2", "vit.heads=2", "optim.batch_size=16",
     "heads.n_prototypes=32", "heads.hidden_dim=16", "heads.bottleneck_dim=8", "loss.ibot_start_frac=0.1",
-    "loss.ibot_full_frac=0.3", "run.steps=20", "run.log_every=1", "run.knn_every=10", "run.checkpoint_every=5",
+    "loss.ibot_full_frac=0.3", "run.steps=20", "run.log_every=1", "run.knn_every=20", "run.checkpoint_every=5",
     "run.precision=fp32", "teacher.momentum=0.992", "teacher.temp=0.07", "teacher.warmup_temp=0.04", "teacher.patch_temp=none",
-    "heads.prototype_std=none", "heads.mlp_gain=none", "optim.base_lr=1e-3", "data.n_scenes=64", "data.n_test_scenes=40", "data.short_side=32",
+    "heads.prototype_std=none", "heads.mlp_gain=none", "optim.base_lr=1e-3", "data.n_scenes=48", "data.n_test_scenes=24", "data.short_side=32",
 ]  # fmt: skip
 
 
@@ -75,24 +75,22 @@ def die_once(step: int) -> None:
 
     def note_and_die(learner, record, watch) -> None:
         note(learner, record, watch)
-        if learner.state.step == step and rank() == 1 and not restarted():
+        if learner.state.step == step and rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
     minidino.stages.note = note_and_die
 
 
-def cut(out: Path) -> None:
-    """What each process holds of a network in parts."""
-    held, spread = [], minidino.stages.spread
+def count(out: Path) -> None:
+    """From now on, write down how many numbers of the student each process holds."""
+    spread = minidino.stages.spread
 
     def spread_and_count(config, state: State) -> None:
         spread(config, state)
-        held.append(sum(p.to_local().numel() for p in state.student.parameters()))
+        held = sum(part.numel() for part in here(list(state.student.parameters())))
+        (out / f"held-{config.run.parallel}-{rank()}.txt").write_text(str(held))
 
     minidino.stages.spread = spread_and_count
-    pretrain(tiny("run.parallel=fsdp", "run.steps=1"), out / "cut")
-    minidino.stages.spread = spread
-    (out / f"held-{rank()}.txt").write_text(str(held[0]))
 
 
 def main() -> None:
@@ -101,13 +99,12 @@ def main() -> None:
     if asked[0] == "die":
         die_once(9)
         sys.exit(minidino.cli.main(["train", "--out", str(out), *TINY]))
+    count(out)
     with together():
         for work in asked:
             name, _, changes = work.partition(":")
             if name == "words":
                 words(out)
-            elif name == "cut":
-                cut(out)
             elif name == "resume":
                 pretrain(tiny(), out / changes, resume=True)
             elif name == "begin":

@@ -17,7 +17,8 @@ from minidino.runs import Run
 from minidino.stages import pretrain
 
 HERE = Path(__file__).parent
-CENTRED, PARTS = "loss.targets=centering", "optim.accumulate=2"
+CENTRED = "loss.targets=centering loss.koleo=0"  # of two neighbours equally near, rounding would choose
+PARTS = "optim.accumulate=2"
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
 )
@@ -35,8 +36,8 @@ def alone(tmp_path_factory):
     """Runs of one process."""
     out, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, changes in (("plain", ()), ("parts", (PARTS,)), ("centred", (CENTRED,))):
-        pretrain(tiny(*changes), out / name)
+    for name, changes in (("plain", ""), ("parts", PARTS), ("centred", CENTRED)):
+        pretrain(tiny(*changes.split()), out / name)
     torch.set_num_threads(threads)
     return out
 
@@ -44,8 +45,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = launch(2, out, "words", "plain:", "fsdp:run.parallel=fsdp", f"parts:{PARTS} run.parallel=fsdp",
-                  f"centred:{CENTRED}", "cut", "begin")  # fmt: skip
+    done = launch(2, out, "words", "plain:", f"parts:{PARTS} run.parallel=fsdp", f"centred:{CENTRED}", "begin")
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -125,28 +125,29 @@ def test_what_does_not_divide_and_what_cannot_be_reduced_is_refused(monkeypatch)
 
 @pytest.mark.parametrize(
     "theirs, ours",
-    [("plain", "plain"), ("fsdp", "plain"), ("four", "plain"), ("parts", "parts"), ("centred", "centred"),
-     ("passed-on", "plain")],
-)  # fmt: skip
+    [("plain", "plain"), ("four", "plain"), ("passed-on", "plain"), ("parts", "parts"), ("centred", "centred")],
+)
 def test_losses_are_those_of_one_process(alone, four, theirs, ours):
     expected = losses(alone / ours)
     assert len(expected) == 20 and len(set(expected)) == 20
     assert losses(four / theirs) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["plain", "fsdp", "four", "passed-on"])
-def test_so_are_the_weights_that_come_out(alone, four, name):
+@pytest.mark.parametrize(
+    "theirs, ours", [("plain", "plain"), ("four", "plain"), ("passed-on", "plain"), ("parts", "parts")]
+)
+def test_so_are_the_weights_that_come_out(alone, four, theirs, ours):
     for file in ("weights.safetensors", "heads.safetensors"):
-        expected, got = load_file(alone / "plain" / file), load_file(four / name / file)
+        expected, got = load_file(alone / ours / file), load_file(four / theirs / file)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("key", ["koleo", "rankme", "teacher_entropy", "prototypes_used", "knn", "grad_norm_backbone"])
 def test_what_the_doctor_reads_is_of_the_whole_batch(alone, four, key):
-    expected = [record[key] for record in Run(alone / "plain").records() if key in record]
-    for name in ("plain", "fsdp", "four"):
-        got = [record[key] for record in Run(four / name).records() if key in record]
-        assert len(got) > 1 and got == pytest.approx(expected, rel=1e-5)
+    for theirs, ours in (("plain", "plain"), ("four", "plain"), ("parts", "parts")):
+        expected, got = ([record[key] for record in Run(folder).records() if key in record]
+                         for folder in (alone / ours, four / theirs))  # fmt: skip
+        assert got and got == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_step_is_told_once_though_the_processes_changed_twice(four):
@@ -154,9 +155,12 @@ def test_every_step_is_told_once_though_the_processes_changed_twice(four):
 
 
 def test_a_checkpoint_of_parts_is_that_of_one_process(alone, two):
-    expected, got = (Run(folder).load(torch.device("cpu"))[1] for folder in (alone / "plain", two / "fsdp"))
+    expected, got = (Run(folder / "parts").load(torch.device("cpu"))[1] for folder in (alone, two))
     assert got.keys() == expected.keys() and got["step"] == 20
     for name in ("student", "teacher"):
+        for weights in (got[name], expected[name]):
+            for key in [key for key in weights if key.endswith("qkv.bias")]:
+                weights[key] = weights[key].chunk(3)[::2]  # of the keys' bias only rounding has a gradient
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=2e-5)
     ours, theirs = (saved["optimizer"]["state"] for saved in (got, expected))
     assert ours.keys() == theirs.keys()
@@ -166,9 +170,8 @@ def test_a_checkpoint_of_parts_is_that_of_one_process(alone, two):
 
 
 def test_each_process_holds_its_share_of_the_parameters(two):
-    held = [int((two / f"held-{i}.txt").read_text()) for i in range(2)]
-    all_of_them = sum(value.numel() for value in Run(two / "fsdp").load(torch.device("cpu"))[1]["student"].values())
-    assert sum(held) == all_of_them and max(held) < 0.6 * all_of_them
+    whole, parts = ([int((two / f"held-{how}-{i}.txt").read_text()) for i in range(2)] for how in ("ddp", "fsdp"))
+    assert whole[0] == whole[1] == sum(parts) and max(parts) < 0.6 * whole[0]
 
 
 # ---------------------------------------------------------------- what goes wrong
