@@ -1,0 +1,99 @@
+"""The studies of benchmarks/ that take hours, at a size of seconds: they run, go on after a kill, and draw."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino.config import override
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["data.n_scenes=60", "data.n_test_scenes=40", "vit.width=16", "vit.depth=1", "vit.heads=2", "optim.batch_size=8",
+        "crops.global_size=16", "crops.local_size=8", "heads.n_prototypes=16", "heads.hidden_dim=16",
+        "heads.bottleneck_dim=8"]  # fmt: skip
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Import a file of benchmarks/; what it makes goes elsewhere."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(tmp_path)
+    recipe = importlib.import_module("recipe")
+    monkeypatch.setattr(recipe, "RESULTS", tmp_path)
+    return importlib.import_module
+
+
+def test_every_part_is_left_out_judged_and_drawn(study, monkeypatch, tmp_path):
+    ablations = study("ablations")
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    of = ablations.config_of
+    monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(of(name, seed, 2), TINY))
+    monkeypatch.setattr(ablations, "CHANGES", dict(list(ablations.CHANGES.items())[:3]))
+    ablations.learn(2, "")
+    before = [folder.stat().st_mtime_ns for folder in sorted(tmp_path.glob("runs/*/weights.safetensors"))]
+    ablations.judge(2)
+    found = json.loads((tmp_path / "ablations.json").read_text())
+    assert list(found["rows"]) == ["the preset", "no KoLeo", "no iBOT"] and len(before) == 6
+    assert [folder.stat().st_mtime_ns for folder in sorted(tmp_path.glob("runs/*/weights.safetensors"))] == before
+    for row in found["rows"].values():
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+        assert all(0 <= run["map"] <= 1 and 0 <= run["miou"] <= 1 and run["rmse"] > 0 for run in row["runs"])
+    preset, without = (found["rows"][name]["runs"] for name in ("the preset", "no iBOT"))
+    gains = np.array([one["miou"] - other["miou"] for one, other in zip(preset, without)])
+    sign = found["signs"][1]
+    assert (sign["change"], sign["reading"]) == ("no iBOT", "miou")
+    assert sign["gain"] == pytest.approx(gains.mean()) and sign["standard_error"] == pytest.approx(gains.std(ddof=1) / 2**0.5)
+    assert "| no KoLeo |" in ablations.tables()["parts"]
+    drawn = ablations.picture(tmp_path / "ablations.png")
+    assert set(drawn) == set(ablations.READINGS) and len(drawn["map"]) == 2 and (tmp_path / "ablations.png").exists()
+
+
+def test_a_network_that_sees_nothing_finds_pictures_by_chance(study, monkeypatch):
+    ablations = study("ablations")
+    of = ablations.config_of
+    monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(of(name, seed, 2), TINY))
+    ablations.world.cache_clear()
+    world, config = ablations.world(), ablations.config_of("the preset", 0)
+
+    class Constant(torch.nn.Module):
+        def forward(self, images):
+            return torch.ones(len(images), 4)
+
+    monkeypatch.setattr(ablations, "class_tokens", lambda *_: {"trained": (None, torch.ones(40, 4))})
+    blind = ablations.found_again(Constant(), config, world)
+    # all cosines are alike, so rows rank in their order: query i stands at place i
+    ranks = np.arange(40)
+    expected = np.mean([1.0, *(0.5 * (1 / (ranks[1:] + 1)))])
+    assert blind == pytest.approx(expected)
+    ablations.world.cache_clear()
+
+
+def test_the_record_is_run_once_gone_on_with_and_drawn(study, tmp_path):
+    imagenette = study("imagenette")
+    generator = np.random.default_rng(0)
+    for part, n in (("train", 12), ("val", 6)):
+        for kind in ("n01", "n02"):
+            (tmp_path / "photographs" / part / kind).mkdir(parents=True)
+            for i in range(n):
+                pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photographs" / part / kind / f"{i}.png")
+    changes = [change for change in TINY if "scenes" not in change] + ["data.short_side=24", "run.log_every=1"]
+    folder = tmp_path / "record"
+    found = imagenette.record(str(tmp_path / "photographs"), 0.01, "imagenette-cpu", changes, folder)
+    steps = found["config"]["run.steps"]
+    assert found["curve"]["step"][-1] == steps - 1 and found["images_per_s"] > 0 and found["minutes"] > 0
+    assert set(found["reached"]) == {"0.80", "0.85", "0.90"} and found["run"]["n_test"] == 12
+    again = imagenette.record(str(tmp_path / "photographs"), 9, "imagenette-cpu", [], folder)
+    assert again["config"] == found["config"] and again["curve"] == found["curve"]
+    drawn = imagenette.picture(found, tmp_path / "record.png")
+    assert drawn["knn"] == found["curve"]["knn"] and (tmp_path / "record.png").exists()
+
+
+def test_a_goal_counts_from_when_it_is_first_reached(study):
+    imagenette = study("imagenette")
+    told = {"seconds": [60.0, 120.0, 180.0], "knn": [0.79, 0.86, 0.80]}
+    assert imagenette.reached(told) == {"0.80": 2.0, "0.85": 2.0, "0.90": None}
