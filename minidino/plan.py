@@ -14,13 +14,13 @@ import torch
 
 from minidino.config import PRESETS, RunConfig, override, preset
 from minidino.learning.prototypes import AUTO
+from minidino.memory import USABLE, step_memory
 from minidino.model.attention import LONGEST
 from minidino.model.layers import swiglu_hidden
 from minidino.model.vit import SIZES
 from minidino.runs import pick_precision
 from minidino.scaling import (
     DEVICES,
-    USABLE,
     UTILISATION,
     Device,
     HeadSizes,
@@ -29,7 +29,6 @@ from minidino.scaling import (
     matrix_tflops,
     parameters,
     step_flops,
-    step_memory,
     training_seconds,
 )
 
@@ -38,9 +37,9 @@ WHERE = {  # the machine that a preset is for, where none is named; the last two
     "vitl14-lvd": ("a100-80gb", 96),
 }  # fmt: skip
 ELSEWHERE = ("h100-sxm", 1)
-KNOWN = {  # what a run took, and who says so
+KNOWN = {  # what the unchanged preset took, and who says so
     "scenes-cpu": "0.06 h measured, 2 cores",  # data/results/recipe-scenes.json
-    "imagenette-cpu": "0.70 h measured, 2 cores",  # data/results/recipe-imagenette-64px.json: 10,489 steps in 36.5 min
+    "imagenette-cpu": "0.61 h measured to step 10,489, 2 cores",  # README, What it reaches
     "vitl16-short": "24 h published",  # official README: about a day
     "vitl14-lvd": "79 h published",  # official README: about 3.3 days
 }
@@ -157,7 +156,7 @@ def _check(config: RunConfig, gpus: int, device: str, limit: Device | None) -> N
     if config.distill.teacher or config.distill.targets != "heads":
         raise ValueError("a plan is of pretraining; distill has another teacher, whose run is needed: unset distill.*")
     if device != "cpu" and config.run.precision == "fp32" and limit is None:
-        raise ValueError("run.precision: expected bf16, fp16 or auto on a GPU, got 'fp32': published rates are for 16 bits")
+        raise ValueError("run.precision: expected bf16, fp16 or auto on a GPU, got 'fp32': rates are known for 16 bits")
 
 
 def _this_machine(half: bool) -> Device:
@@ -198,15 +197,15 @@ def describe(plan: Plan, price: float | None = None) -> str:
     Args:
         price: of one device for an hour, of any currency.
     """
-    c, m, o = plan.counts, plan.memory, plan.config.optim
+    c, m, o, name = plan.counts, plan.memory, plan.config.optim, plan.config.preset
     steps, limit = plan.config.run.steps, plan.limit
     told = "measured" if plan.device == "cpu" else "published"
-    parts = ", ".join(f"{name} {100 * v / plan.flops['total']:.0f} %" for name, v in plan.flops.items() if name != "total")
-    holds = ", ".join(f"{name} {_gib(v)}" for name, v in m.items() if v and name != "peak")
+    parts = ", ".join(f"{k} {100 * v / plan.flops['total']:.0f} %" for k, v in plan.flops.items() if k != "total")
+    holds = ", ".join(f"{k} {_gib(v)}" for k, v in m.items() if v and k != "peak")
     lines = [
-        f"{plan.config.preset} on {plan.gpus} x {plan.device}" + (f", {plan.parallel}" if plan.gpus > 1 else ""),
-        f"parameters   student {c['student']:,} = backbone {c['backbone']:,} + dino_head {c['dino_head']:,} + ibot_head "
-        f"{c['ibot_head']:,}; trained {c['trained']:,}; teacher as many  [formula, exact]",
+        f"{name} on {plan.gpus} x {plan.device}" + (f", {plan.parallel}" if plan.gpus > 1 else ""),
+        f"parameters   student {c['student']:,} = backbone {c['backbone']:,} + dino_head {c['dino_head']:,} + "
+        f"ibot_head {c['ibot_head']:,}; trained {c['trained']:,}; teacher as many  [formula, exact]",
         f"FLOPs        {_large(plan.flops['total'])} an image ({parts})  [formula]",
         f"             {_large(plan.run_flops / steps)} a step of {o.batch_size:,} images, {_large(plan.run_flops)} in "
         f"{steps:,} steps  [formula]",
@@ -215,16 +214,16 @@ def describe(plan: Plan, price: float | None = None) -> str:
         f"             of {limit.memory_gib:.0f} GiB [{told}], {USABLE:.0%} of them usable [assumption]: "
         + ("fits" if plan.fits else "does not fit"),
         f"rate         {limit.tflops:.3g} TFLOP/s [{told}] x {plan.utilisation:.2f} [assumption]",
-        f"time         {plan.seconds / steps:.3g} s a step, {_hours(plan.seconds)}  [formula of the above; loading and "
-        "cropping not counted]",
+        f"time         {plan.seconds / steps:.3g} s a step, {_hours(plan.seconds)}  [formula of the above; without "
+        "loading and cropping]",
         f"cost         {plan.device_hours:,.4g} device-hours"
         + (f", {price * plan.device_hours:,.2f} at {price:g} an hour" if price is not None else ""),
     ]  # fmt: skip
-    if plan.config.preset in KNOWN:
-        lines.append(f"known        {KNOWN[plan.config.preset]}, unchanged preset")
+    if plan.config == preset(name) and name in KNOWN:
+        lines.append(f"known        {KNOWN[name]}")
     if not plan.fits:
         found = [f"  {words}: {_gib(changed.memory['peak'])}" for words, changed in remedies(plan)]
-        lines += ["it would fit with" if found else "nothing makes it fit but more devices or a smaller network", *found]
+        lines += ["it would fit with", *found] if found else ["it would need more devices or a smaller network"]
     return "\n".join(lines)
 
 
@@ -234,21 +233,28 @@ def plan_table(limit: Device | None = None, **options: Any) -> str:
     Args:
         limit: rate and memory of the cpu, where they were measured before.
     """
-    rows = ["| preset | on | parameters, M: backbone + heads | GFLOP an image | GiB a device | hours | device-hours | known |",
-            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    words = "preset | on | parameters, M: backbone + heads | GFLOP an image | GiB each | hours | device-hours | known"
+    rows = [f"| {words} |", "|---" * 8 + "|"]
     for name in PRESETS:
         plan = make_plan(preset(name), **options)
-        if plan.device == "cpu":
+        if plan.device == "cpu":  # one measurement for all rows
             limit = limit or plan.limit
-            plan = replace(plan, limit=limit, seconds=training_seconds(plan.run_flops, limit.tflops, 1, plan.utilisation))
-        c, at = plan.counts, WHERE.get(name, ELSEWHERE)
-        known = KNOWN.get(name, "") if (plan.device, plan.gpus) == at else ""
-        rows.append(
-            f"| `{name}` | {plan.gpus} x {plan.device} | {c['backbone'] / 1e6:.2f} + "
-            f"{(c['student'] - c['backbone']) / 1e6:.2f} | {plan.flops['total'] / 1e9:,.3g} | {plan.memory['peak'] / GIB:.3g}"
-            f"{'' if plan.fits else ', does not fit'} | {plan.seconds / 3600:.3g} | {plan.device_hours:,.3g} | {known} |"
-        )
+            seconds = training_seconds(plan.run_flops, limit.tflops, 1, plan.utilisation)
+            plan = replace(plan, limit=limit, seconds=seconds)
+        c, meant = plan.counts, (plan.device, plan.gpus) == WHERE.get(name, ELSEWHERE)
+        cells = (
+            f"`{name}`", f"{plan.gpus} x {plan.device}",
+            f"{c['backbone'] / 1e6:.2f} + {(c['student'] - c['backbone']) / 1e6:.2f}",
+            _round(plan.flops["total"] / 1e9),
+            _round(plan.memory["peak"] / GIB) + ("" if plan.fits else ", does not fit"),
+            _round(plan.seconds / 3600), _round(plan.device_hours), KNOWN.get(name, "") if meant else "",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _round(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _gib(n: float) -> str:

@@ -1,10 +1,9 @@
-"""How large, how long, how dear: parameters, FLOPs and memory of a training step by formula; power laws.
+"""How large, how long, how dear: parameters and FLOPs of a training step by formula; time; power laws.
 
-    Sizes -> parameters, step_flops, step_memory -> training_seconds        compute, loss -> fit_power_law
+    Sizes -> parameters, step_flops -> training_seconds        compute, loss -> fit_power_law
 
-Everything here is arithmetic with plain numbers. One multiplication and addition are two FLOPs, as
-`torch.utils.flop_counter` counts; only matrix products count. Memory is what torch hands out for tensors, without the
-driver's share, the allocator's waste and the making of the crops.
+Everything here is arithmetic with plain numbers; memory is in `minidino.memory`. One multiplication and addition are
+two FLOPs, as `torch.utils.flop_counter` counts; only matrix products count, and those that cut crops do not.
 """
 
 import math
@@ -17,10 +16,7 @@ import numpy as np
 import torch
 
 N_GLOBAL = 2  # global crops of an image
-FLOAT = 4  # bytes
 UTILISATION = 0.3  # assumption: share of the peak rate; see README, Plan, for the two published runs behind it
-USABLE = 0.9  # assumption: share of a device's memory that tensors can have
-CHUNK = {True: 1 << 18, False: 1 << 24}  # numbers that a chunked loss looks at in one turn, on a CPU and on a GPU
 
 
 class Device(NamedTuple):
@@ -61,7 +57,7 @@ class HeadSizes:
     def layers(self, width: int) -> list[tuple[int, int]]:
         """(in, out) of the linear layers before the prototypes."""
         widths = [width] + [self.hidden_dim] * (self.n_layers - 1) + [self.bottleneck_dim]
-        return list(zip(widths, widths[1:]))
+        return list(zip(widths[:-1], widths[1:], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +90,10 @@ class Sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("global_size", "local_size"):
-            if getattr(self, name) % self.patch_size:
-                raise ValueError(f"{name}: expected a multiple of patch_size {self.patch_size} px, got {getattr(self, name)}")
-        for name, known in (("attention", ("reference", "sdpa", "triton")), ("prototypes", ("reference", "chunked", "triton"))):
-            if getattr(self, name) not in known:
+            if (side := getattr(self, name)) % self.patch_size:
+                raise ValueError(f"{name}: expected a multiple of patch_size {self.patch_size} px, got {side} px")
+        for name, second in (("attention", "sdpa"), ("prototypes", "chunked")):
+            if getattr(self, name) not in (known := ("reference", second, "triton")):
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
@@ -142,12 +138,13 @@ def parameters(s: Sizes) -> dict[str, int]:
     fixed = sum(h.n_prototypes for h in (s.dino, s.ibot) if h and h.weight_norm and not h.train_g)
     d = s.width
     embed = (3 * s.patch_size**2 + 1) * d + (1 + 1 + 1 + s.n_patches + s.registers) * d  # cls, mask, positions
-    backbone = embed + s.depth * _block_parameters(s) + 2 * d
+    backbone = embed + s.depth * block_parameters(s) + 2 * d
     student = backbone + sum(heads.values())
     return {"backbone": backbone, **heads, "student": student, "teacher": student, "trained": student - fixed}
 
 
-def _block_parameters(s: Sizes) -> int:
+def block_parameters(s: Sizes) -> int:
+    """Of one block."""
     d, (first, last) = s.width, s.feed_forward
     norms, attention = 4 * d, (d + 1) * 3 * d + (d + 1) * d
     return norms + attention + (d + 1) * first + (last + 1) * d + (2 * d if s.layerscale else 0)
@@ -214,132 +211,6 @@ def _head_flops(h: HeadSizes, width: int, rows: float, mlp: int, products: int) 
     return 2 * rows * (mlp * layers + products * h.bottleneck_dim * h.n_prototypes)
 
 
-# ---------------------------------------------------------------- memory
-
-
-def step_memory(
-    s: Sizes, n_images: int, n_masked: float, parts: int = 1, gpus: int = 1, sharding: str = "ddp"
-) -> dict[str, float]:
-    """Bytes that one device holds in a step, and the most that it holds at a time.
-
-    Args:
-        n_images, n_masked: of an update on this device; M is 0 without iBOT.
-        parts: the batch is computed in so many.
-        gpus: devices that take part.
-        sharding: of several: "ddp" keeps everything on each, the gradients all the time (they lie in its buckets);
-            "fsdp" divides weights, gradients, moments and the average by their number, and holds what is computed
-            whole: embeddings and heads for the whole pass, two blocks at a time. Neither was measured.
-    Returns:
-        "weights" (student), "average" (teacher), "moments" (of AdamW), "gradients", "gathered" (whole under fsdp),
-        "batch" (crops), "saved" (what autograd keeps of the backbone), "heads" (of the heads, without logits), "logits"
-        (kept and passing, and targets), "casts" (16-bit copies of weights), and "peak", the largest of four moments:
-        the targets are made, the backward pass starts, it reaches the last block, the update.
-    """
-    if sharding not in ("ddp", "fsdp") or min(n_images, parts, gpus) < 1:
-        raise ValueError(f"expected sharding 'ddp' or 'fsdp', images, parts and gpus of at least 1; got {sharding!r}, "
-                         f"{n_images}, {parts}, {gpus}")  # fmt: skip
-    count, share = parameters(s), 1 / gpus if sharding == "fsdp" else 1
-    m = {
-        "weights": FLOAT * count["student"] * share, "average": FLOAT * count["teacher"] * share,
-        "moments": 2 * FLOAT * count["trained"] * share, "gradients": FLOAT * count["trained"] * share,
-        "gathered": _gathered_bytes(s, count) if gpus > 1 and sharding == "fsdp" else 0.0, "batch": _batch_bytes(s, n_images),
-    }  # fmt: skip
-    n, masked = n_images / parts, n_masked / parts
-    m |= {"saved": _backbone_bytes(s, n), "heads": _heads_bytes(s, n, masked), "casts": _cast_bytes(s, share)}
-    targets, made, kept, passing = _logit_bytes(s, n_images, n_masked, n, masked)
-    states = sum(m[key] for key in ("weights", "average", "moments", "gathered", "batch"))
-    always = parts > 1 or gpus > 1 and sharding == "ddp"
-    before = m["gradients"] if always else 0.0
-    learned = max(before, FLOAT * (count["dino_head"] + count["ibot_head"]) * share)  # gradients of the heads come first
-    moments = (
-        before + made + 12 * FLOAT * s.width * sum(c * t for c, t in s.groups(n_images / parts)[:1]),
-        before + targets + kept + passing + m["saved"] + m["heads"] + m["casts"],
-        learned + targets + m["saved"] + m["casts"] + max(_passing_block(s, n), _passing_head(s)),
-        m["gradients"] + targets,
-    )
-    return m | {"logits": targets + kept + passing, "peak": states + max(moments)}
-
-
-def _gathered_bytes(s: Sizes, count: dict[str, int]) -> float:
-    """What FSDP puts together, in the precision of the products: weights, their gradients, and the sums in float32."""
-    slim, block = 2 if s.half else FLOAT, _block_parameters(s)
-    root = count["student"] - s.depth * block
-    return slim * (root + 2 * block) + slim * (root + block) + FLOAT * root
-
-
-def _batch_bytes(s: Sizes, n_images: float) -> float:
-    pixels = N_GLOBAL * s.global_size**2 + s.n_local * s.local_size**2
-    return n_images * (3 * FLOAT * pixels + N_GLOBAL * s.n_patches)
-
-
-def _backbone_bytes(s: Sizes, n_images: float) -> float:
-    """What autograd keeps of the backbone, from the crops to the final norm.
-
-    For each token in each residual: the norm's input; what goes into and comes out of the linear layers; of attention
-    q, k, v, the answer and one number a head; with stochastic depth an index and a scale.
-    """
-    d, (first, last), slim = s.width, s.feed_forward, 2 if s.half else FLOAT
-    kept, every = s.kept(n_images), sum(crops * n for crops, n in s.groups(n_images))
-    rows = sum(crops * n for crops, n in kept)
-    copies = (2 if len(kept) > 1 else 1) if s.attention == "sdpa" else 1  # two sizes are put end to end
-    inside = slim if not (s.half and s.cpu) else FLOAT
-    attend = FLOAT * d + slim * d + inside * 3 * d + slim * d * (copies - 1) + inside * d
-    attend += {"sdpa": FLOAT * s.heads, "triton": FLOAT * s.heads, "reference": inside * d}[s.attention]
-    feed = FLOAT * d + slim * (d + first + (2 if s.gated else 1) * last)
-    both = 2 * (2 * FLOAT + (slim * d if s.layerscale else 0))
-    both += 2 * (12 + FLOAT * d) if s.subset and s.drop_rate else 0  # index_add keeps what it adds
-    pairs = FLOAT * s.heads * sum(crops * n**2 for crops, n in kept) if s.attention == "reference" else 0
-    pictures = _batch_bytes(s, n_images) / 2 if s.half else 0  # the patch convolution keeps its own copy
-    return s.depth * (rows * (attend + feed + both) + pairs) + FLOAT * every * d + pictures
-
-
-def _passing_block(s: Sizes, n_images: float) -> float:
-    """What the backward pass of a feed-forward needs for itself: gradients of the stream and of both its layers."""
-    slim, (_, last) = 2 if s.half else FLOAT, s.feed_forward
-    every, rows = (sum(c * n for c, n in groups) for groups in (s.groups(n_images), s.kept(n_images)))
-    return FLOAT * every * s.width + slim * rows * (2 * s.width + last)
-
-
-def _passing_head(s: Sizes) -> float:
-    """A shared head has two gradients of its largest layer and their sum, while they are added."""
-    return 0.0 if s.ibot else 2 * FLOAT * max(a * b for a, b in s.dino.layers(s.width))
-
-
-def _heads_bytes(s: Sizes, n_images: float, n_masked: float) -> float:
-    slim, found = 2 if s.half else FLOAT, 0.0
-    views = sum(crops for crops, _ in s.groups(n_images))
-    for h, rows in zip(s.heads_of(), (views, n_masked)):
-        layers = s.width + sum(2 * out for _, out in h.layers(s.width)[:-1]) + h.bottleneck_dim
-        found += rows * (slim * layers + 2 * FLOAT * h.bottleneck_dim + FLOAT * s.width)
-        found += 2 * FLOAT * h.n_prototypes * h.bottleneck_dim if h.weight_norm and rows else 0
-    return found
-
-
-def _cast_bytes(s: Sizes, share: float) -> float:
-    """16-bit copies of the student's linear layers."""
-    if not s.half:
-        return 0.0
-    d, (first, last) = s.width, s.feed_forward
-    mlps = sum(a * b for h in {s.dino, s.ibot} if h for a, b in h.layers(d))
-    return 2 * share * (s.depth * d * (4 * d + first + last) + 3 * s.patch_size**2 * d + mlps)
-
-
-def _logit_bytes(
-    s: Sizes, n_images: int, n_masked: float, part: float, part_masked: float
-) -> tuple[float, float, float, float]:
-    """Of the targets; while these are made; kept for backward; passing in the forward or backward of one loss."""
-    (dino, ibot), views = s.heads_of(), sum(crops for crops, _ in s.groups(part))
-    classes = FLOAT * N_GLOBAL * n_images * dino.n_prototypes
-    patches = FLOAT * n_masked * ibot.n_prototypes
-    seen = FLOAT * views * dino.n_prototypes, FLOAT * part_masked * ibot.n_prototypes
-    targets = classes + patches
-    normed = max(4 * FLOAT * h.n_prototypes * h.bottleneck_dim for h in s.heads_of())  # back through weight norm
-    if s.prototypes == "reference":  # logits of the parts, and together; Sinkhorn has two at a time
-        return targets, 3 * classes + 4 * patches, sum(seen), max(2 * max(seen), normed)
-    pieces = 0.0 if s.prototypes == "triton" else 6 * FLOAT * CHUNK[s.cpu]
-    return targets, 2 * targets + pieces, 0.0, max(pieces, normed)
-
-
 # ---------------------------------------------------------------- time
 
 
@@ -352,7 +223,8 @@ def training_seconds(flops: float, tflops: float, gpus: int = 1, utilisation: fl
         utilisation: share of it that training reaches, an assumption; above 0, at most 1.
     """
     if not 0 < utilisation <= 1 or tflops <= 0 or gpus < 1:
-        raise ValueError(f"expected utilisation in (0, 1], a rate above 0 and a gpu, got {utilisation}, {tflops}, {gpus}")
+        raise ValueError("expected utilisation in (0, 1], a rate above 0 and 1 or more devices, got "
+                         f"{utilisation}, {tflops}, {gpus}")  # fmt: skip
     return flops / (gpus * tflops * 1e12 * utilisation)
 
 
@@ -401,7 +273,7 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float], floor: bool =
     """
     x, y = np.asarray(compute, float), np.asarray(loss, float)
     if x.shape != y.shape or x.ndim != 1 or len(np.unique(x)) < 2 + floor:
-        raise ValueError(f"expected one loss for each of {2 + floor} or more different compute values, got {len(y)} for {x}")
+        raise ValueError(f"expected a loss for each of {2 + floor} or more different computes, got {len(y)} for {x}")
     if not (np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)).all():
         raise ValueError(f"expected finite compute and loss above 0, got {x} and {y}")
     if not floor:
