@@ -268,7 +268,7 @@ def _plan(stages) -> None:
                     "minidino plan vits16-in1k --gpus 8 --device h200 loss.prototypes=triton", run)  # fmt: skip
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="without it a table of all: " + ", ".join(PRESETS))
     parser.add_argument("--gpus", type=int, metavar="N", help="devices; without it as the preset is meant")
-    parser.add_argument("--device", metavar="NAME", help="cpu (this machine, timed for half a second), h200, ...: "
+    parser.add_argument("--device", metavar="NAME", help="cpu (this machine, timed for a moment), h200, ...: "
                         "a wrong name lists them all")  # fmt: skip
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="of several (default %(default)s)")
     parser.add_argument("--utilisation", type=float, default=0.3, metavar="FRACTION", help="of the peak rate that "

@@ -7,7 +7,7 @@ Each number says where it comes from: formula, published (by the maker of a devi
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -236,12 +236,11 @@ def plan_table(limit: Device | None = None, **options: Any) -> str:
     words = "preset | on | parameters, M: backbone + heads | GFLOP an image | GiB each | hours | device-hours | known"
     rows = [f"| {words} |", "|---" * 8 + "|"]
     for name in PRESETS:
-        plan = make_plan(preset(name), **options)
-        if plan.device == "cpu":  # one measurement for all rows
-            limit = limit or plan.limit
-            seconds = training_seconds(plan.run_flops, limit.tflops, 1, plan.utilisation)
-            plan = replace(plan, limit=limit, seconds=seconds)
-        c, meant = plan.counts, (plan.device, plan.gpus) == WHERE.get(name, ELSEWHERE)
+        usual = WHERE.get(name, ELSEWHERE)
+        here = (options.get("device") or usual[0]) == "cpu"
+        plan = make_plan(preset(name), limit=limit if here else None, **options)
+        limit = plan.limit if here else limit  # one measurement for all rows
+        c, meant = plan.counts, (plan.device, plan.gpus) == usual
         cells = (
             f"`{name}`", f"{plan.gpus} x {plan.device}",
             f"{c['backbone'] / 1e6:.2f} + {(c['student'] - c['backbone']) / 1e6:.2f}",

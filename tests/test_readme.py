@@ -21,6 +21,7 @@ BENCHMARKS = {
     "probes": {"probes-scenes", "probes-photographs"},
     "highres": {"highres"},
     "distill": {"distill"},
+    "plan": {"plan", "plan-measured"},
 }
 
 

@@ -265,7 +265,7 @@ def test_impossible_machines():
 
 def test_time_is_work_by_rate():
     assert training_seconds(6e15, 100, gpus=2, utilisation=0.3) == pytest.approx(100)
-    assert 0 < matrix_tflops(side=64, seconds=0.01) < 1000
+    assert 0 < matrix_tflops(seconds=0.01) < 1000
 
 
 def test_the_default_utilisation_is_that_of_the_two_published_runs():
@@ -335,16 +335,23 @@ def test_what_cannot_be_planned(changes, options, words):
         make_plan(override(preset("scenes-cpu"), changes), **options)
 
 
-def test_the_table_of_the_readme():
-    """All of it is arithmetic but the hours on a cpu, whose rate was measured where it was written."""
-    readme = (ROOT / "README.md").read_text()
-    stored = readme.split("<!-- plan -->\n")[1].split("\n<!-- /plan -->")[0].splitlines()
-    table = plan_table(Device(1, 64)).splitlines()
-    assert len(table) == len(stored) == 2 + len(PRESETS)
-    for ours, theirs in zip(table, stored, strict=True):
-        cells, others = (line.split(" | ") for line in (ours, theirs))
-        timed = (5, 6) if " 1 x cpu " in ours else ()
-        assert [c for i, c in enumerate(cells) if i not in timed] == [c for i, c in enumerate(others) if i not in timed]
+def test_the_table_has_every_preset_on_its_machine_or_on_one():
+    rows = plan_table(Device(0.1, 64)).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(PRESETS)
+    for name, row in zip(PRESETS, rows, strict=True):
+        plan = make_plan(preset(name), limit=Device(0.1, 64) if "cpu" in name else None)
+        assert f"| {plan.gpus} x {plan.device} |" in row and (", does not fit |" in row) == (not plan.fits)
+        assert KNOWN.get(name, "|") in row
+    on_one = plan_table(device="h200", gpus=1)
+    assert on_one.count("| 1 x h200 |") == len(PRESETS) and "published" not in on_one
+
+
+@pytest.mark.parametrize("kind", ["flops", "bytes"])
+def test_stored_steps_are_as_predicted(kind):
+    rows = json.loads((ROOT / "data" / "results" / "plan-cpu.json").read_text())["rows"]
+    assert len(rows) >= 6
+    for row in rows:
+        assert row[f"formula_{kind}"] == pytest.approx(row[kind], rel={"flops": 0.02, "bytes": 0.15}[kind])
 
 
 def test_devices_are_plausible():
