@@ -127,7 +127,7 @@ def make_plan(
     usual, usual_gpus = WHERE.get(config.preset, ELSEWHERE)
     device = device or usual
     gpus = gpus or (usual_gpus if device == usual else 1)
-    _check(config, gpus, device, limit)
+    _check(config, gpus, device, parallel, limit)
     s, o, w, n_parts = sizes_of(config, device), config.optim, config.loss, config.optim.accumulate
     masked = expected_masked(2 * o.batch_size, s.n_patches, config.masks.probability, config.masks.ratio)
     share = max(0.0, 1 - w.ibot_start_frac) if w.ibot else 0.0  # of the steps, with iBOT
@@ -144,7 +144,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def _check(config: RunConfig, gpus: int, device: str, limit: Device | None) -> None:
+def _check(config: RunConfig, gpus: int, device: str, parallel: str, limit: Device | None) -> None:
     if device not in (*DEVICES, "cpu") and limit is None:
         raise ValueError(f"no device {device!r}; there are: cpu (this machine), {', '.join(DEVICES)}")
     if gpus < 1 or device == "cpu" and gpus > 1:
@@ -153,6 +153,8 @@ def _check(config: RunConfig, gpus: int, device: str, limit: Device | None) -> N
     if config.optim.batch_size % parts:
         raise ValueError(f"optim.batch_size: expected a multiple of gpus x accumulate = {parts}, got "
                          f"{config.optim.batch_size}")  # fmt: skip
+    if parallel == "fsdp" and config.run.precision == "fp16":
+        raise ValueError("run.precision: expected bf16 with fsdp, got 'fp16', whose scaled gradients it cannot take")
     if config.distill.teacher or config.distill.targets != "heads":
         raise ValueError("a plan is of pretraining; distill has another teacher, whose run is needed: unset distill.*")
     if device != "cpu" and config.run.precision == "fp32" and limit is None:
@@ -168,11 +170,12 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that make a run fit, the least invasive first, each with the plan that it gives."""
     lean = "loss.prototypes=" + ("chunked" if plan.device == "cpu" else "triton")
     of_losses: list[list[str]] = [[]] if plan.config.loss.prototypes in ("chunked", "triton") else [[], [lean]]
-    o = plan.config.optim
-    for parallel in {plan.parallel: 0, "fsdp": 0} if plan.gpus > 1 else (plan.parallel,):
+    o, scaled = plan.config.optim, plan.config.run.precision == "fp16"
+    for parallel in dict.fromkeys((plan.parallel, "fsdp")) if plan.gpus > 1 else (plan.parallel,):
+        precision = ["run.precision=bf16"] if parallel == "fsdp" and scaled else []
         for losses in of_losses:
             for parts in _divisors(o.batch_size // plan.gpus, o.accumulate):
-                changes = losses + ([] if parts == o.accumulate else [f"optim.accumulate={parts}"])
+                changes = precision + losses + ([] if parts == o.accumulate else [f"optim.accumulate={parts}"])
                 try:
                     changed = make_plan(override(plan.config, changes), plan.gpus, plan.device, parallel,
                                         plan.utilisation, plan.limit)  # fmt: skip

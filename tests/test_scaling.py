@@ -317,7 +317,8 @@ def test_remedies_fit():
     hopeless = describe(make_plan(override(preset("vitl14-lvd"), ["vit.name=vit_giant2"]), device="l4"))
     assert "more devices or a smaller network" in hopeless
     large = make_plan(override(preset("vitl14-lvd"), ["vit.name=vit_giant2"]), gpus=96, device="a10")
-    assert any("--parallel fsdp" in words for words, _ in remedies(large))
+    assert not large.fits and all(changed.fits for _, changed in remedies(large))
+    assert any("--parallel fsdp run.precision=bf16" in words for words, _ in remedies(large))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +329,7 @@ def test_remedies_fit():
         ([], {"device": "h200", "gpus": 7}, "a multiple of gpus x accumulate = 7"),
         (["run.precision=fp32"], {"device": "h200"}, "expected bf16, fp16 or auto on a GPU"),
         (["distill.teacher=runs/big"], {}, "distill"),
+        (["run.precision=fp16"], {"device": "h200", "gpus": 2, "parallel": "fsdp"}, "expected bf16 with fsdp"),
     ],
 )
 def test_what_cannot_be_planned(changes, options, words):
