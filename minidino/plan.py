@@ -72,8 +72,14 @@ class Plan:
 
 
 def sizes_of(config: RunConfig, device: str) -> Sizes:
-    """What a step depends on, with every "auto" resolved for a device of that name: "cpu", or any GPU."""
+    """What a step depends on, with every "auto" resolved for a device of that name: "cpu", or any GPU.
+
+    Raises:
+        ValueError: a network that `build_vit` does not know.
+    """
     v, w, c = config.vit, config.loss, config.crops
+    if v.name not in SIZES:
+        raise ValueError(f"vit.name: expected one of {', '.join(SIZES)}, got {v.name!r}")
     width, depth, heads, ffn = SIZES[v.name]
     width, heads, gated = v.width or width, v.heads or heads, (v.ffn or ffn) == "swiglu"
     cpu, half = device == "cpu", _is_half(config, device)

@@ -89,6 +89,8 @@ class Sizes:
         for name in ("width", "depth", "heads", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         for name in ("global_size", "local_size"):
             if (side := getattr(self, name)) % self.patch_size:
                 raise ValueError(f"{name}: expected a multiple of patch_size {self.patch_size} px, got {side} px")
