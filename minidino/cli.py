@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _bench, _doctor, _data):
+    for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _plan, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
     takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
@@ -280,6 +280,31 @@ def _export(stages) -> None:
     parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="bake the positions for images of this side, "
                         "or height and width (onnx); without it the stored grid")  # fmt: skip
     parser.add_argument("--heads", type=int, help="of weights that do not tell; without it one for 64 channels")
+
+
+def _plan(stages) -> None:
+    def run(options) -> None:
+        from minidino.plan import describe, make_plan, plan_table
+
+        o = options
+        machine = {"gpus": o.gpus, "device": o.device, "utilisation": o.utilisation}
+        if o.preset is None:
+            print(plan_table(**machine))
+        elif "=" in o.preset:
+            raise ValueError(f"expected a preset first, got {o.preset!r}; there are: {', '.join(PRESETS)}")
+        else:
+            print(describe(make_plan(override(preset(o.preset), o.changes), **machine), o.price_per_hour))
+
+    parser = _stage(stages, "plan", "what a run will take, by formula: parameters, FLOPs, memory, time, cost",
+                    "minidino plan vits16-in1k --gpus 8 --device h200 loss.prototypes=triton", run)  # fmt: skip
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="without it a table of all: " + ", ".join(PRESETS))
+    parser.add_argument("--gpus", type=int, metavar="N", help="devices; without it as the preset is meant")
+    parser.add_argument("--device", metavar="NAME", help="cpu (this machine, timed for a moment), h200, ...: "
+                        "a wrong name lists them all")  # fmt: skip
+    parser.add_argument("--utilisation", type=float, default=0.3, metavar="FRACTION", help="of the peak rate that "
+                        "training reaches: an assumption (default %(default)s, about that of the published runs)")  # fmt: skip
+    parser.add_argument("--price-per-hour", type=float, metavar="X", help="of one device; without it no money is named")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
 
 
 def _bench(stages) -> None:

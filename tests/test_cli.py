@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from minidino.cli import main
-from minidino.config import preset
+from minidino.config import PRESETS, preset
 from minidino.runs import Run
 
-STAGES = ["tour", "curate", "train", "adapt", "probe", "export", "bench", "doctor", "data list", "data get", "data check", "data"]
+STAGES = ["tour", "curate", "train", "adapt", "probe", "export", "plan", "bench", "doctor", "data list", "data get",
+          "data check", "data"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,11 @@ def test_what_argparse_refuses(arguments, capsys):
         ("train --data nowhere", "nowhere"),
         ("train --out full", "full is not empty and not a run folder"),
         ("tour --data nowhere", "nowhere"),
+        ("plan vits16", "no preset 'vits16'; there are: scenes-cpu"),
+        ("plan vit.depth=4", "expected a preset first"),
+        ("plan vits16-in1k --device abacus", "no device 'abacus'; there are: cpu"),
+        ("plan vits16-in1k --utilisation 2", "expected utilisation in (0, 1]"),
+        ("plan vits16-in1k vit.dept=4", "got 'vit.dept=4'; keys are vit.name"),
         ("doctor nowhere", "nowhere is not a run folder"),
         ("data check nowhere", "nowhere"),
         ("data get mnist", "no set called 'mnist'; known: "),
@@ -73,6 +79,16 @@ def test_what_cannot_be_met_is_one_line(command, words, tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith(f"minidino {command.split()[0]}: ") and words in told
     assert len(told.splitlines()) == 1 and "Traceback" not in told
+
+
+def test_plan_of_one_and_of_all(capsys):
+    asked = "plan vits16-in1k --gpus 8 --device h200 optim.accumulate=2 --price-per-hour 3 vit.depth=6"
+    assert main(asked.split()) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("vits16-in1k on 8 x h200, ddp\n") and "at 3 an hour" in told and "known" not in told
+    assert main("plan --device h200 --gpus 1".split()) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("`")[1] for row in rows[2:]] == list(PRESETS) and all("1 x h200" in row for row in rows[2:])
 
 
 def test_data_list(capsys):

@@ -30,7 +30,7 @@ ORDER = """
     learning.adapt learning.distill learning.copies
     probes.features probes.patches probes.knn probes.dense probes.segmentation probes.propagation probes.depth
     probes.linear probes.grid probes.logistic probes.retrieval
-    pictures looking report scaling notebook stages judge subjects questions evaluate curate chain tour cli
+    pictures looking report scaling memory notebook stages judge subjects questions evaluate curate chain tour plan cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {
     "triton": ("kernels",),
