@@ -173,9 +173,9 @@ def shard(door: Door, bf16: bool = False) -> nn.Module:
     return fully_shard(door, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a teacher has no backward pass
 
 
-def gradients_wait(door: nn.Module, wait: bool) -> AbstractContextManager:
-    """A block whose backward passes keep their gradients here, where `wait`; the next without it takes them along."""
-    return door.no_sync() if wait and isinstance(door, DistributedDataParallel) else nullcontext()
+def gradients_wait(door: nn.Module, more: bool) -> AbstractContextManager:
+    """A block whose backward passes keep their gradients here, where `more` come; the last takes them along (DDP)."""
+    return door.no_sync() if more and isinstance(door, DistributedDataParallel) else nullcontext()
 
 
 def shard_moments(optimizer: torch.optim.Optimizer) -> None:

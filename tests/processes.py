@@ -13,7 +13,7 @@ from minidino.config import override, preset
 from minidino.distributed import all_reduce, gather, here, my_rows, n_processes, rank, together
 from minidino.learning.losses import koleo_loss, sinkhorn_knopp, update_center
 from minidino.learning.train import State
-from minidino.stages import pretrain
+from minidino.stages import adapt, distill, pretrain
 
 TINY = [
     "crops.global_size=32", "crops.local_size=16", "vit.width=16", "vit.depth=2", "vit.heads=2", "optim.batch_size=16",
@@ -45,6 +45,12 @@ def words(out: Path) -> None:
         "sinkhorn": sinkhorn_knopp(rows_of(rank()), 0.1, all_reduce=all_reduce),
         "center": update_center(torch.zeros(1, 7), rows_of(rank()), all_reduce=all_reduce),
     }, out / f"words-{n_processes()}-{rank()}.pt")  # fmt: skip
+
+
+def later(out: Path) -> None:
+    """The stages after pretraining, of the run `plain` beside them."""
+    adapt(out / "plain", out / "adapted", 40, 4)
+    distill(str(out / "plain"), out / "taught", ["vit_tiny,width=8,depth=1,heads=1"], 4)
 
 
 class Stop(Exception):
@@ -105,6 +111,8 @@ def main() -> None:
             name, _, changes = work.partition(":")
             if name == "words":
                 words(out)
+            elif name == "later":
+                later(out)
             elif name == "resume":
                 pretrain(tiny(), out / changes, resume=True)
             elif name == "begin":
