@@ -86,17 +86,15 @@ def crop_seed(seed: int, step: int, index: int) -> int:
 # ---------------------------------------------------------------- the readable reference
 
 
-def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator) -> Float[Tensor, "3 size size"]:
-    """Cut and distort one view of one image, with torchvision's own transforms on 8-bit PIL images.
+def reference_view(law: CropLaw) -> Callable[[Image.Image], Float[Tensor, "3 size size"]]:
+    """The law in torchvision's own transforms on 8-bit PIL images; chance comes from torch's global generator.
 
-    Returns:
-        One view, normalised by the ImageNet mean and standard deviation.
     Source: official dinov2/data/augmentations.py (b8931f7).
     """
     from torchvision import transforms  # half of the start-up time of everything that never asks for it
 
     jitter = transforms.ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)
-    view = transforms.Compose(
+    return transforms.Compose(
         [
             transforms.RandomResizedCrop(
                 law.size, law.scale, law.ratio, interpolation=transforms.InterpolationMode.BICUBIC
@@ -110,6 +108,15 @@ def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator)
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
+
+
+def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator) -> Float[Tensor, "3 size size"]:
+    """Cut and distort one view of one image, by `reference_view`.
+
+    Returns:
+        One view, normalised by the ImageNet mean and standard deviation.
+    """
+    view = reference_view(law)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it ours
         torch.default_generator.set_state(generator.get_state())
         crop = view(image.convert("RGB"))
