@@ -39,11 +39,12 @@ def _resize_windows(lines: Tensor, box: Tensor, flip: Tensor, size: int) -> Tens
     (rows, down), (columns, across) = _taps(box[:, 2], size), _taps(box[:, 3], size, flip)
     down = down / 255 if lines.dtype == torch.uint8 else down
     crops = torch.empty(len(box), 3, size, size)
-    for i, (top, left, height, width) in enumerate(box.int().tolist()):
-        window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, 3, w)
-        low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, 3, width)
-        small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, 3 * s) -> (s, 3 * s)
-        crops[i] = small.clamp_(0, 1).view(size, 3, size).permute(1, 2, 0)
+    with torch.inference_mode():
+        for i, (top, left, height, width) in enumerate(box.int().tolist()):
+            window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, 3, w)
+            low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, 3, width)
+            small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, 3 * s) -> (s, 3 * s)
+            crops[i] = small.clamp_(0, 1).view(size, 3, size).permute(1, 2, 0)
     return crops
 
 
