@@ -36,8 +36,9 @@ from minidino.runs import keep_freed_memory, peak_memory_mb, pick_precision
 
 WHO = ("ours", "lightly", "plain")
 TURNS, BATCH, PUBLISHED_DROP = 3, 8, 0.3
-TOY = ("vit.width=32", "vit.depth=2", "vit.heads=2", "crops.global_size=32", "crops.local_size=16", "crops.n_local=2",
-       "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16", "optim.batch_size=4")  # fmt: skip
+TOY = ("vit.width=32", "vit.depth=2", "vit.heads=2", "vit.patch_size=8", "crops.global_size=32", "crops.local_size=16",
+       "crops.n_local=2", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16",
+       "optim.batch_size=4")  # fmt: skip
 SHARED = (  # what lightly and timm can do as well; positions as timm stretches them
     "loss.targets=centering", "vit.interpolate_offset=0.0", "vit.interpolate_antialias=true", f"optim.batch_size={BATCH}",
     "run.log_every=1000000", "run.steps=1000000000", "run.precision=fp32", "vit.layerscale=0.1",
