@@ -42,6 +42,7 @@ TOY = ("vit.width=32", "vit.depth=2", "vit.heads=2", "vit.patch_size=8", "crops.
 SHARED = (  # what lightly and timm can do as well; positions as timm stretches them
     "loss.targets=centering", "vit.interpolate_offset=0.0", "vit.interpolate_antialias=true", f"optim.batch_size={BATCH}",
     "run.log_every=1000000", "run.steps=1000000000", "run.precision=fp32", "vit.layerscale=0.1",
+    "optim.layerwise_decay=1.0", "optim.patch_embed_lr_mult=1.0",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -100,7 +101,7 @@ class Lightly:
         state = start(config, CPU)
         self.student = _lightly_network(config, state.student).train()
         self.teacher = _lightly_network(config, state.student).requires_grad_(False).eval()  # its head cannot be copied
-        groups = loop.parameter_groups(self.student, config.optim.layerwise_decay, config.optim.patch_embed_lr_mult)
+        groups = loop.parameter_groups(self.student)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, config.optim.beta2), fused=True)
         k, student_temp = config.heads.n_prototypes, config.loss.student_temp
         self.dino, self.ibot = DINOLoss(k, student_temp=student_temp), IBOTPatchLoss(k, student_temp=student_temp)
