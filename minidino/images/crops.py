@@ -337,27 +337,29 @@ def saturation(x: Float[Tensor, "n 3 s s"], factor: Float[Tensor, "n"]) -> Float
 def hue(x: Float[Tensor, "n 3 s s"], shift: Float[Tensor, "n"]) -> Float[Tensor, "n 3 s s"]:
     """Turn the colour circle by `shift` turns, keeping HSV value and saturation.
 
-        h = 6 hue mod 6,  q_d = clamp(|h - d|, 1, 2) - 1;  red low + chroma q_3, green high - chroma q_2, blue q_4
+        red' = clamp(2 red - middle - 6 shift chroma sign(green - blue), low, high)        green', blue' in a circle
+
+    low, middle and high are the channels in order, chroma is high - low; that is so up to a sixth of a turn.
     """
+    n_turns = max(math.ceil(6 * shift.abs().max().item() - 1e-6), 1)
+    for _ in range(n_turns):
+        x = _turn_hue(x, 6 / n_turns * shift)
+    return x
+
+
+def _turn_hue(x: Tensor, sectors: Tensor) -> Tensor:
+    """Turn by at most one of six sectors; the formula follows from HSV's, where a channel is linear in hue."""
     red, green, blue = x.unbind(1)
-    high, low = torch.maximum(red, green), torch.minimum(red, green)
+    low, high = torch.minimum(red, green), torch.maximum(red, green)
+    middle = torch.minimum(high, blue).maximum(low)
+    torch.minimum(low, blue, out=low)
     torch.maximum(high, blue, out=high)
-    chroma = high - torch.minimum(low, blue, out=low)
-    h = (red - green).add_(chroma, alpha=4)  # hue times chroma: as it is where blue is the highest,
-    h.lerp_((blue - red).add_(chroma, alpha=2), _as_float(green, high))  # where green is,
-    h.lerp_(green - blue, _as_float(red, high))  # and red
-    h.div_(chroma.clamp(min=1e-12))  # a grey pixel has chroma 0 and any hue
-    h += 6 * shift[:, None, None]
-    h.sub_((h / 6).floor_(), alpha=6)
-    out = torch.sub(h[:, None], x.new_tensor([3, 2, 4])[:, None, None]).abs_().clamp_(1, 2).mul_(chroma[:, None])
-    out[:, 0].sub_(chroma).add_(low)
-    torch.sub(high.add_(chroma)[:, None], out[:, 1:], out=out[:, 1:])
-    return out
-
-
-def _as_float(x: Tensor, y: Tensor) -> Tensor:
-    """1 where two tensors agree, else 0; faster than a bool that is cast."""
-    return torch.eq(x, y, out=torch.empty_like(x))
+    out = torch.empty_like(x)
+    for channel, one, other in ((0, green, blue), (1, blue, red), (2, red, green)):
+        torch.sub(one, other, out=out[:, channel])
+    out.sign_().mul_(((low - high) * sectors[:, None, None])[:, None])
+    out.add_(x, alpha=2).sub_(middle[:, None])
+    return torch.clamp(out, low[:, None], high[:, None], out=out)
 
 
 def gaussian_blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, "n"]) -> Float[Tensor, "n 3 s s"]:
