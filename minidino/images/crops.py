@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -263,8 +264,13 @@ def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
 
 
 def _standardise(x: Tensor, _: Tensor) -> Tensor:
-    mean, std = (x.new_tensor(c)[:, None, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = _mean_and_std(x.device)
     return (x - mean).div_(std)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 # ---------------------------------------------------------------- colour and focus: rows in, rows out
@@ -364,16 +370,22 @@ def _turn_hue(x: Tensor, sectors: Tensor) -> Tensor:
 
 def gaussian_blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, "n"]) -> Float[Tensor, "n 3 s s"]:
     """Blur with a 9 x 9 Gaussian of `sigma` px, edges mirrored: along one axis, then along the other."""
-    size, reach = x.shape[-1], BLUR_KERNEL // 2
-    offset = torch.arange(-reach, reach + 1, device=x.device)
+    offset = torch.arange(-(BLUR_KERNEL // 2), BLUR_KERNEL // 2 + 1, device=x.device)
     kernel = (-0.5 * (offset / sigma[:, None]) ** 2).softmax(dim=1)  # (n, 9)
-    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # mirrored at 0
-    source = (size - 1) - (size - 1 - source).abs()  # and at the other end
-    index = torch.arange(0, 3 * len(x) * size, size, device=x.device)[:, None, None] + source  # (n * 3, s, 9)
-    weights = kernel.repeat_interleave(3 * size, dim=0)  # (n * 3 * s, 9)
+    n_lines = 3 * x.shape[-1]
+    weights = kernel[:, None].expand(-1, n_lines, -1).reshape(-1, BLUR_KERNEL)  # (n * 3 * s, 9)
+    index = _mirrored(len(x) * 3, x.shape[-1], x.device)
     for _ in range(2):  # each pass blurs the columns and lays the crop on its side
-        x = mix_rows(x.flatten(0, 2), index.flatten(0, 1), weights).view(x.shape).mT
+        x = mix_rows(x.flatten(0, 2), index, weights).view(x.shape).mT
     return x
+
+
+@lru_cache(maxsize=8)
+def _mirrored(n: int, size: int, device: torch.device) -> Int[Tensor, "lines 9"]:
+    """Of n planes below each other, the nine lines around each line, mirrored at both ends of its plane."""
+    source = (torch.arange(size)[:, None] + torch.arange(BLUR_KERNEL) - BLUR_KERNEL // 2).abs()
+    source = (size - 1) - (size - 1 - source).abs()
+    return (torch.arange(0, n * size, size)[:, None, None] + source).flatten(0, 1).to(device)
 
 
 def solarize(x: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
