@@ -312,11 +312,19 @@ def _bench(stages) -> None:
         script = Path(__file__).resolve().parents[1] / "benchmarks" / f"{options.what}.py"
         if not script.exists():
             raise FileNotFoundError(f"no {script}: benchmarks come with a checkout, installed by `pip install -e .`")
-        return subprocess.run([sys.executable, str(script), options.how], check=False).returncode
+        data = ["--data", options.data] if options.data else []
+        toy = ["--toy"] if options.toy else []
+        if (data or toy) and options.what not in own_pictures:
+            raise ValueError(f"--data and --toy go with {' and '.join(own_pictures)}, not with {options.what}")
+        return subprocess.run([sys.executable, str(script), options.how, *data, *toy], check=False).returncode
 
-    parser = _stage(stages, "bench", "time the kernels against what else there is", "minidino bench attention", run)
-    parser.add_argument("what", choices=("attention", "prototypes"))
+    own_pictures = ("loader", "step")
+    parser = _stage(stages, "bench", "time what is here against what else there is", "minidino bench loader --data "
+                    "my-photographs", run)  # fmt: skip
+    parser.add_argument("what", choices=("attention", "prototypes", *own_pictures))
     parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: the README's table")
+    parser.add_argument("--data", help="JPEG photographs for loader and step; without it scenes are drawn")
+    parser.add_argument("--toy", action="store_true", help="loader and step at tiny sizes, which store nothing")
 
 
 def _doctor(stages) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ["minidino.learning.losses", "minidino.learning.prototypes", "minidino.images.masks", "minidino.images.crops",
-           "minidino.model"]  # fmt: skip
+           "minidino.images.resize", "minidino.model"]  # fmt: skip
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run step by step on the CPU

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
-from scipy.stats import ks_2samp
-from torchvision.transforms import RandomResizedCrop
+from scipy.stats import chi2_contingency, ks_2samp
+from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
 from minidino.images import crops
 
@@ -179,7 +179,58 @@ def test_plan_follows_the_law():
     assert (share - 0.25).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_jitter_and_blur_are_distributed_as_torchvision_draws_them(kind):
+    law, n = crops.released_laws(24, 16)[kind], 2000
+    side = torch.full((n,), 64)
+    plan = crops.plan_view(torch.rand(n, crops.N_DRAWS, generator=generator(4)), side, side, law)
+    jitter = ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)
+    blur = GaussianBlur(crops.BLUR_KERNEL, law.blur_sigma)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        drawn = [ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+        sigma = [blur.get_params(*law.blur_sigma) for _ in range(n)]
+    for name, column, theirs in zip("bcsh", plan.factors.T, zip(*(one[1:] for one in drawn))):
+        assert ks_2samp(column.numpy(), theirs).pvalue > 1e-3, name
+    assert ks_2samp(plan.sigma.numpy(), sigma).pvalue > 1e-3
+    orders = [[tuple(order.tolist()) for order in some] for some in (plan.order, (one[0] for one in drawn))]
+    table = np.array([[some.count(order) for order in sorted(set(orders[0]))] for some in orders])
+    assert table.shape == (2, 24) and chi2_contingency(table).pvalue > 1e-3
+
+
 # ---------------------------------------------------------------- the whole
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_every_view_is_torchvisions_for_the_same_parameters(kind):
+    image, n = photograph(), 40
+    law = replace(crops.released_laws(24, 16)[kind], solarize_p=0.0)  # it jumps at its threshold, and is tested alone
+    ours = unnormalise(batched(image, law, n))
+    draws = torch.cat([torch.rand(1, crops.N_DRAWS, generator=generator(seed)) for seed in range(n)])
+    plan = crops.plan_view(draws, torch.full((n,), 48), torch.full((n,), 64), law)
+    change = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    bicubic, size = TF.InterpolationMode.BICUBIC, [law.size] * 2
+    for i, (top, left, height, width) in enumerate(plan.box.int().tolist()):
+        expected = TF.resized_crop(image / 255, top, left, height, width, size, bicubic, antialias=True).clamp(0, 1)
+        expected = TF.hflip(expected) if plan.flip[i] else expected
+        for kind in plan.order[i].tolist() if plan.jitter[i] else ():
+            expected = change[kind](expected, plan.factors[i, kind].item())
+        expected = TF.rgb_to_grayscale(expected, 3) if plan.gray[i] else expected
+        expected = TF.gaussian_blur(expected, [9, 9], [plan.sigma[i].item()] * 2) if plan.blur[i] else expected
+        torch.testing.assert_close(ours[i], expected, rtol=0, atol=2e-5)  # the task allows 2/255
+
+
+@pytest.mark.parametrize("name, factor", [("brightness", 1.3), ("contrast", 0.7), ("saturation", 1.2), ("luminance", 1.0)])
+def test_colours_agree_with_pil_up_to_its_rounding(name, factor):
+    image = photograph()
+    ours, theirs = {
+        "brightness": (crops.brightness, TF.adjust_brightness), "contrast": (crops.contrast, TF.adjust_contrast),
+        "saturation": (crops.saturation, TF.adjust_saturation),
+        "luminance": (lambda x, _: crops.luminance(x).expand_as(x), lambda x, _: TF.rgb_to_grayscale(x, 3)),
+    }[name]  # fmt: skip
+    square = image[:, :48, :48]
+    expected = TF.to_tensor(theirs(as_pil(square), factor))
+    torch.testing.assert_close(ours(square[None] / 255, torch.tensor([factor]))[0], expected, rtol=0, atol=2 / 255)
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])

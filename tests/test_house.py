@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     config runs distributed
     images.scenes images.decode images.archives images.named images.datasets images.pixels
-    images.crops images.masks images.batches images.attacks images.corruptions images.pools
+    images.resize images.crops images.masks images.batches images.attacks images.corruptions images.pools
     images.layouts images.pairs
     curation.embeddings curation.search curation.duplicates curation.registration curation.clusters
     curation.retrieval curation.pipeline

@@ -1,0 +1,125 @@
+"""The benchmarks of loader and step at toy sizes: everybody runs, and everybody computes the same."""
+
+import importlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"environment": {"machine": "M", "threads": 1, "date": "2026-01-01", "commit": "c", "versions": {"torch": "t"}}}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a file of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_the_loader_is_measured_and_told(benchmark):
+    loader, threads = benchmark("loader"), torch.get_num_threads()
+    found = loader.measure(toy=True)
+    assert torch.get_num_threads() == threads and "environment" not in found
+    assert set(found["crops"]) == set(loader.CROPPERS) and set(found["decoding"]) == set(loader.DECODERS)
+    for row in (*found["crops"].values(), *found["decoding"].values(), *found["loading"].values()):
+        assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"] and row["per_s"] > 0
+    assert found["crops"]["ours"]["first_is_faster"]["median"] == 1.0
+    told = loader.table(json.loads(json.dumps(found | ENVIRONMENT)), {"ours_per_s": 1.5} | ENVIRONMENT)
+    assert all(name in told for name in loader.CROPPERS) and "1.50 on 1 threads" in told
+
+
+def test_everybody_cuts_the_same_number_of_the_same_crops(benchmark):
+    loader = benchmark("loader")
+    found = loader.pictures(None, toy=True)
+    whole, small = loader.cropper("ours", found, toy=True)(0)
+    assert whole.shape == (2, 4, 3, 32, 32) and small.shape == (2, 4, 3, 16, 16)
+    for name in loader.CROPPERS[1:]:
+        views = loader.cropper(name, found, toy=True)(0)
+        assert [[tuple(view.shape) for view in one] for one in views] == [[(3, 32, 32)] * 2 + [(3, 16, 16)] * 2] * 4
+        values = torch.cat([view.flatten() for one in views for view in one])
+        assert values.dtype == torch.float32 and -2.2 < values.min() < 0 < values.max() < 2.7  # normalised
+
+
+def test_photographs_are_taken_from_all_over_the_set(benchmark, tmp_path):
+    loader = benchmark("loader")
+    for i in range(9):
+        pixels = np.full((60 + i, 80, 3), 25 * i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg", quality=95)
+    found = loader.pictures(str(tmp_path), toy=True)
+    assert [round(found.pixels.image(i).mean() / 25) for i in range(4)] == [0, 2, 4, 6]
+    assert found.pixels.sizes.min(axis=1).tolist() == [48] * 4 and "80 x 60 px" in found.words
+    decoded = loader.decoders(found)
+    theirs = np.asarray(decoded["torchvision"](1)).transpose(1, 2, 0).astype(int)
+    assert np.abs(theirs - np.asarray(decoded["PIL"](1))).max() <= 3
+    assert np.array_equal(np.asarray(decoded["ours"](1)), np.asarray(Image.open(io.BytesIO(found.files[1]))))
+    with pytest.raises(ValueError, match="at least 64 JPEG files, got 9"):
+        loader.pictures(str(tmp_path))
+
+
+def test_turns_rotate_and_the_first_round_only_warms_up(benchmark):
+    calls = []
+    works = {name: lambda k, name=name: calls.append((k, name)) for name in "abc"}
+    found = benchmark("loader").in_turns(works, 3)
+    order = ["".join(name for k, name in calls if k == i) for i in range(4)]
+    assert order == ["abc", "bca", "cab", "abc"] and found["a"]["ratio"]["median"] == 1.0
+
+
+def test_the_step_is_measured_and_told(benchmark):
+    step = benchmark("step")
+    found = step.measure(toy=True)
+    for loss in found["losses"].values():
+        assert max(loss.values()) == pytest.approx(min(loss.values()), rel=1e-4, abs=1e-6)
+    for row in found["drop_path"].values():
+        parts = dict(row["parts_s"])
+        assert sum(parts.values()) == pytest.approx(2 * parts.pop("whole")) and min(parts.values()) > 0
+        assert 0 < row["mfu"] < 1
+    told = step.table(json.loads(json.dumps(found)))
+    assert all(who in told for who in step.WHO) and "mean nothing" in told
+
+
+def test_gradients_and_teachers_stay_equal_over_steps(benchmark):
+    step = benchmark("step")
+    config = step.override(step.settings(toy=True, drop=0.0), ["masks.probability=1.0", "optim.warmup_frac=0.0"])
+    batch, _ = step.one_batch(config, toy=True)
+    ours, theirs = step.stepper("ours", config, batch), step.stepper("lightly", config, batch)
+    for _ in range(3):
+        ours.step()
+        said = theirs.step()
+    assert len(batch.mask_weights) > 4 and all(np.isfinite(value) for value in said.values())
+    for mine, other in ((ours.state.student, theirs.student), (ours.state.teacher, theirs.teacher)):
+        for name, layer in ((n, m) for n, m in mine.backbone.named_parameters() if "attn.qkv" in n or "fc1" in n):
+            torch.testing.assert_close(layer, other["backbone"].vit.get_parameter(name), rtol=0, atol=2e-5)
+        weight = other["dino_head"].layers[0].weight
+        torch.testing.assert_close(mine.dino_head.mlp[0].weight, weight, rtol=0, atol=2e-5)
+    assert (ours.state.student.dino_head.mlp[0].weight - ours.state.teacher.dino_head.mlp[0].weight).abs().max() > 1e-4
+
+
+def test_clocks_are_taken_away_again(benchmark):
+    step = benchmark("step")
+
+    class Thing:
+        def work(self):
+            return 7
+
+    thing, taken, backward = Thing(), {"work": 0.0, "back": 0.0}, torch.Tensor.backward
+    with step.timed({"work": (thing, "work"), "back": (torch.Tensor, "backward")}, taken):
+        assert thing.work() == 7 and torch.Tensor.backward is not backward
+    assert taken["work"] > 0 and "work" not in vars(thing) and torch.Tensor.backward is backward
+
+
+def test_operations_are_counted_as_torch_counts_them(benchmark):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    step = benchmark("step")
+    config = step.settings(toy=True, drop=0.0)
+    batch, _ = step.one_batch(config, toy=True)
+    plain = step.stepper("plain", step.override(config, ["vit.attention=reference"]), batch)
+    with FlopCounterMode(display=False) as counter:
+        plain.step()
+    # KoLeo's table and what goes back to the pixels and the teacher's positions make up the difference
+    assert step.operations(config, batch) == pytest.approx(counter.get_total_flops(), rel=0.06)
