@@ -154,6 +154,7 @@ def test_the_threshold_is_a_strict_cosine_and_checked():
 
 def test_one_row_and_no_row_have_no_duplicates():
     assert find_duplicates(cloud(1)).labels.tolist() == [0]
+    assert find_duplicates(np.zeros((3, 4), np.float32), 0.6, floor=0.45).labels.tolist() == [0, 1, 2]
     assert len(find_duplicates(cloud(0)).representatives) == 0
 
 

@@ -63,7 +63,8 @@ def find_duplicates(
     labels = connect(len(descriptors), pairs)
     kept = representatives(labels, quality)
     while floor is not None:
-        far = similarity_to(descriptors, kept[labels]) < floor
+        leader = kept[labels]
+        far = (similarity_to(descriptors, leader) < floor) & (leader != np.arange(len(leader)))  # zeros: far from all
         if not far.any():
             break
         stays = np.flatnonzero(~far)
