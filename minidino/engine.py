@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 ENGINES = ("local", "ray")
-RETRIES = 5  # of a chunk whose worker dies: more than bad luck means that the chunk itself kills it
+RETRIES = 3  # of a chunk whose worker dies: more than bad luck means that the chunk itself kills it
 Span = tuple[int, int]  # first row, and the one after the last
 
 
@@ -105,8 +105,9 @@ class Ray:
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
         answers = data.map_batches(
-            _Chunk(job, self.threads), batch_size=1, num_cpus=self.threads, num_gpus=_gpus(gpu), max_retries=RETRIES
-        )
+            _Chunk(job, self.threads), batch_size=1, num_cpus=self.threads, num_gpus=_gpus(gpu),
+            ray_remote_args_fn=lambda: {"max_retries": RETRIES},
+        )  # fmt: skip
         try:
             for row in answers.iter_rows():
                 yield row["answer"].value()

@@ -220,6 +220,13 @@ def test_an_error_of_the_work_is_raised_here_and_what_was_done_is_kept(ray, fold
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes() and len(found.rows) == len(whole.rows)
 
 
+def test_a_chunk_that_kills_every_worker_is_given_up_in_one_line(ray, monkeypatch):
+    monkeypatch.setattr(engine, "RETRIES", 1)
+    with pytest.raises(ChildProcessError, match="worker died 2 times") as caught:
+        list(ray.map(lambda: os.kill(os.getpid(), signal.SIGKILL), [()]))
+    assert str(caught.value).count("\n") == 0
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.kind)
 def test_shards_stay_with_ray_and_answer_the_same(ray, monkeypatch, plan):
     monkeypatch.setattr("minidino.curation.search.SHARD", 300)
