@@ -79,8 +79,8 @@ def _curate(stages) -> None:
     parser.add_argument("--leak-threshold", type=float, metavar="COSINE", help="above which one is too close to a "
                         "protected picture: 0.45 with --copies; without, one is laid upon the other")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", default="local", choices=ENGINES, help="where chunks run: in this process, or on the "
-                        "Ray cluster of RAY_ADDRESS or of this machine; the manifest is the same (default %(default)s)")  # fmt: skip
+    parser.add_argument("--engine", default="local", choices=ENGINES, help="where chunks run: in this process, or on "
+                        "a Ray cluster, that of RAY_ADDRESS or of this machine alone (default %(default)s)")  # fmt: skip
 
 
 def _train(stages) -> None:

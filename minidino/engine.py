@@ -1,7 +1,7 @@
 """Where chunks of work run: in this process, or on the machines of a Ray cluster.
 
     engine.map(work, items)    -> work(*item) of each item, in order, one by one as they are asked for
-    engine.keep(work, items)   -> handles of work(*item), each kept where it was made; items of a later `map` may hold them
+    engine.keep(work, items)   -> handles of work(*item), kept where they were made, for the items of a later `map`
 
 The stages are written once, over chunks that are fixed by their place in the pool; an engine says no more than where a
 chunk runs. So both give the same bytes.

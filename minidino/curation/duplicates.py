@@ -102,7 +102,7 @@ def linked_to(
     k: int = N_NEIGHBOURS,
     engine: Engine = LOCAL,
 ) -> Bool[np.ndarray, "N"]:
-    """These rows and all that are linked to one of them; the rest as for `relative_duplicates` and `find_duplicates`."""
+    """These rows and all that are linked to one of them; `engine` as for `find_duplicates`, the rest as above."""
     labels = connect(len(descriptors), similar_pairs(descriptors, threshold, k, engine))
     return np.isin(labels, labels[touched])
 
