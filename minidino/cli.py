@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minidino.config import PRESETS, RunConfig, difference, override, preset
+from minidino.engine import ENGINES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _curate(stages) -> None:
         print(curate(
             options.pool, options.out, options.queries, options.protect, options.budget, options.features,
             options.copies, options.neighbours, options.clusters, options.copy_steps, options.seed,
-            copy_threshold=options.copy_threshold, leak_threshold=options.leak_threshold,
+            copy_threshold=options.copy_threshold, leak_threshold=options.leak_threshold, engine=options.engine,
         ))  # fmt: skip
 
     parser = _stage(stages, "curate", "choose the pictures of a pool that are worth learning from",
@@ -92,6 +93,8 @@ def _curate(stages) -> None:
     parser.add_argument("--leak-threshold", type=float, metavar="COSINE", help="above which one is too close to a "
                         "protected picture: 0.45 with --copies; without, one is laid upon the other")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="local", choices=ENGINES, help="where chunks run: in this process, or on "
+                        "a Ray cluster, that of RAY_ADDRESS or of this machine alone (default %(default)s)")  # fmt: skip
 
 
 def _train(stages) -> None:

@@ -16,6 +16,7 @@ from minidino import pictures
 from minidino.curation.duplicates import COPY, LEAK, component_sizes
 from minidino.curation.embeddings import network, seen
 from minidino.curation.pipeline import Curation, Describer
+from minidino.engine import pick_engine
 from minidino.images.pixels import Pixels
 from minidino.judge import trained_backbone
 from minidino.learning.copies import CopyDescriptor, CopyNet, train_copies
@@ -46,6 +47,7 @@ def curate(
     copy_threshold: float | None = None,
     leak_threshold: float | None = None,
     say: Callable[[str], None] = print,
+    engine: str = "local",
 ) -> Path:
     """Choose the pictures of a pool that are worth learning from, and show why.
 
@@ -66,16 +68,18 @@ def curate(
             to a picture of an evaluation set. None takes the published 0.6 and 0.45 for a given model; what the small
             one proposes is proven by laying the two upon each other.
         say: where a line after each stage goes.
+        engine: "local" or "ray", where pictures are decoded, described, searched and compared; the copy network is
+            taught, and clusters are found, in this process. The manifest is the same.
     Returns:
         Where the manifest is.
     Raises:
-        ValueError: queries and a budget, or one of them without features.
+        ValueError: queries and a budget, one of them without features, or an engine that is not there.
     """
     if queries is not None and budget is not None:
         raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
-    curation = Curation(pool, out, short_side, seed, say)
+    curation = Curation(pool, out, short_side, seed, say, engine=pick_engine(engine))
     curation.drop_same()
     distinct = curation.pixels.select(np.flatnonzero(curation.kept))
     describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)

@@ -17,7 +17,7 @@ from minidino.learning.losses import koleo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
-    config runs distributed
+    config runs distributed engine
     images.scenes images.decode images.archives images.named images.datasets images.pixels
     images.resize images.crops images.masks images.batches images.attacks images.corruptions images.pools
     images.layouts images.pairs
@@ -39,7 +39,9 @@ HOMES = {
     "faiss": ("curation", "probes"),
     "PIL": ("images",),
     "torchvision": ("images",),
+    "ray": ("engine",),
 }
+LAZY = ("faiss", "ray")  # imported in the function that needs it
 PACKAGES = {"PIL": "pillow", "faiss": "faiss-cpu", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # import: name
 CONDA = {"torch": "pytorch", "triton": None}  # pip: conda; None comes along with another
 VAGUE = {"utils", "common", "base", "helpers", "misc"}
@@ -90,7 +92,7 @@ def faults(module: str, tree: ast.Module) -> list[str]:
 
 def _import_faults(module: str, tree: ast.Module) -> list[str]:
     found, above = [], ORDER[: ORDER.index(module)]
-    room, packages = module.split(".")[0], requirements()
+    room, packages = module.split(".")[0], requirements("ray")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or node.names[0].name == "*"):
             found.append(f"line {node.lineno}: relative or star import")
@@ -108,8 +110,8 @@ def _import_faults(module: str, tree: ast.Module) -> list[str]:
                     found.append(f"line {node.lineno}: {name} is not above {module}")
             elif top not in sys.stdlib_module_names and PACKAGES.get(top, top) not in packages:
                 found.append(f"line {node.lineno}: {top} is no dependency in pyproject.toml")
-            if name.split(".")[0] == "faiss" and node in tree.body:
-                found.append(f"line {node.lineno}: faiss is imported in the function that needs it")
+            if top in LAZY and node in tree.body:
+                found.append(f"line {node.lineno}: {top} is imported in the function that needs it")
     return found
 
 
@@ -161,6 +163,8 @@ def test_a_module_keeps_the_rules(module):
         ("model.vit", "from torch import distributed", "lives in distributed"),
         ("model.vit", "import timm", "timm is no dependency"),
         ("probes.knn", "import faiss", "in the function that needs it"),
+        ("engine", "import ray.data", "in the function that needs it"),
+        ("curation.search", "def f():\n    import ray", "ray lives in engine"),
         ("runs", "import torch\ndef f(p):\n    return torch.load(p)", "weights_only"),
         ("runs", "import torch\ndef f(p, w):\n    return torch.load(p, weights_only=w)", "weights_only"),
         ("runs", "import numpy as np\ndef f(p):\n    return np.load(p, allow_pickle=True)", "allow_pickle"),
@@ -206,7 +210,7 @@ for name in {names}:
     importlib.import_module(name)
 assert state() == before, "importing changes seeds, threads, the default type or the environment"
 assert not torch.cuda.is_initialized(), "importing starts CUDA"
-heavy = {{"faiss", "triton", "matplotlib.pyplot", "timm", "transformers"}} & (set(sys.modules) - loaded)
+heavy = {{"faiss", "ray", "triton", "matplotlib.pyplot", "timm", "transformers"}} & (set(sys.modules) - loaded)
 assert not heavy, f"importing brings in {{heavy}}"
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}

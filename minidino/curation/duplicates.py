@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
 from minidino.curation.search import CHUNK, Index, Rows, unit_rows
+from minidino.engine import LOCAL, Engine
 
 COPY, LEAK = 0.6, 0.45  # cosine above which two pictures are copies; above which one gives an evaluation picture away
 N_NEIGHBOURS = 64
@@ -40,6 +41,7 @@ def find_duplicates(
     k: int = N_NEIGHBOURS,
     quality: Float[np.ndarray, "N q"] | None = None,
     floor: float | None = None,
+    engine: Engine = LOCAL,
 ) -> Components:
     """Group the copies of one picture: connected components of the graph of near neighbours.
 
@@ -53,14 +55,16 @@ def find_duplicates(
             the first row.
         floor: a component may be a chain whose ends have nothing in common (a ~ b ~ c). Members whose cosine to the
             representative is below the floor leave it and form components of their own. None: as published.
+        engine: where neighbours are searched.
     Source: DINOv2 paper, appendix A.3.
     Differs: the floor; the paper's rule for the representative is not published.
     """
-    pairs = similar_pairs(descriptors, threshold, k)
+    pairs = similar_pairs(descriptors, threshold, k, engine)
     labels = connect(len(descriptors), pairs)
     kept = representatives(labels, quality)
     while floor is not None:
-        far = similarity_to(descriptors, kept[labels]) < floor
+        leader = kept[labels]
+        far = (similarity_to(descriptors, leader) < floor) & (leader != np.arange(len(leader)))  # zeros: far from all
         if not far.any():
             break
         stays = np.flatnonzero(~far)
@@ -92,20 +96,24 @@ def relative_duplicates(
 
 
 def linked_to(
-    touched: Bool[np.ndarray, "N"], descriptors: Rows, threshold: float = LEAK, k: int = N_NEIGHBOURS
+    touched: Bool[np.ndarray, "N"],
+    descriptors: Rows,
+    threshold: float = LEAK,
+    k: int = N_NEIGHBOURS,
+    engine: Engine = LOCAL,
 ) -> Bool[np.ndarray, "N"]:
-    """These rows and all that are linked to one of them; the rest as for `relative_duplicates`."""
-    labels = connect(len(descriptors), similar_pairs(descriptors, threshold, k))
+    """These rows and all that are linked to one of them; `engine` as for `find_duplicates`, the rest as above."""
+    labels = connect(len(descriptors), similar_pairs(descriptors, threshold, k, engine))
     return np.isin(labels, labels[touched])
 
 
-def similar_pairs(descriptors: Rows, threshold: float, k: int = N_NEIGHBOURS) -> Pairs:
+def similar_pairs(descriptors: Rows, threshold: float, k: int = N_NEIGHBOURS, engine: Engine = LOCAL) -> Pairs:
     """Edges of the neighbour graph above a cosine."""
     if not -1 <= threshold <= 1:
         raise ValueError(f"expected a cosine from -1 to 1 as threshold, got {threshold}")
     if len(descriptors) < 2:
         return Pairs(*np.zeros((2, 0), dtype=np.int64))
-    similarity, rows = Index(descriptors, min(k, len(descriptors) - 1) + 1).graph()
+    similarity, rows = Index(descriptors, min(k, len(descriptors) - 1) + 1, engine=engine).graph()
     left, column = np.nonzero(similarity > threshold)
     return Pairs(left, rows[left, column])
 

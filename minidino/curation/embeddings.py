@@ -11,6 +11,7 @@ copies; a copy and its original may be far apart for it.
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidino.engine import LOCAL, Engine, spans
 from minidino.images.crops import normalise
 from minidino.images.pixels import Pixels, inside_bars
 from minidino.runs import named_errors, write_atomically
@@ -66,6 +68,7 @@ def embed(
     chunk: int = 256,
     progress: bool = True,
     part: Part = WHOLE,
+    engine: Engine = LOCAL,
 ) -> Descriptors:
     """Describe every picture once; a run that was stopped goes on where it was.
 
@@ -80,6 +83,7 @@ def embed(
         dtype: of the file, "float16", "float32" or "uint8".
         chunk: pictures at a time.
         part: of each picture, where copies are described.
+        engine: where chunks are described.
     Raises:
         ValueError: another kind, or a descriptor that is not finite.
     """
@@ -90,16 +94,23 @@ def embed(
     done, n_bytes = _done(path, note, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
-        for start in range(done, len(pixels), chunk):
-            rows = np.arange(start, min(start + chunk, len(pixels)))
-            found = describe(seen(pixels.select(rows), size, kind, part)).numpy().astype(dtype)
+        describing = partial(_describe_span, pixels, describe, size, kind, part, dtype)
+        chunks = spans(len(pixels), chunk, done)
+        for (start, stop), found in zip(chunks, engine.map(describing, chunks, gpu=kind != "hash"), strict=True):
             if not np.isfinite(found).all():
                 raise ValueError(f"{made_by} gives NaN or infinity for a picture of {pixels.files[start]!r} and after")
             n_bytes = _append(path, found, n_bytes, len(pixels))
-            told = {"key": key, "kind": kind, "done": int(rows[-1]) + 1, "bytes": n_bytes}
+            told = {"key": key, "kind": kind, "done": stop, "bytes": n_bytes}
             write_atomically(note, json.dumps(told).encode())
-            bar.update(len(rows))
+            bar.update(stop - start)
     return Descriptors(np.load(path, mmap_mode="r"), kind, made_by)
+
+
+def _describe_span(
+    pixels: Pixels, describe: Describe, size: int, kind: str, part: Part, dtype: str, start: int, stop: int
+) -> np.ndarray:
+    shown = seen(pixels.select(np.arange(start, stop)), size, kind, part)
+    return describe(shown).numpy().astype(dtype)
 
 
 def seen(pixels: Pixels, size: int, kind: str, part: Part = WHOLE) -> UInt8[Tensor, "n 3 size size"]:

@@ -12,6 +12,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from minidino.curation.embeddings import PARTS, WHOLE, Describe, Part, embed, th
 from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
+from minidino.engine import LOCAL, Engine, spans
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.runs import atomic_path, write_atomically
@@ -70,6 +72,7 @@ class Curation:
         seed: int = 0,
         say: Callable[[str], None] = print,
         progress: bool = True,
+        engine: Engine = LOCAL,
     ):
         """Decode the pool; what is no picture is in the quarantine.
 
@@ -80,14 +83,15 @@ class Curation:
             seed: of clusters and chance.
             say: where a line after each stage goes.
             progress: show bars.
+            engine: where chunks of the work run; the manifest is the same.
         Raises:
             FileNotFoundError, ValueError: no file, or none that decodes.
         """
         self.pool, self.folder, self.short_side, self.seed, self.say = pool, Path(folder), short_side, seed, say
-        self.progress = progress
+        self.progress, self.engine = progress, engine
         images = open_images(pool)
         self.files = images.files
-        self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress)
+        self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress, engine)
         n = len(self.pixels)
         self.kept, self.reason = np.ones(n, dtype=bool), np.full(n, "", dtype=object)
         self.component, self.cluster = np.full(n, -1), np.full(n, -1)
@@ -100,8 +104,8 @@ class Curation:
     def drop_same(self) -> None:
         """Keep one of each group of files that show the same picture, by a hash of thumbnails."""
         rows = embed(self.pixels, thumbnails, THUMBNAIL, self._path("hash.npy"), "hash", "thumbnails", "uint8",
-                     progress=self.progress).rows  # fmt: skip
-        quality = self._stage("quality", (), lambda: {"quality": picture_quality(self.pixels)})["quality"]
+                     progress=self.progress, engine=self.engine).rows  # fmt: skip
+        quality = self._stage("quality", (), lambda: {"quality": picture_quality(self.pixels, self.engine)})["quality"]
         groups = self._stage("same", (), lambda: hash_duplicates(rows, quality=quality)._asdict())
         self._drop_members(np.arange(len(rows)), Components(**groups), "same picture", np.ones(len(rows)))
         self._quality = quality
@@ -123,10 +127,11 @@ class Curation:
         quality = self._quality[self._distinct]
 
         def near() -> dict[str, np.ndarray]:
-            return find_duplicates(rows, threshold, quality=quality, floor=min(LEAK, threshold))._asdict()
+            floor = min(LEAK, threshold)
+            return find_duplicates(rows, threshold, quality=quality, floor=floor, engine=self.engine)._asdict()
 
         def proven() -> dict[str, np.ndarray]:
-            labels = connect(len(rows), proven_pairs(distinct, rows, self.progress))
+            labels = connect(len(rows), proven_pairs(distinct, rows, self.progress, self.engine))
             return {"labels": labels, "representatives": representatives(labels, quality)}
 
         rule = proven if threshold is None else near
@@ -153,13 +158,13 @@ class Curation:
         reference = np.concatenate(views)
 
         def near() -> dict[str, np.ndarray]:
-            similarity, rows = Index(reference, 1).search(self._copies)
-            leaks = linked_to(similarity[:, 0] > threshold, self._copies, threshold)
+            similarity, rows = Index(reference, 1, engine=self.engine).search(self._copies)
+            leaks = linked_to(similarity[:, 0] > threshold, self._copies, threshold, engine=self.engine)
             return {"leaks": leaks, "similarity": similarity[:, 0], "nearest": rows[:, 0] % len(pixels)}
 
         def proven() -> dict[str, np.ndarray]:
             pool = self.pixels.select(self._distinct)
-            best, nearest = proven_leaks(pool, self._copies, pixels, reference, self.progress)
+            best, nearest = proven_leaks(pool, self._copies, pixels, reference, self.progress, self.engine)
             return {"leaks": best > PROOF, "similarity": best, "nearest": nearest}
 
         rule = proven if threshold is None else near
@@ -190,7 +195,7 @@ class Curation:
 
         def ask() -> dict[str, np.ndarray]:
             if n_clusters is None:
-                return retrieve_by_sample(query, pool, n)._asdict()
+                return retrieve_by_sample(query, pool, n, self.engine)._asdict()
             return retrieve_by_cluster(query, pool, min(n_clusters, len(pool)), seed=self.seed)._asdict()
 
         found = self._stage("retrieved", (n, n_clusters, describer.made_by, pixels.fingerprint()), ask)
@@ -275,14 +280,14 @@ class Curation:
     def _outside(self, source: str | Path) -> tuple[str, Pixels]:
         """A name for the files made of another set, and its decoded pictures."""
         name = f"{Path(source).stem}-{hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]}"
-        return name, load_pixels(open_images(source), self.short_side, self._path(name), self.progress)
+        return name, load_pixels(open_images(source), self.short_side, self._path(name), self.progress, self.engine)
 
     def _embed(
         self, pixels: Pixels, describer: Describer, kind: str, name: str, part: Part = WHOLE
     ) -> np.ndarray:
         """Descriptors of the kind that the step needs."""
         return embed(pixels, describer.describe, describer.size, self._path(f"{name}.npy"), describer.kind,
-                     describer.made_by, progress=self.progress, part=part).expect(kind)  # fmt: skip
+                     describer.made_by, progress=self.progress, part=part, engine=self.engine).expect(kind)  # fmt: skip
 
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / name
@@ -309,12 +314,13 @@ class Curation:
         return found
 
 
-def picture_quality(pixels: Pixels) -> Float[np.ndarray, "n 2"]:
+def picture_quality(pixels: Pixels, engine: Engine = LOCAL) -> Float[np.ndarray, "n 2"]:
     """What makes a picture worth keeping: pixels of the original, then sharpness (mean length of the Laplacian)."""
-    sharpness = np.empty(len(pixels))
-    for start in range(0, len(pixels), 256):
-        rows = np.arange(start, min(start + 256, len(pixels)))
-        gray = pixels.select(rows).whole(SHARPNESS).float().mean(1)
-        laplacian = 4 * gray[:, 1:-1, 1:-1] - gray[:, :-2, 1:-1] - gray[:, 2:, 1:-1] - gray[:, 1:-1, :-2]
-        sharpness[rows] = (laplacian - gray[:, 1:-1, 2:]).abs().mean((1, 2))
-    return np.stack([pixels.originals.prod(axis=1), sharpness], axis=1)
+    found = engine.map(partial(_sharpness_span, pixels), spans(len(pixels), 256))
+    return np.stack([pixels.originals.prod(axis=1), np.concatenate([*found])], axis=1)
+
+
+def _sharpness_span(pixels: Pixels, start: int, stop: int) -> Float[np.ndarray, "n"]:
+    gray = pixels.select(np.arange(start, stop)).whole(SHARPNESS).float().mean(1)
+    laplacian = 4 * gray[:, 1:-1, 1:-1] - gray[:, :-2, 1:-1] - gray[:, 2:, 1:-1] - gray[:, 1:-1, :-2]
+    return (laplacian - gray[:, 1:-1, 2:]).abs().mean((1, 2)).numpy()

@@ -9,6 +9,8 @@ A small network proposes many pairs, strangers among them; those that do not agr
 compression, mirrors, crops and small turns do not matter, and an inscription or a bar costs no more than its share.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from minidino.curation.duplicates import Pairs, similar_pairs
 from minidino.curation.embeddings import seen
 from minidino.curation.search import Index, Rows
+from minidino.engine import LOCAL, Engine, spans
 from minidino.images.pixels import Pixels
 
 PROPOSALS, PROPOSED = 4, 0.35  # nearest pictures that are tried for each; cosine above which they are
@@ -35,20 +38,26 @@ Pictures = UInt8[Tensor, "n c S S"]
 Maps = Float[Tensor, "n 2 3"]
 
 
-def proven_pairs(pixels: Pixels, descriptors: Rows, progress: bool = True) -> Pairs:
+def proven_pairs(pixels: Pixels, descriptors: Rows, progress: bool = True, engine: Engine = LOCAL) -> Pairs:
     """Pictures of which one was made from the other, among the nearest of each.
 
     Args:
         pixels, descriptors: of the copy-detection kind, row by row.
         progress: show a bar.
+        engine: where neighbours are searched and pairs compared.
     """
-    pairs = proposed_within(descriptors)
-    true = pairs[agreement(pixels, pixels, pairs, progress) > PROOF]
+    pairs = proposed_within(descriptors, engine)
+    true = pairs[agreement(pixels, pixels, pairs, progress, engine=engine) > PROOF]
     return Pairs(*true.T)
 
 
 def proven_leaks(
-    pixels: Pixels, descriptors: Rows, originals: Pixels, references: Rows, progress: bool = True
+    pixels: Pixels,
+    descriptors: Rows,
+    originals: Pixels,
+    references: Rows,
+    progress: bool = True,
+    engine: Engine = LOCAL,
 ) -> tuple[Float[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """The original that each picture agrees with best, of those that its descriptor is nearest to.
 
@@ -56,33 +65,40 @@ def proven_leaks(
         pixels, descriptors: of a pool, of the copy-detection kind, row by row.
         originals, references: of an evaluation set; several descriptors for each, part by part, are as good as one.
         progress: show a bar.
+        engine: where neighbours are searched and pairs compared.
     Returns:
         Its correlation, above PROOF where the picture was made from it, and its row; 0 and row 0 where none was near.
     """
-    left, part = proposed_between(descriptors, references).T
+    left, part = proposed_between(descriptors, references, engine).T
     pairs = np.unique(np.stack([left, part % len(originals)], axis=1), axis=0)
-    found = agreement(pixels, originals, pairs, progress)
+    found = agreement(pixels, originals, pairs, progress, engine=engine)
     best, nearest = np.zeros(len(pixels), dtype=np.float32), np.zeros(len(pixels), dtype=np.int64)
     rising = np.argsort(found, kind="stable")  # of the pairs of one picture the last, the best, stays
     best[pairs[rising, 0]], nearest[pairs[rising, 0]] = found[rising], pairs[rising, 1]
     return best, nearest
 
 
-def proposed_within(descriptors: Rows) -> Int[np.ndarray, "E 2"]:
+def proposed_within(descriptors: Rows, engine: Engine = LOCAL) -> Int[np.ndarray, "E 2"]:
     """Pairs to be tried among pictures, each both ways round, since either may be the original."""
-    pairs = np.unique(np.sort(np.stack(similar_pairs(descriptors, PROPOSED, PROPOSALS), axis=1), axis=1), axis=0)
+    near = similar_pairs(descriptors, PROPOSED, PROPOSALS, engine)
+    pairs = np.unique(np.sort(np.stack(near, axis=1), axis=1), axis=0)
     return np.concatenate([pairs, pairs[:, ::-1]])
 
 
-def proposed_between(descriptors: Rows, references: Rows) -> Int[np.ndarray, "E 2"]:
+def proposed_between(descriptors: Rows, references: Rows, engine: Engine = LOCAL) -> Int[np.ndarray, "E 2"]:
     """Pairs to be tried of a picture and a reference."""
-    similarity, rows = Index(references, PROPOSALS).search(descriptors)
+    similarity, rows = Index(references, PROPOSALS, engine=engine).search(descriptors)
     left, column = np.nonzero(similarity > PROPOSED)
     return np.stack([left, rows[left, column]], axis=1)
 
 
 def agreement(
-    pixels: Pixels, originals: Pixels, pairs: Int[np.ndarray, "E 2"], progress: bool = True, chunk: int = 128
+    pixels: Pixels,
+    originals: Pixels,
+    pairs: Int[np.ndarray, "E 2"],
+    progress: bool = True,
+    chunk: int = 128,
+    engine: Engine = LOCAL,
 ) -> Float[np.ndarray, "E"]:
     """Lay pictures upon originals, both seen inside of bars, and say how well each pair agrees.
 
@@ -91,17 +107,26 @@ def agreement(
         pairs: row of a picture, row of an original.
         progress: show a bar.
         chunk: pairs at a time.
+        engine: where chunks are compared.
     """
     found = np.zeros(len(pairs), dtype=np.float32)
     with tqdm(total=len(pairs), unit="pairs", desc="proof", disable=not progress, leave=False) as bar:
         for block in np.array_split(np.arange(len(pairs)), len(pairs) // BLOCK + 1):
             (ours, one), (theirs, other) = (np.unique(column, return_inverse=True) for column in pairs[block].T)
             pictures, references = gray_squares(pixels, ours), gray_squares(originals, theirs)
-            for start in range(0, len(block), chunk):
-                part = slice(start, start + chunk)
-                found[block[part]] = registered(pictures[one[part]], references[other[part]]).numpy()
-                bar.update(len(block[part]))
+            chunks = spans(len(block), chunk)
+            comparing = partial(_register_span, pictures, references, one, other)
+            for (start, stop), correlations in zip(chunks, engine.map(comparing, chunks), strict=True):
+                found[block[start:stop]] = correlations
+                bar.update(stop - start)
     return found
+
+
+def _register_span(
+    pictures: Pictures, references: Pictures, one: np.ndarray, other: np.ndarray, start: int, stop: int
+) -> Float[np.ndarray, "n"]:
+    part = slice(start, stop)
+    return registered(pictures[one[part]], references[other[part]]).numpy()
 
 
 def gray_squares(pixels: Pixels, rows: Int[np.ndarray, "n"]) -> Pictures:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from minidino.curation.clusters import assign, kmeans, members
 from minidino.curation.search import Index, Rows, unit_rows
+from minidino.engine import LOCAL, Engine
 
 
 class Retrieved(NamedTuple):
@@ -22,16 +23,17 @@ class Retrieved(NamedTuple):
     requested: int  # before collisions, small clusters and the cap: what the paper's Table 15 counts
 
 
-def retrieve_by_sample(query: Rows, pool: Rows, n: int = 4) -> Retrieved:
+def retrieve_by_sample(query: Rows, pool: Rows, n: int = 4, engine: Engine = LOCAL) -> Retrieved:
     """Take the n most similar pool rows of each query, by cosine.
 
     Args:
         query: (Q, D) of the curated set, by a semantic network.
         pool: (N, D), by the same network.
         n: 4 for ImageNet-22k and Google Landmarks, 32 for ImageNet-1k in the paper; larger makes more collisions.
+        engine: where neighbours are searched.
     Source: DINOv2 paper, appendix A.4.
     """
-    similarity, rows = Index(pool, min(n, len(pool))).search(query)
+    similarity, rows = Index(pool, min(n, len(pool)), engine=engine).search(query)
     found = rows >= 0
     asking = np.broadcast_to(np.arange(len(query))[:, None], rows.shape)[found]
     rows, similarity = rows[found], similarity[found]

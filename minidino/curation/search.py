@@ -5,17 +5,24 @@
 
 faiss does the work. The bank may be a memory map: no kind of index but `ivf-flat` holds it in memory, and that one
 only where it fits. What an approximate index loses is measured against the exact answer before its first use.
+
+A large bank is cut into shards, each with the same lists and with its own rows in them; every shard is searched, and
+the best are taken. Shards and chunks are fixed by their place, so that an engine changes nothing in the answer.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from minidino.engine import LOCAL, Engine, Span, spans
+
 Rows = np.ndarray  # (n, D), float16, float32 or float64; in memory or memory-mapped
 EXACT_ROWS = 100_000  # up to here every pair is compared: 2 minutes for all against all of 256 numbers on 2 cores
 CHUNK = 16_384  # rows held as float32 at a time
+SHARD = 64 * CHUNK  # rows of a bank that are searched as one; whole chunks, so that shards sum as one bank does
 SAMPLE = 1_000  # queries that recall is measured on
 POINTS_PER_LIST = 64  # rows for each list that the lists are learned from
 RERANK = 4  # candidates for each wanted neighbour, compared again by their true rows, where codes are kept
@@ -66,6 +73,7 @@ class Index:
         plan: Plan | None = None,
         seed: int = 0,
         say: Callable[[str], None] = print,
+        engine: Engine = LOCAL,
     ):
         """Build what the plan says and measure it.
 
@@ -77,27 +85,37 @@ class Index:
             plan: None asks `plan_index`.
             seed: of the sample and the lists.
             say: where the measured recall goes; an exact index says nothing.
+            engine: where shards are filled and searched.
         Raises:
             ValueError: an empty bank, k below 1, or a row that is not finite.
         """
         if bank.ndim != 2 or not len(bank) or k < 1:
             raise ValueError(f"expected a bank (n, D) with n > 0 and k >= 1, got {bank.shape} and k = {k}")
         self.bank, self.k, self.recall = bank, k, 1.0
-        self.plan = plan or plan_index(*bank.shape)
-        self._faiss = None
+        self.plan, self.engine = plan or plan_index(*bank.shape), engine
+        self.n_probe, self._shards = 0, spans(len(bank), SHARD)
         if self.plan.kind != "flat":
-            self._faiss = _build(bank, self.plan, seed)
+            empty = _lists(bank, self.plan, seed)
+            self._shards = [(shard,) for shard in engine.keep(partial(_filled, empty, bank), self._shards)]
             self._tune(recall, seed)
-            say(f"{self.plan.kind} over {len(bank):,} rows: looking into {self._faiss.nprobe} of {self.plan.n_lists} "
+            say(f"{self.plan.kind} over {len(bank):,} rows: looking into {self.n_probe} of {self.plan.n_lists} "
                 f"lists finds {self.recall:.3f} of the true {k} neighbours of {SAMPLE} rows")  # fmt: skip
 
     def search(self, queries: Rows) -> Neighbours:
         """The most similar rows of the bank for each query, by cosine."""
         if queries.ndim != 2 or queries.shape[1] != self.bank.shape[1]:
             raise ValueError(f"expected queries (n, {self.bank.shape[1]}) like the bank, got {queries.shape}")
-        if self._faiss is None:
-            return exact_neighbours(self.bank, queries, self.k)
-        found = [self._approximate(chunk) for _, chunk in unit_chunks(queries)]
+        import faiss
+
+        threads = faiss.omp_get_max_threads()  # they decide in which order is summed
+        if self.plan.kind == "flat":
+            work = partial(_exact_span, self.bank, queries, self.k, threads)
+        else:
+            n = RERANK * self.k if self.plan.kind == "ivf-pq" else self.k
+            work = partial(_approximate_span, queries, n, self.n_probe, threads)
+        parts = spans(len(queries), CHUNK)
+        answers = self.engine.map(work, [(*part, *shard) for part in parts for shard in self._shards])
+        found = [self._merged(queries, part, [next(answers) for _ in self._shards]) for part in parts]
         return Neighbours(*map(np.concatenate, zip(*found))) if found else _nothing(0, self.k)
 
     def graph(self) -> Neighbours:
@@ -108,11 +126,14 @@ class Index:
         kept = np.argsort(own, axis=1, kind="stable")[:, :-1]
         return Neighbours(np.take_along_axis(similarity, kept, 1), np.take_along_axis(rows, kept, 1))
 
-    def _approximate(self, queries: np.ndarray) -> Neighbours:
-        if self.plan.kind == "ivf-flat":
-            return Neighbours(*self._faiss.search(queries, self.k))
-        _, rows = self._faiss.search(queries, RERANK * self.k)
-        return _ranked_again(self.bank, queries, rows, self.k)
+    def _merged(self, queries: Rows, part: Span, found: list[Neighbours]) -> Neighbours:
+        """The best of what the shards found for a chunk of queries; of equals the one of the first shard."""
+        best = found[0]
+        for other in found[1:]:
+            best = _best_of(best, other, best.rows.shape[1])
+        if self.plan.kind != "ivf-pq":
+            return best
+        return _ranked_again(self.bank, unit_rows(queries[slice(*part)]), best.rows, self.k)
 
     def _tune(self, wanted: float, seed: int) -> None:
         """Look into twice as many lists until the sample says that it is enough."""
@@ -123,8 +144,8 @@ class Index:
         truth[truth == sample[:, None]] = -1  # a row finds itself: that says nothing
         n_probe = 1
         while True:
-            self._faiss.nprobe = min(n_probe, self.plan.n_lists)
-            found = self._approximate(queries).rows
+            self.n_probe = min(n_probe, self.plan.n_lists)
+            found = self.search(queries).rows
             hits = sum(len(np.intersect1d(t[t >= 0], f)) for t, f in zip(truth, found))
             self.recall = hits / max((truth >= 0).sum(), 1)
             if self.recall >= wanted or n_probe >= self.plan.n_lists:
@@ -144,6 +165,27 @@ def exact_neighbours(bank: Rows, queries: Rows, k: int) -> Neighbours:
             best = _best_of(best, Neighbours(similarity, rows + start), k)
         parts.append(best)
     return Neighbours(*map(np.concatenate, zip(*parts))) if parts else _nothing(0, k)
+
+
+def _exact_span(
+    bank: Rows, queries: Rows, k: int, threads: int, start: int, stop: int, first: int, last: int
+) -> Neighbours:
+    """What queries start to stop find in the shard of rows first to last."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    similarity, rows = exact_neighbours(bank[first:last], queries[start:stop], k)
+    return Neighbours(similarity, np.where(rows < 0, -1, rows + first))
+
+
+def _approximate_span(queries: Rows, n: int, n_probe: int, threads: int, start: int, stop: int, shard) -> Neighbours:
+    """What queries start to stop find in lists; by codes, where the shard keeps codes."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    shard.nprobe = n_probe
+    similarity, rows = shard.search(unit_rows(queries[start:stop]), n)
+    return Neighbours(np.where(rows < 0, -np.inf, similarity).astype(np.float32), rows)
 
 
 def float_rows(x: Rows) -> Float[np.ndarray, "n D"]:
@@ -167,8 +209,8 @@ def unit_chunks(x: Rows) -> Iterator[tuple[int, Float[np.ndarray, "c D"]]]:
         yield start, unit_rows(x[start : start + CHUNK])
 
 
-def _build(bank: Rows, plan: Plan, seed: int):
-    """Lists learned from a sample, then every row added."""
+def _lists(bank: Rows, plan: Plan, seed: int):
+    """Lists learned from a sample, with nothing in them."""
     import faiss
 
     width = bank.shape[1]
@@ -182,8 +224,16 @@ def _build(bank: Rows, plan: Plan, seed: int):
     n_points = min(len(bank), POINTS_PER_LIST * plan.n_lists)
     points = np.sort(np.random.default_rng(seed).choice(len(bank), n_points, replace=False))
     index.train(unit_rows(bank[points]))
-    for _, chunk in unit_chunks(bank):
-        index.add(chunk)
+    return index
+
+
+def _filled(empty, bank: Rows, start: int, stop: int):
+    """A copy of the lists with the rows of one shard."""
+    import faiss
+
+    index = faiss.clone_index(empty)
+    for first, chunk in unit_chunks(bank[start:stop]):
+        index.add_with_ids(chunk, np.arange(start + first, start + first + len(chunk)))
     return index
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from minidino.engine import LOCAL, Engine, spans
 from minidino.images.archives import ARCHIVE_SUFFIXES, Place, archive_members, read_place
 from minidino.images.decode import BadImage, decode
 from minidino.images.named import dataset_names, download
@@ -34,7 +36,6 @@ IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .pp
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
-WORKERS = min(8, os.cpu_count() or 1)  # threads: Pillow and zlib release the lock
 FORMAT_VERSION = 1  # of the index and of pixels.json; raise it when their meaning changes
 
 
@@ -346,18 +347,27 @@ def write_quarantine(path: str | Path, rows: list[dict[str, str]]) -> None:
     write_atomically(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def decode_each(images: ImageSet, work: Callable[[Image.Image], Any], progress: bool) -> Iterator[tuple[int, Any]]:
+def decode_each(
+    images: ImageSet, work: Callable[[Image.Image], Any], progress: bool, engine: Engine = LOCAL
+) -> Iterator[tuple[int, Any]]:
     """Decode on threads; yield, in order, the number of each file and work(picture), or the BadImage it raised."""
+    decoding = partial(_decode_span, images, work, engine.threads)
+    chunks = spans(len(images), 64 * engine.threads)  # bounds what is decoded ahead of its consumer
+    with tqdm(total=len(images), unit=" images", disable=not progress) as bar:
+        for (start, _), results in zip(chunks, engine.map(decoding, chunks), strict=True):
+            for i, result in enumerate(results, start):
+                yield i, result
+                bar.update()
 
+
+def _decode_span(
+    images: ImageSet, work: Callable[[Image.Image], Any], threads: int, start: int, stop: int
+) -> list[Any]:
     def one(i: int) -> Any:
         try:
             return work(images.image(i))
         except BadImage as reason:
             return reason
 
-    chunk = 64 * WORKERS  # bounds what is decoded ahead of its consumer
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(images), unit=" images", disable=not progress) as bar:
-        for start in range(0, len(images), chunk):
-            for i, result in enumerate(pool.map(one, range(start, min(start + chunk, len(images)))), start):
-                yield i, result
-                bar.update()
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, range(start, stop)))

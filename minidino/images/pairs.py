@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from minidino.images.archives import Place, read_place
-from minidino.images.datasets import WORKERS, open_images
+from minidino.engine import LOCAL
+from minidino.images.datasets import open_images
 from minidino.images.decode import BadImage, decode
 from minidino.images.layouts import LAYOUTS, find_pairs
 from minidino.images.scenes import MASK_CLASSES, TEST_WORLD, draw_scenes
@@ -155,7 +156,7 @@ def _seen_classes(targets: list[Place], ignored: tuple[int, ...]) -> tuple[dict[
 
 
 def _on_threads(work: Callable, items: Sequence) -> list:
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(LOCAL.threads) as pool:
         return list(pool.map(work, items))
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from minidino.engine import LOCAL, Engine
 from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, write_quarantine
 from minidino.images.decode import BadImage, shrink, square
 from minidino.runs import atomic_path, write_atomically
@@ -150,7 +152,9 @@ def _between_bars(lines: UInt8[np.ndarray, "n 3 m"], tolerance: float) -> tuple[
     return (first, last) if barred else (0, len(lines))
 
 
-def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True) -> Pixels:
+def load_pixels(
+    images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True, engine: Engine = LOCAL
+) -> Pixels:
     """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
 
     Args:
@@ -158,6 +162,7 @@ def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = N
             follows, and is first cropped in the centre where it exceeds 4 times the shorter one.
         folder: where pixels.u8, pixels.json and quarantine.csv are written; the result is memory-mapped, and taken
             from there the next time, as long as files, their modification times and short_side agree. None: memory.
+        engine: where files are decoded.
     Raises:
         ValueError: no file at all, or none that decodes.
     """
@@ -165,14 +170,14 @@ def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = N
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
     if folder is None:
         memory = io.BytesIO()
-        kept, sizes, originals = _fill(memory, images, short_side, progress)
+        kept, sizes, originals = _fill(memory, images, short_side, progress, engine)
         return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, originals, images.select(kept))
     folder = Path(folder)
     key = _pixels_key(images, short_side)
     if stored := _open_pixels(folder, key, images):
         return stored
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
-        kept, sizes, originals = _fill(file, images, short_side, progress, folder / "quarantine.csv")
+        kept, sizes, originals = _fill(file, images, short_side, progress, engine, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
@@ -180,19 +185,19 @@ def load_pixels(images: ImageSet, short_side: int, folder: str | Path | None = N
 
 
 def _fill(
-    file: IO[bytes], images: ImageSet, short_side: int, progress: bool, quarantine: Path | None = None
+    file: IO[bytes],
+    images: ImageSet,
+    short_side: int,
+    progress: bool,
+    engine: Engine,
+    quarantine: Path | None = None,
 ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """Append each decoded picture to the file, list the others in the quarantine.
 
     Returns: numbers of the decoded, their stored and their original (height, width).
     """
-
-    def small(picture: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        pixels = np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
-        return pixels, (picture.height, picture.width)
-
     kept, sizes, originals, bad = [], [], [], []
-    for i, result in decode_each(images, small, progress):
+    for i, result in decode_each(images, partial(_small, short_side), progress, engine):
         if isinstance(result, BadImage):
             bad.append({"file": images.files[i], "reason": str(result)})
             continue
@@ -207,6 +212,12 @@ def _fill(
         first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
         raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
     return kept, sizes, originals
+
+
+def _small(short_side: int, picture: Image.Image) -> tuple[UInt8[np.ndarray, "3 H W"], tuple[int, int]]:
+    """Pixels as they are stored, and the height and width before."""
+    pixels = np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
+    return pixels, (picture.height, picture.width)
 
 
 def _laid_out(
