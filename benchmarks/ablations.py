@@ -1,7 +1,7 @@
 """What each part of DINOv2 is worth: one left out or changed at a time, judged by all that features are used for.
 
-    python benchmarks/ablations.py learn [--seeds 3] [--only WORDS]   networks of drawn scenes, kept in runs/ablations-*
-    python benchmarks/ablations.py judge [--seeds 3]                  all of them under the same probes
+    python benchmarks/ablations.py learn [--seeds 3] [--only CHANGE]  networks of drawn scenes, kept in runs/ablations-*
+    python benchmarks/ablations.py judge [--seeds 3]                  those that are there under the same probes
     python benchmarks/ablations.py draw                               the README's table and its picture
 
 The preset scenes-cpu for 500 steps on world 11, judged on world 1011. Signs to look for (paper, table 3): KoLeo helps to
@@ -58,9 +58,13 @@ def world() -> World:
     return open_world(config_of(PRESET, 0), RUNS / "unused")
 
 
+def folder_of(name: str, seed: int) -> Path:
+    return RUNS / f"ablations-{'-'.join(name.split())}-{seed}"
+
+
 def network(name: str, seed: int) -> Run:
     """The run of one change, trained where that has not been done yet."""
-    folder = RUNS / f"ablations-{'-'.join(name.split())}-{seed}"
+    folder = folder_of(name, seed)
     if not (folder / "weights.safetensors").exists():
         pretrain(config_of(name, seed), folder, world(), resume=(folder / "config.json").exists())
     return Run(folder)
@@ -94,16 +98,18 @@ def found_again(net: torch.nn.Module, config: RunConfig, seen: World) -> float:
     return mean_average_precision(similarity(queries, database), [Query([row]) for row in range(n)])["map"]
 
 
-def learn(seeds: int, only: str) -> None:
+def learn(seeds: int, only: list[str]) -> None:
     for seed in range(seeds):  # all changes of a seed before the next: a study that is cut short still compares
-        for name in CHANGES:
-            if only in name:
-                print(network(name, seed).folder, flush=True)
+        for name in only or CHANGES:
+            print(network(name, seed).folder, flush=True)
 
 
 def judge(seeds: int) -> None:
     rows = {}
     for name in CHANGES:
+        if not all((folder_of(name, seed) / "weights.safetensors").exists() for seed in range(seeds)):
+            print(f"not learned yet: {name}")
+            continue
         runs = [reading(network(name, seed), world()) | {"seed": seed} for seed in range(seeds)]
         rows[name] = {"changes": CHANGES[name], "runs": runs,
                       "summary": {key: spread([run[key] for run in runs]) for key in READINGS}}  # fmt: skip
@@ -157,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("learn", "judge", "draw"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="changes whose name holds these words")
+    parser.add_argument("--only", nargs="+", choices=CHANGES, metavar="CHANGE", help=", ".join(CHANGES))
     options = parser.parse_args()
     {"learn": lambda: learn(options.seeds, options.only), "judge": lambda: judge(options.seeds), "draw": draw}[
         options.what

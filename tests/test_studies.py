@@ -33,7 +33,7 @@ def test_every_part_is_left_out_judged_and_drawn(study, monkeypatch, tmp_path):
     of = ablations.config_of
     monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(of(name, seed, 2), TINY))
     monkeypatch.setattr(ablations, "CHANGES", dict(list(ablations.CHANGES.items())[:3]))
-    ablations.learn(2, "")
+    ablations.learn(2, [])
     before = [folder.stat().st_mtime_ns for folder in sorted(tmp_path.glob("runs/*/weights.safetensors"))]
     ablations.judge(2)
     found = json.loads((tmp_path / "ablations.json").read_text())
