@@ -83,6 +83,7 @@ class VitConfig:
     interpolate_antialias: bool = False  # [released]; True with registers
     init_std: float = 0.02  # of linear weights at the start [released]; a narrow net wants more
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    recompute: bool = False  # keep the input of each block alone, and compute the block again in the backward pass
 
     def __post_init__(self):
         _require(self.patch_size >= 1, "vit.patch_size", ">= 1 px", self.patch_size)
@@ -268,8 +269,7 @@ def _imagenette_gpu() -> RunConfig:
     )  # fmt: skip
 
 
-def _imagenet100_gpu() -> RunConfig:
-    """ImageNet-100 (127k images in folders) on one GPU, not yet measured."""
+def _imagenet100_gpu() -> RunConfig:  # ImageNet-100 (127k images in folders) on one GPU, not yet measured
     small = _imagenette_gpu()
     return replace(
         small, preset="imagenet100-gpu", data=DataConfig(source="imagenet100", short_side=256),

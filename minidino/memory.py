@@ -74,7 +74,8 @@ def _backbone_bytes(s: Sizes, n_images: float) -> float:
     """What autograd keeps of the backbone, from the crops to the final norm.
 
     For each token in each residual: the norm's input; what goes into and comes out of the linear layers; of attention
-    q, k, v, the answer and one number a head; with stochastic depth an index and a scale.
+    q, k, v, the answer and one number a head; with stochastic depth an index and a scale. Of blocks that are computed
+    again, the input, and all of this of the one whose turn it is.
     """
     d, (first, last), slim = s.width, s.feed_forward, 2 if s.half else FLOAT
     kept, every = s.kept(n_images), sum(crops * n for crops, n in s.groups(n_images))
@@ -85,7 +86,8 @@ def _backbone_bytes(s: Sizes, n_images: float) -> float:
     both += 2 * (12 + FLOAT * d) if s.subset and s.drop_rate else 0  # index_add keeps what it adds
     pairs = FLOAT * s.heads * sum(crops * n**2 for crops, n in kept) if s.attention == "reference" else 0
     pictures = _batch_bytes(s, n_images) / 2 if s.half else 0  # the patch convolution keeps its own copy
-    return s.depth * (rows * (attend + feed + both) + pairs) + FLOAT * every * d + pictures
+    block, whole = rows * (attend + feed + both) + pairs, 1 if s.recompute else s.depth
+    return whole * block + FLOAT * every * d * (s.depth if s.recompute else 1) + pictures
 
 
 def _attention_bytes(s: Sizes, two_sizes: bool) -> float:

@@ -88,8 +88,8 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         width=width, depth=v.depth or depth, heads=heads, hidden=swiglu_hidden(width) if gated else None, gated=gated,
         dino=_head(config), ibot=None if config.heads.tied else _head(config, ibot=True), patch_size=v.patch_size,
         registers=v.num_register_tokens, layerscale=bool(v.layerscale), drop_rate=v.drop_path_rate,
-        subset=v.drop_path == "subset", global_size=c.global_size, local_size=c.local_size, n_local=c.n_local,
-        koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
+        subset=v.drop_path == "subset", recompute=v.recompute, global_size=c.global_size, local_size=c.local_size,
+        n_local=c.n_local, koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
         attention=v.attention if v.attention != "auto" else "triton" if suits_triton else "sdpa",
         prototypes=w.prototypes if w.prototypes != "auto" else AUTO["cpu" if cpu else "cuda"], half=half, cpu=cpu,
     )  # fmt: skip
@@ -173,6 +173,8 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes that make a run fit, the least invasive first, each with the plan that it gives."""
     lean = "loss.prototypes=" + ("chunked" if plan.device == "cpu" else "triton")
     of_losses: list[list[str]] = [[]] if plan.config.loss.prototypes in ("chunked", "triton") else [[], [lean]]
+    if not plan.config.vit.recompute:
+        of_losses.append([*of_losses[-1], "vit.recompute=true"])
     o, run = plan.config.optim, plan.config.run
     shared = ["run.parallel=fsdp"] + ["run.precision=bf16"] * (run.precision == "fp16")
     for sharing in [[], shared] if plan.gpus > 1 and run.parallel == "ddp" else [[]]:

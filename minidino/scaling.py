@@ -76,6 +76,7 @@ class Sizes:
     layerscale: bool = True
     drop_rate: float = 0.0
     subset: bool = True  # stochastic depth computes the kept crops alone
+    recompute: bool = False  # blocks are computed again in the backward pass
     global_size: int = 224
     local_size: int = 96
     n_local: int = 8
@@ -199,8 +200,9 @@ def step_flops(s: Sizes, n_images: int, n_masked: float) -> dict[str, float]:
     teacher += _head_flops(dino, d, crops, 1, 1) + _head_flops(ibot, d, n_masked, 1, 1)
     found = {
         "patches": 2 * patches * embed,  # pictures have no gradient
-        "blocks": 3 * s.depth * rows * block,
-        "attention": (3 if s.attention == "reference" else 3.5) * s.depth * 4 * d * sum(c * n**2 for c, n in kept),
+        "blocks": (3 + s.recompute) * s.depth * rows * block,
+        "attention": ((3 if s.attention == "reference" else 3.5) + s.recompute) * s.depth * 4 * d
+        * sum(c * n**2 for c, n in kept),
         "heads": _head_flops(dino, d, views, 3, products) + _head_flops(ibot, d, n_masked, 3, products),
         "teacher": teacher,
         "koleo": s.koleo_views * 2 * n_images**2 * d,

@@ -379,3 +379,22 @@ def test_a_saved_state_goes_on_to_the_bit(changes, pixels):
     assert without_seconds(rest) == without_seconds(whole[5:])
     assert not moved(weights(end.student), state.student) and not moved(weights(end.teacher), state.teacher)
     assert (state.teacher.ibot_head is state.teacher.dino_head) == config.heads.tied
+
+
+def test_blocks_that_are_computed_again_learn_the_same(pixels):
+    """Also which crops stochastic depth drops; and autograd keeps less."""
+    told, kept = [], []
+    for recompute in ("false", "true"):
+        config, sizes = tiny("vit.drop_path_rate=0.4", f"vit.recompute={recompute}", "vit.depth=4"), []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            records, state = run(config, pixels, 3)
+        told.append((without_seconds(records), weights(state.student)))
+        kept.append(sum(sizes))
+    assert told[0][0] == told[1][0]
+    torch.testing.assert_close(told[1][1], told[0][1], rtol=0, atol=0)
+    assert kept[1] < 0.8 * kept[0]

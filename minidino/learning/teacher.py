@@ -72,7 +72,7 @@ def build_backbone(config: RunConfig) -> VisionTransformer:
         v.name, patch_size=v.patch_size, img_size=config.crops.global_size, num_register_tokens=v.num_register_tokens,
         ffn=v.ffn, layerscale=v.layerscale, drop_path_rate=v.drop_path_rate, drop_path=v.drop_path,
         interpolate_offset=v.interpolate_offset, interpolate_antialias=v.interpolate_antialias,
-        attention=v.attention, width=v.width, depth=v.depth, heads=v.heads, init_std=v.init_std,
+        attention=v.attention, width=v.width, depth=v.depth, heads=v.heads, init_std=v.init_std, recompute=v.recompute,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minidino.model.attention import attention_weights, resolve
 from minidino.model.layers import DROP_PATH, Block, Groups, seqlens_of
@@ -55,6 +56,7 @@ def build_vit(
     heads: int | None = None,
     drop_path: str = "subset",
     init_std: float = 0.02,
+    recompute: bool = False,
 ) -> "VisionTransformer":
     """Build a randomly initialised Vision Transformer of a published size.
 
@@ -73,6 +75,7 @@ def build_vit(
         init_std: of the linear weights. 0.02 as published suits widths of 384 and more; a net 64 wide that starts so
             small passes hardly anything on, and learns late.
         drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
+        recompute: while training keep of each block its input alone, and compute the block again in the backward pass.
     Raises:
         ValueError: an unknown name or choice, or sizes that do not divide.
     Source: DINOv2 paper, table 17; official dinov2/hub/backbones.py (b8931f7).
@@ -96,6 +99,7 @@ def build_vit(
         attention=attention,
         drop_path=drop_path,
         init_std=init_std,
+        recompute=recompute,
     )
 
 
@@ -169,6 +173,7 @@ class VisionTransformer(nn.Module):
         attention: str,
         drop_path: str,
         init_std: float,
+        recompute: bool,
     ):
         super().__init__()
         _check_one_of("ffn", ffn, ("mlp", "swiglu"))
@@ -180,7 +185,7 @@ class VisionTransformer(nn.Module):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
         self.width, self.depth, self.heads, self.patch_size = width, depth, heads, patch_size
-        self.num_register_tokens = num_register_tokens
+        self.num_register_tokens, self.recompute = num_register_tokens, recompute
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         resolve(attention, "cuda")  # is there such a thing? Which one runs, each call decides by its device
 
@@ -235,7 +240,8 @@ class VisionTransformer(nn.Module):
         """
         x, groups = self._pack(images, masks)
         for block in self.blocks:
-            x = block(x, groups)
+            again = self.recompute and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, groups, use_reentrant=False) if again else block(x, groups)
         return [
             Tokens(*self._split(normed), prenorm, mask)
             for normed, prenorm, mask in zip(_unpack(self.norm(x), groups), _unpack(x, groups), masks)
