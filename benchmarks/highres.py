@@ -150,10 +150,9 @@ def tables() -> dict[str, str]:
     found, minutes = stored("scenes"), stored("cost")["minutes"]
     lines = ["| training | minutes | k-NN | mIoU | mIoU, position told | depth RMSE, position told (m) |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for way, words in WAYS.items():
-        row = found["summary"][way]
+    for way, row in found["summary"].items():
         cells = [_said(row[key]) for key in ("knn", "miou", "position miou", "position rmse")]
-        lines.append(f"| {words} | {minutes[way]:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {WAYS[way]} | {minutes[way]:.1f} | {' | '.join(cells)} |")
     e = found["environment"]
     lines += ["", f"Judged at {LARGE} px on {found['n_test']:,} held-out scenes (patches: {found['n_patched'] // 2}); "
               "mean ± standard deviation over 3 seeds; minutes by the measured time of a step on "
