@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -32,7 +33,9 @@ from minidino.images.batches import Batch, make_batch
 from minidino.learning import train as loop
 from minidino.learning.train import start, train
 from minidino.model.layouts import to_timm_layout
+from minidino.plan import sizes_of
 from minidino.runs import keep_freed_memory, peak_memory_mb, pick_precision
+from minidino.scaling import matrix_tflops, step_flops
 
 WHO = ("ours", "lightly", "plain")
 TURNS, BATCH, PUBLISHED_DROP = 3, 8, 0.3
@@ -230,34 +233,9 @@ def timed(parts: dict[str, tuple[Any, str]], taken: dict[str, float]) -> Iterato
 
 
 def operations(config: RunConfig, batch: Batch) -> float:
-    """Floating-point operations of a step's matrix products: teacher forward, student forward and twice that back."""
-    student = start(config, CPU).student.to("meta")
-    vit, head, n_masked = student.backbone, student.dino_head, len(batch.mask_weights)
-    width, depth = vit.width, len(vit.blocks)
-
-    def look(crops: Tensor, kept: float) -> float:
-        n, tokens = crops.shape[0] * crops.shape[1], (crops.shape[-1] // vit.patch_size) ** 2 + 1
-        block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width
-        return n * (kept * depth * block + 2 * (tokens - 1) * 3 * vit.patch_size**2 * width)
-
-    def name(rows: int) -> float:
-        return 2 * rows * sum(p.numel() for p in head.parameters() if p.ndim == 2 and p.shape[1] > 1)
-
-    n_images, n_views = batch.crops_global.shape[1], len(batch.crops_global) + len(batch.crops_local)
-    kept = 1 - config.vit.drop_path_rate
-    teacher = look(batch.crops_global, 1.0) + name(len(batch.crops_global) * n_images + n_masked)
-    seen = look(batch.crops_global, kept) + look(batch.crops_local, kept) + name(n_views * n_images + n_masked)
-    return teacher + 3 * seen
-
-
-def matmul_rate(side: int, repeats: int = 8) -> float:
-    """Floating-point operations a second of the machine's best float32 matrix product."""
-    a, b, best = torch.randn(side, side), torch.randn(side, side), float("inf")
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * side**3 / best
+    """Floating-point operations of a step's matrix products, each done once: the work, whoever does more."""
+    sizes = replace(sizes_of(config, "cpu"), attention="reference", prototypes="reference")
+    return step_flops(sizes, len(batch.index), len(batch.mask_weights))["total"]
 
 
 def compare(config: RunConfig, batch: Batch, who: tuple[str, ...], turns: int, rate: float) -> dict[str, Any]:
@@ -274,7 +252,7 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     """Agreement, then turns with and without stochastic depth, bf16 beside, memory of each alone."""
     config = settings(toy)
     batch, crops_s = one_batch(config, data, toy)
-    rate, turns = matmul_rate(64 if toy else 2048), 2 if toy else TURNS
+    rate, turns = 1e12 * matrix_tflops(), 2 if toy else TURNS
     found = {
         "losses": agreement(config, batch), "n_prototypes": config.heads.n_prototypes, "batch": len(batch.index),
         "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate, "crops_s": crops_s,
