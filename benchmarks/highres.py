@@ -119,13 +119,11 @@ def judge_all(seeds: int) -> None:
     """Every network at the large size; the differences that count are those of one seed."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for way, seed in ways(seeds):
-        run = network(way, seed)
-        rows.setdefault(way, []).append(reading(run, scenes(REPORTING)) | {"seed": seed})
-        summary = {name: {key: spread([run[key] for run in runs]) for key in runs[0] if key != "seed"}
-                   for name, runs in rows.items()}  # fmt: skip
-        store("highres-scenes", {"world": REPORTING, "steps": STEPS, "phase_steps": PHASE, "same_cost": SAME_COST,
-                                 "n_train": 4000, "n_test": 1000, "n_patched": N_PATCHED, "summary": summary,
-                                 "runs": rows})  # fmt: skip
+        rows.setdefault(way, []).append(reading(network(way, seed), scenes(REPORTING)) | {"seed": seed})
+    summary = {name: {key: spread([run[key] for run in runs]) for key in runs[0] if key != "seed"}
+               for name, runs in rows.items()}  # fmt: skip
+    store("highres-scenes", {"world": REPORTING, "steps": STEPS, "phase_steps": PHASE, "same_cost": SAME_COST,
+                             "n_train": 4000, "n_test": 1000, "n_patched": N_PATCHED, "summary": summary, "runs": rows})
 
 
 def cost() -> None:
