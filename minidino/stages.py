@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from minidino.config import RunConfig, difference, override
@@ -27,8 +26,9 @@ from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
 from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
-from minidino.learning.teacher import Frozen, Imitator, Network, build_student
+from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
+from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of, save_backbone
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
@@ -195,7 +195,7 @@ def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
     run, settings, state = learner.run, learner.config.run, learner.state
     done = state.step == settings.steps
     if watch.ready and (state.step % settings.knn_every == 0 or done):
-        record["knn"] = watch(state)
+        record["knn"] = state.ask_teacher(lambda network: watch(network.backbone))
     if len(record) > 3 and is_first():
         run.log(record)
     if state.step % settings.checkpoint_every == 0 or done:
@@ -211,7 +211,7 @@ def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
         return
     said = json.loads(path.read_text())
     if watch.ready and when not in said:
-        said[when] = watch(learner.state)
+        said[when] = learner.state.ask_teacher(lambda network: watch(network.backbone))
     said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
     wait()  # until all have read it
     if is_first():
@@ -370,11 +370,8 @@ class OnlineKnn:
             self.labels, self.n_queries = (bank.labels, queries.labels), len(queries)
             self.images = bank.squares(size), queries.squares(size)
 
-    def __call__(self, state: State) -> float:
-        def look(network: Network | Imitator) -> list[Tensor]:
-            return [features.extract(network.backbone, images, progress=False)["cls"] for images in self.images]
-
-        bank, queries = state.ask_teacher(look)
+    def __call__(self, backbone: VisionTransformer) -> float:
+        bank, queries = (features.extract(backbone, images, progress=False)["cls"] for images in self.images)
         k = min(K, len(bank))
         return knn_accuracy(bank, self.labels[0], queries, self.labels[1], (k,))[k]
 
