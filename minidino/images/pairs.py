@@ -20,8 +20,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from minidino.images.archives import Place, read_place
 from minidino.engine import LOCAL
+from minidino.images.archives import Place, read_place
 from minidino.images.datasets import open_images
 from minidino.images.decode import BadImage, decode
 from minidino.images.layouts import LAYOUTS, find_pairs
