@@ -21,6 +21,7 @@ BENCHMARKS = {
     "probes": {"probes-scenes", "probes-photographs"},
     "highres": {"highres"},
     "distill": {"distill"},
+    "loader": {"loader"},
     "plan": {"plan", "plan-measured"},
 }
 
