@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import REPORTING, RESULTS, put, spread, store
+from recipe import REPORTING, RESULTS, made_on, put, spread, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.images.batches import crop_laws
@@ -132,9 +132,9 @@ def tables() -> dict[str, str]:
     for name, row in found["rows"].items():
         cells = [f"{s['mean']:.3f} ± {s['sd']:.3f}" for s in (row["summary"][key] for key in READINGS)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    e, n = found["environment"], len(found["rows"][PRESET]["runs"])
+    n = len(found["rows"][PRESET]["runs"])
     lines += ["", f"{found['steps']} steps, 2,000 held-out scenes, mean ± standard deviation over {n} seeds. "
-              f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+              f"{made_on(found)}"]  # fmt: skip
     return {"parts": "\n".join(lines)}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe import CHOOSING, REPORTING, RESULTS, put, spread, step_seconds, store
+from recipe import CHOOSING, REPORTING, RESULTS, made_on, put, spread, step_seconds, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.images.scenes import MASK_CLASSES
@@ -157,10 +157,9 @@ def tables() -> dict[str, str]:
     for way, row in found["summary"].items():
         cells = [_said(row[key]) for key in ("knn", "miou", "position miou", "position rmse")]
         lines.append(f"| {WAYS[way]} | {taken[way]:.1f} | {' | '.join(cells)} |")
-    e = found["environment"]
     lines += ["", f"Judged at {LARGE} px on {found['n_test']:,} held-out scenes (patches: {found['n_patched'] // 2}); "
               "mean ± standard deviation over 3 seeds; minutes by the measured time of a step on "
-              f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+              f"{made_on(found)}"]  # fmt: skip
     return {"highres": "\n".join(lines)}
 
 

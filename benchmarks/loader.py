@@ -16,14 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from recipe import RESULTS, put, store
+from recipe import RESULTS, made_on, put, store
 
 from minidino.config import override, preset
 from minidino.images.batches import make_batch
@@ -218,7 +218,8 @@ def memory_alone(script: str, words: list[str]) -> dict[str, float]:
 
 
 def alone(name: str, data: str | None, toy: bool) -> dict[str, float]:
-    """Peak memory before and after a few batches, MiB."""
+    """Peak memory before and after a few batches, MiB; with one thread from here on."""
+    torch.set_num_threads(1)
     work = cropper(name, pictures(data, toy), toy)
     before = peak_memory_mb()
     for k in range(3):
@@ -265,10 +266,8 @@ def table(found: dict[str, Any], step: dict[str, Any] | None = None) -> str:
     lines += [f"| {name} | {row['per_s']:.0f} | {_times(row, name)} |" for name, row in found["decoding"].items()]
     loading = ", ".join(f"{row['per_s']:.1f} {name}" for name, row in found["loading"].items())
     beside = f", and the training step takes {step['ours_per_s']:.2f} on {step['environment']['threads']} threads" if step else ""
-    e = found["environment"]
     lines += ["", f"{found['pictures']}; one thread, batches of {found['batch']}; medians of {found['repeats']} turns, quartiles "
-              f"in brackets. Whole batches with masks, images/s: {loading}{beside}. {e['machine']}; torch "
-              f"{e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."]  # fmt: skip
+              f"in brackets. Whole batches with masks, images/s: {loading}{beside}. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -277,28 +276,26 @@ def _times(row: dict[str, Any], name: str) -> str:
     return "" if name == "ours" else f"{q['median']:.2f} times ({q['low']:.2f} to {q['high']:.2f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(name: str, doc: str, who: Sequence[str], measure: Callable, alone: Callable, table: Callable, tables: Callable) -> None:
+    """The command line of a benchmark that has a toy size, and rivals whose memory is measured each in its process."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "draw", "alone"), help="alone: the peak memory of one, as JSON")
     parser.add_argument("--data", help="JPEG photographs; without it scenes are drawn")
-    parser.add_argument("--who", choices=CROPPERS, default="ours")
-    parser.add_argument("--toy", action="store_true", help="a few small pictures; nothing is stored")
+    parser.add_argument("--who", choices=who, default="ours")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes; nothing is stored")
     options = parser.parse_args()
     keep_freed_memory()
     if options.what == "draw":
         put(tables())
     elif options.what == "alone":
-        torch.set_num_threads(1)
         print(json.dumps(alone(options.who, options.data, options.toy)))
     else:
         found = measure(options.data, options.toy)
-        if not options.toy:
-            store("loader", found)
-        print(table(found | {"environment": _nowhere()} if options.toy else json.loads((RESULTS / "loader.json").read_text())))
+        print(table(found if options.toy else json.loads(store(name, found).read_text())))
 
 
-def _nowhere() -> dict[str, Any]:
-    return {"machine": "toy sizes, which mean nothing", "versions": {"torch": torch.__version__}, "date": "", "commit": ""}
+def main() -> None:
+    command("loader", __doc__, CROPPERS, measure, alone, table, tables)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ not in it. On a CPU the time is that of the processor, so that other work on the
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from recipe import RESULTS, put, store
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,10 +24,9 @@ from minidino.images.masks import batch_masks
 from minidino.learning.train import State, start, train
 from minidino.memory import step_memory
 from minidino.plan import plan_table, sizes_of
-from minidino.runs import environment, pick_device, write_atomically
+from minidino.runs import pick_device
 from minidino.scaling import DEVICES, Device, matrix_tflops, step_flops
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 N_TIMED = 3  # steps; the fastest counts
 ROWS = {  # preset and what is changed, so that it fits
     "cpu": [
@@ -134,11 +133,11 @@ def run() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # the time of several would add up
     rate = matrix_tflops() if device.type == "cpu" else DEVICES["h100-sxm"].tflops
-    stored = {"environment": environment(0, device), "rate_tflops": rate, "rows": []}
+    rows = []
     for name, changes in ROWS[device.type]:
-        stored["rows"].append(measure(name, changes, device))
-        print(json.dumps(stored["rows"][-1]), flush=True)
-    write_atomically(RESULTS / f"plan-{device.type}.json", (json.dumps(stored, indent=1) + "\n").encode())
+        rows.append(measure(name, changes, device))
+        print(json.dumps(rows[-1]), flush=True)
+    store(f"plan-{device.type}", {"rate_tflops": rate, "rows": rows})
 
 
 # ---------------------------------------------------------------- the README
@@ -170,8 +169,6 @@ def main() -> None:
     if parser.parse_args().what == "run":
         run()
     else:
-        from recipe import put  # measuring needs none of it
-
         put(tables())
 
 

@@ -11,16 +11,13 @@ imagenette, camvid, rgbd-indoor, instances and coil-objects. Results: data/resul
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import RESULTS, put, spread, store
+from loader import in_turns
+from recipe import RESULTS, made_on, put, spread, store
 from torch import Tensor
 
 from minidino.config import override, preset
@@ -130,13 +127,13 @@ def beside_timm(width: int, depth: int, heads: int, patch: int, size: int, batch
                                num_classes=0, init_values=1.0).eval()  # fmt: skip
     normal = normalise(images)
 
-    def look() -> Tensor:
+    def look(_: int) -> Tensor:
         with torch.no_grad():
             return theirs.forward_features(normal)
 
-    own, other, ratio = in_turn(lambda: extract(ours, images, progress=False), look)
+    own, other = in_turns({"ours": lambda _: extract(ours, images, progress=False), "timm": look}, REPEATS).values()
     return {"ours_per_s": batch / own["median"], "timm_per_s": batch / other["median"], "ours_s": own, "timm_s": other,
-            "ratio": ratio}  # fmt: skip
+            "ratio": other.pop("ratio")}  # fmt: skip
 
 
 def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]:
@@ -144,31 +141,18 @@ def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]
     x = {"cls_blocks": torch.randn(n, 4, width), "mean_patch": torch.randn(n, width)}
     y = torch.arange(n) % n_classes
     widest = torch.cat([x["cls_blocks"].flatten(1), x["mean_patch"]], 1)
-    one, grid, ratio = in_turn(
-        partial(linear_probe, widest, y, widest, y, lrs=(1e-2,), epochs=2), partial(linear_grid, x, y, x, y, epochs=2)
-    )
+    one, grid = in_turns({
+        "one": lambda _: linear_probe(widest, y, widest, y, lrs=(1e-2,), epochs=2),
+        "grid": lambda _: linear_grid(x, y, x, y, epochs=2),
+    }, REPEATS).values()  # fmt: skip
     patch = 16 if width == 384 else 8
     size, depth = (224, 12) if width == 384 else (64, 4)
     vit = build_vit("vit_tiny", width=width, depth=depth, heads=width // 32, patch_size=patch, img_size=size).eval()
     few = torch.zeros(32, 3, size, size, dtype=torch.uint8)
-    look, *_ = in_turn(lambda: extract(vit, few, progress=False, blocks=4), lambda: None)
+    look = in_turns({"look": lambda _: extract(vit, few, progress=False, blocks=4)}, REPEATS)["look"]
     extraction = look["median"] * n / len(few)
-    return {"grid_s": grid, "one_s": one, "heads_alone": ratio, "extraction_s": extraction,
+    return {"grid_s": grid, "one_s": one, "heads_alone": grid.pop("ratio"), "extraction_s": extraction,
             "with_extraction": (extraction + grid["median"]) / (extraction + one["median"])}  # fmt: skip
-
-
-def in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> list[dict[str, float]]:
-    """Seconds of both, done in pairs whose order turns each time, and second / first of each pair: quartiles."""
-    works, times = (first, second), []
-    for repeat in range(REPEATS + 1):
-        taken = [0.0, 0.0]
-        for who in (0, 1) if repeat % 2 else (1, 0):
-            begun = time.perf_counter()
-            works[who]()
-            taken[who] = time.perf_counter() - begun
-        times.append((*taken, taken[1] / taken[0]))
-    quartiles = [statistics.quantiles(column, n=4) for column in zip(*times[1:], strict=True)]  # the first warms up
-    return [{"low": low, "median": middle, "high": high} for low, middle, high in quartiles]
 
 
 # ---------------------------------------------------------------- the README
@@ -195,7 +179,7 @@ def _scenes_table(found: dict[str, Any]) -> str:
     lines += ["", f"Mean ± standard deviation over {len(found['runs'])} networks of {found['steps']} steps. Patches: the "
               "commonest class and the mean distance of each, by softmax and ridge regression, as in the tour's report, "
               f"2,000 and 1,000 scenes; pixels: every one, by the published heads, {found['n_train']:,} and "
-              f"{found['n_test']} scenes; {found['size_px']} px, none seen in training. {_machine(found)}"]  # fmt: skip
+              f"{found['n_test']} scenes; {found['size_px']} px, none seen in training. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -214,13 +198,8 @@ def _photographs_table(found: dict[str, Any]) -> str:
         lines.append(f"| {asked['data']} | {asked['task']} | {task.unit} | {trained} | {fresh} | {others} | "
                      f"{asked['seconds'] / 60:.1f} |")  # fmt: skip
     lines += ["", "In brackets: with its position told. Minutes: all subjects together, from raw files. One network, one run "
-              f"of each; {found['peak_memory_mb']:,.0f} MiB at most. {_machine(found)}"]  # fmt: skip
+              f"of each; {found['peak_memory_mb']:,.0f} MiB at most. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
-
-
-def _machine(found: dict[str, Any]) -> str:
-    e = found["environment"]
-    return f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."
 
 
 def main() -> None:

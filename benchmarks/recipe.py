@@ -121,6 +121,14 @@ def store(name: str, payload: dict[str, Any]) -> Path:
     return path
 
 
+def made_on(found: dict[str, Any]) -> str:
+    """On what a stored result was made, as the notes of tables end; what was not stored was made in toy sizes."""
+    if "environment" not in found:
+        return "Toy sizes, whose times mean nothing."
+    e = found["environment"]
+    return f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."
+
+
 def spread(values: list[float]) -> dict[str, float]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}

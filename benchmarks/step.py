@@ -14,7 +14,6 @@ machine is (floating-point operations of the step / seconds) / (those of its bes
 drops is not counted as work, whoever computes it.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from loader import in_turns, memory_alone, pictures
-from recipe import RESULTS, put, store
+from loader import command, in_turns, memory_alone, pictures
+from recipe import RESULTS, made_on
 from torch import Tensor, nn
 
 from minidino.config import RunConfig, override, preset
@@ -34,7 +33,7 @@ from minidino.learning import train as loop
 from minidino.learning.train import start, train
 from minidino.model.layouts import to_timm_layout
 from minidino.plan import sizes_of
-from minidino.runs import keep_freed_memory, peak_memory_mb, pick_precision
+from minidino.runs import peak_memory_mb, pick_precision
 from minidino.scaling import matrix_tflops, step_flops
 
 WHO = ("ours", "lightly", "plain")
@@ -255,7 +254,7 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     rate, turns = 1e12 * matrix_tflops(), 2 if toy else TURNS
     found = {
         "losses": agreement(config, batch), "n_prototypes": config.heads.n_prototypes, "batch": len(batch.index),
-        "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate, "crops_s": crops_s,
+        "threads": torch.get_num_threads(), "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate, "crops_s": crops_s,
         "drop_path": compare(config, batch, WHO, turns, rate),
         "no_drop_path": compare(settings(toy, drop=0.0), batch, WHO[:2], turns, rate),
         "bf16": compare(settings(toy, precision="bf16"), batch, WHO[:2], 2, rate),
@@ -301,35 +300,13 @@ def table(found: dict[str, Any]) -> str:
     native = "" if found["bf16_is_native"] else ", which this processor does not multiply natively"
     lines += ["", f"{found['batch']} images, {found['n_prototypes']:,} prototypes, {found['n_masked']} masked patches; medians of "
               f"{found['turns']} turns, quartiles in brackets; crops and masks of a batch take {found['crops_s']:.2f} s. The share "
-              f"is of {found['matmul_flops'] / 1e9:.0f} GFLOP/s of float32, for bf16{native}, too. {_machine(found)}"]  # fmt: skip
+              f"is of {found['matmul_flops'] / 1e9:.0f} GFLOP/s of float32, for bf16{native}, too. {found['threads']} threads of "
+              f"{made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
-def _machine(found: dict[str, Any]) -> str:
-    if "environment" not in found:
-        return "Toy sizes, whose times mean nothing."
-    e = found["environment"]
-    return (f"{e['machine']}, {e['threads']} threads; torch {e['versions']['torch']}, {e['date'][:10]}, "
-            f"commit {e['commit']}.")  # fmt: skip
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "draw", "alone"), help="alone: the peak memory of one, as JSON")
-    parser.add_argument("--data", help="JPEG photographs; without it scenes are drawn")
-    parser.add_argument("--who", choices=WHO, default="ours")
-    parser.add_argument("--toy", action="store_true", help="a tiny network; nothing is stored")
-    options = parser.parse_args()
-    keep_freed_memory()
-    if options.what == "draw":
-        put(tables())
-    elif options.what == "alone":
-        print(json.dumps(alone(options.who, options.data, options.toy)))
-    else:
-        found = measure(options.data, options.toy)
-        if not options.toy:
-            found = json.loads(store("step", found).read_text())
-        print(table(found))
+    command("step", __doc__, WHO, measure, alone, table, tables)
 
 
 if __name__ == "__main__":

@@ -107,11 +107,11 @@ def _train(stages) -> None:
         if options.resume:
             if options.changes or options.data or options.weights:
                 raise ValueError("a resumed run keeps its config: --data, --weights, key=value and --resume exclude each other")
-            return _told(pretrain(preset("scenes-cpu"), Path(options.resume), resume=True)[0])
+            return _go_on(Path(options.resume))
         config = override(_base(options), options.changes)
         folder = Path(options.out or f"runs/{options.preset}")
         if _interrupted(folder):
-            return _told(pretrain(config, folder, resume=True)[0])
+            return _go_on(folder)
         _expect_new(folder)
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
@@ -146,12 +146,12 @@ def _base(options) -> RunConfig:
 
 def _adapt(stages) -> None:
     def run(options) -> int:
-        from minidino.stages import adapt, pretrain
+        from minidino.stages import adapt
 
         source = Path(options.source)
         folder = Path(options.out or source.with_name(f"{source.name}-{options.size}px"))
         if _interrupted(folder):
-            return _told(pretrain(preset("scenes-cpu"), folder, resume=True)[0])
+            return _go_on(folder)
         _expect_new(folder)
         return _told(adapt(source, folder, options.size, options.steps, options.changes, options.fit_memory)[0])
 
@@ -164,6 +164,13 @@ def _adapt(stages) -> None:
                         "than before")  # fmt: skip
     parser.add_argument("--out", help="run folder (default RUN-SIZEpx); train --resume goes on with it")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
+
+
+def _go_on(folder: Path) -> int:
+    """Resume a run, which knows its own config."""
+    from minidino.stages import pretrain
+
+    return _told(pretrain(preset("scenes-cpu"), folder, resume=True)[0])
 
 
 def _told(run) -> int:
