@@ -37,7 +37,7 @@ from minidino.runs import peak_memory_mb, pick_precision
 from minidino.scaling import matrix_tflops, step_flops
 
 WHO = ("ours", "lightly", "plain")
-TURNS, BATCH, PUBLISHED_DROP = 3, 8, 0.3
+TURNS, BATCH, PUBLISHED_DROP = 7, 8, 0.3
 TOY = ("vit.width=32", "vit.depth=2", "vit.heads=2", "vit.patch_size=8", "crops.global_size=32", "crops.local_size=16",
        "crops.n_local=2", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16",
        "optim.batch_size=4")  # fmt: skip
@@ -254,7 +254,8 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     rate, turns = 1e12 * matrix_tflops(), 2 if toy else TURNS
     found = {
         "losses": agreement(config, batch), "n_prototypes": config.heads.n_prototypes, "batch": len(batch.index),
-        "threads": torch.get_num_threads(), "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate, "crops_s": crops_s,
+        "threads": torch.get_num_threads(), "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate,
+        "crops_s": crops_s,
         "drop_path": compare(config, batch, WHO, turns, rate),
         "no_drop_path": compare(settings(toy, drop=0.0), batch, WHO[:2], turns, rate),
         "bf16": compare(settings(toy, precision="bf16"), batch, WHO[:2], 2, rate),

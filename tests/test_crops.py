@@ -117,7 +117,7 @@ def test_resize_agrees_with_pil_up_to_its_rounding():
         (crops.contrast, TF.adjust_contrast, 0.0, 2.0),
         (crops.saturation, TF.adjust_saturation, 0.0, 2.0),
         (crops.hue, TF.adjust_hue, -0.5, 0.5),
-        (crops.gaussian_blur, lambda x, s: TF.gaussian_blur(x, [9, 9], [s, s]), 0.1, 2.0),
+        (lambda x, s: crops.blur(x, crops.gaussian_kernel(s)), lambda x, s: TF.gaussian_blur(x, [9, 9], [s, s]), 0.1, 2.0),
         (lambda x, _: crops.solarize(x), lambda x, _: TF.solarize(x, 128 / 255), 0.0, 1.0),
         (lambda x, _: crops.luminance(x), lambda x, _: TF.rgb_to_grayscale(x), 0.0, 1.0),
     ],
@@ -132,6 +132,14 @@ def test_each_operation_is_torchvisions(ours, theirs, low, high):
     parameters = torch.linspace(low, high, 7)
     expected = torch.stack([theirs(row, p.item()) for row, p in zip(x, parameters)])
     torch.testing.assert_close(ours(x, parameters), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [crops.brightness, crops.contrast, crops.saturation, crops.hue])
+def test_a_row_alone_is_changed_as_among_others(change):
+    x, factors = torch.rand(5, 3, 11, 11, generator=generator()), [-0.5, -0.1, 0.4, 1.0, 1.9]
+    factors = [abs(f) for f in factors] if change is not crops.hue else [f / 2 for f in factors]
+    alone = torch.cat([change(row, f) for row, f in zip(x.split(1), factors)])
+    torch.testing.assert_close(alone, change(x, torch.tensor(factors)), rtol=0, atol=1e-6)
 
 
 def test_distort_keeps_the_order_of_each_row_and_spares_the_others():

@@ -1,5 +1,6 @@
 """Boxes of many images, cut out and resized at once: the antialiased bicubic of PIL as weighted sums of rows and columns."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -25,7 +26,7 @@ def resize_boxes(
         Crops in [0, 1].
     """
     if lines.device.type == "cpu":
-        return _resize_windows(lines, box, flip, size)
+        return torch.cat(list(resize_each(lines, box, flip, size)))
     lines = lines.float() / 255 if lines.dtype == torch.uint8 else lines
     n_images, height, _, width = lines.shape
     across = resize_weights(box[:, 1], box[:, 3], size, width, flip).unflatten(0, (-1, n_images))  # (V, B, s, W)
@@ -36,21 +37,23 @@ def resize_boxes(
     return crops.contiguous().clamp_(0, 1)
 
 
-def _resize_windows(lines: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """The same, crop by crop and only where weights are not 0: on a CPU a window stays in the cache.
+def resize_each(
+    lines: Float[Tensor, "B H 3 W"] | UInt8[Tensor, "B H 3 W"],
+    box: Float[Tensor, "n 4"],
+    flip: Bool[Tensor, "n"],
+    size: int,
+) -> Iterator[Float[Tensor, "1 3 size size"]]:
+    """The same, one crop after the other and only where weights are not 0: on a CPU a window stays in the cache.
 
-    The crops lie in memory column by column, as the second sum leaves them; to turn each would cost as much as the sum.
+    A crop lies in memory column by column, as the second sum leaves it; to turn it would cost as much as the sum.
     """
     (rows, down), (columns, across) = _taps(box[:, 2], size), _taps(box[:, 3], size, flip)
     down = down / 255 if lines.dtype == torch.uint8 else down
-    crops = torch.empty(len(box), size, 3, size)  # columns outermost
-    with torch.inference_mode():
-        for i, (top, left, height, width) in enumerate(box.int().tolist()):
-            window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, 3, w)
-            low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, 3, width)
-            small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, 3 * s) -> (s, 3 * s)
-            torch.clamp(small.view(size, 3, size), 0, 1, out=crops[i])
-    return crops.permute(0, 2, 3, 1)
+    for i, (top, left, height, width) in enumerate(box.int().tolist()):
+        window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, 3, w)
+        low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, 3, width)
+        small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, 3 * s) -> (s, 3 * s)
+        yield small.view(1, size, 3, size).clamp_(0, 1).permute(0, 2, 3, 1)
 
 
 def mix_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
