@@ -5,9 +5,9 @@
 
 Everybody gets the same crops, masks and first weights, 8 images a step, 2 x 224 + 8 x 96 px, 65,536 prototypes, and computes
 the same three losses against centred targets (lightly's losses know no Sinkhorn); that the losses agree is checked before
-anything is timed. All clip, step by fused AdamW and move their teacher. Ours packs both crop sizes into one pass, leaves out
-what stochastic depth drops and looks at prototypes in parts; lightly has one pass for each crop size, computes what it
-drops, and keeps whole logits. `plain` is ours in lightly's way. Stochastic depth is 0.3 as published, and 0 beside it.
+anything is timed. All clip, step by fused AdamW and move their teacher. Ours packs both crop sizes into one pass and leaves
+out what stochastic depth drops; lightly has one pass for each crop size and computes what it drops. `lean` is ours with
+prototypes looked at in parts, `plain` ours with one pass for each size. Stochastic depth is 0.3 as published, and 0 beside it.
 
 Seconds come from turns whose order rotates, in one process; peak memory from a process of its own. The share of the
 machine is (floating-point operations of the step / seconds) / (those of its best matrix product); what stochastic depth
@@ -36,7 +36,7 @@ from minidino.plan import sizes_of
 from minidino.runs import peak_memory_mb, pick_precision
 from minidino.scaling import matrix_tflops, step_flops
 
-WHO = ("ours", "lightly", "plain")
+WHO = ("ours", "lightly", "lean", "plain")
 TURNS, BATCH, PUBLISHED_DROP = 7, 8, 0.3
 TOY = ("vit.width=32", "vit.depth=2", "vit.heads=2", "vit.patch_size=8", "crops.global_size=32", "crops.local_size=16",
        "crops.n_local=2", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16",
@@ -69,13 +69,13 @@ def one_batch(config: RunConfig, data: str | None = None, toy: bool = False) -> 
 
 
 class Ours:
-    """The training loop of this package; `plain` goes without packing and keeps whole logits."""
+    """The training loop of this package; `plain` goes without packing, `lean` without whole logits."""
 
-    def __init__(self, config: RunConfig, batch: Batch, plain: bool = False):
-        config = override(config, [f"loss.prototypes={'reference' if plain else 'chunked'}"])
+    def __init__(self, config: RunConfig, batch: Batch, who: str = "ours"):
+        config = override(config, ["loss.prototypes=chunked"]) if who == "lean" else config
         self.state = start(config, CPU)
         student, teacher = self.state.student.backbone, self.state.teacher.backbone
-        if plain:
+        if who == "plain":
             student.forward_packed = _one_size_at_a_time(student)
         self.records = train(config, None, self.state, stream=repeat(batch))
         self.parts = {
@@ -180,7 +180,7 @@ def _lightly_network(config: RunConfig, ours: nn.Module) -> nn.ModuleDict:
 
 
 def stepper(who: str, config: RunConfig, batch: Batch) -> Ours | Lightly:
-    return Lightly(config, batch) if who == "lightly" else Ours(config, batch, plain=who == "plain")
+    return Lightly(config, batch) if who == "lightly" else Ours(config, batch, who)
 
 
 # ---------------------------------------------------------------- measuring
