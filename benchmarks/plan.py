@@ -160,7 +160,7 @@ def tables() -> dict[str, str]:
     rows += ["", f"Float32 on {e['machine']}, one thread, in processor time, the fastest of {N_TIMED} steps; rate of a "
              f"matrix product {stored['rate_tflops']:.3f} TFLOP/s; torch {e['versions']['torch']}, {e['date'][:10]}, "
              f"commit {e['commit']}."]  # fmt: skip
-    return {"plan": plan_table(Device(stored["rate_tflops"], 24)), "plan-measured": "\n".join(rows)}
+    return {"plan": plan_table(Device(stored["rate_tflops"], 24), "fp32"), "plan-measured": "\n".join(rows)}
 
 
 def main() -> None:

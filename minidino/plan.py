@@ -235,18 +235,20 @@ def describe(plan: Plan, price: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def plan_table(limit: Device | None = None, **options: Any) -> str:
+def plan_table(limit: Device | None = None, precision: str = "auto", **options: Any) -> str:
     """All presets, each on the machine that it is for or on the one named in the options of `make_plan`; markdown.
 
     Args:
         limit: rate and memory of the cpu, where they were measured before.
+        precision: of the cpu; "auto" is what this one multiplies natively.
     """
     words = "preset | on | parameters, M: backbone + heads | GFLOP an image | GiB each | hours | device-hours | known"
     rows = [f"| {words} |", "|---" * 8 + "|"]
     for name in PRESETS:
         usual = WHERE.get(name, ELSEWHERE)
         here = (options.get("device") or usual[0]) == "cpu"
-        plan = make_plan(preset(name), limit=limit if here else None, **options)
+        config = override(preset(name), [f"run.precision={precision}"]) if here else preset(name)
+        plan = make_plan(config, limit=limit if here else None, **options)
         limit = plan.limit if here else limit  # one measurement for all rows
         c, meant = plan.counts, (plan.device, plan.gpus) == usual
         cells = (
