@@ -1,0 +1,185 @@
+"""How safe is what the notebooks claim? Each is run with five seeds, and every check says by how much it holds.
+
+    python benchmarks/margins.py run [--seeds 5] [NUMBER ...]     data/results/margins.json; the others keep their rows
+    python benchmarks/margins.py draw                             the README's table of the stored result
+
+A notebook's code runs as it stands but for its seeds, which all move by the same amount: `SEED = 0`, `manual_seed(0)`,
+`seed=7`, "run.seed=7", and those of a preset. In `check("more than a tenth", gain > 0.10)` the margin is gain - 0.10; of
+several comparisons in one claim the smallest counts. A claim is safe when its mean margin is at least three times the
+standard deviation over the seeds. Claims without a comparison (tensors that are equal) only have to hold.
+"""
+
+import argparse
+import ast
+import contextlib
+import io
+import json
+import math
+import operator
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from recipe import RESULTS, ROOT, made_on, put, spread, store
+from tqdm import tqdm
+
+from minidino import config as configs
+from minidino import notebook
+
+NOTEBOOKS, PATH = ROOT / "notebooks", RESULTS / "margins.json"
+SAFE = 3  # standard deviations
+APART = 1000  # between the seeds of two runs, more than a notebook uses
+SEED_TEXT = re.compile(r"^((?:run|data)\.(?:scene_)?seed=)(\d+)$")
+ORDER = {ast.Lt: "lt", ast.LtE: "le", ast.Gt: "gt", ast.GtE: "ge"}  # names in `operator`
+
+
+class Moved(ast.NodeTransformer):
+    """The same code with all its seeds moved, and with checks whose comparisons tell by how much they hold."""
+
+    def __init__(self, by: int):
+        self.by, self.checked = by, False
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if isinstance(node.value, str):
+            return ast.Constant(SEED_TEXT.sub(lambda m: f"{m[1]}{int(m[2]) + self.by}", node.value))
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign:
+        if ast.unparse(node.targets[0]) == "SEED":
+            node.value = _plus(node.value, self.by)
+        return self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        node = self.generic_visit(node)
+        if node.arg == "seed" and isinstance(node.value, ast.Constant):
+            node.value = _plus(node.value, self.by)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        name = ast.unparse(node.func).rpartition(".")[2]
+        outside, self.checked = self.checked, self.checked or name == "check"
+        node = self.generic_visit(node)
+        self.checked = outside
+        if name == "manual_seed" and isinstance(node.args[0], ast.Constant):
+            node.args[0] = _plus(node.args[0], self.by)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        node = self.generic_visit(node)
+        if not self.checked or not all(type(op) in ORDER for op in node.ops):
+            return node
+        names = ast.List([ast.Constant(ORDER[type(op)]) for op in node.ops], ast.Load())
+        return ast.Call(ast.Name("_compare", ast.Load()), [names, node.left, *node.comparators], [])
+
+
+def _plus(node: ast.expr, by: int) -> ast.expr:
+    return ast.BinOp(node, ast.Add(), ast.Constant(by))
+
+
+class Claims:
+    """What the checks of one run said: words, truth, smallest margin."""
+
+    def __init__(self):
+        self.said: list[dict[str, Any]] = []
+        self.margins: list[float] = []
+
+    def compare(self, names: list[str], *values: Any) -> Any:
+        """Do what the comparisons would, and note by how much each holds that is about single numbers."""
+        truths = [getattr(operator, name)(*pair) for name, pair in zip(names, pairwise(values), strict=True)]
+        for name, (left, right) in zip(names, pairwise(values), strict=True):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):  # words, lists, more than one number
+                self.margins.append(float(right - left if name in ("lt", "le") else left - right))
+        return truths[0] if len(truths) == 1 else all(truths)
+
+    def check(self, claim: str, truth: Any) -> None:
+        self.said.append({"claim": claim, "holds": bool(truth), "margin": min(self.margins, default=None)})
+        self.margins = []
+
+
+def claims_of(path: Path, seed: int) -> list[dict[str, Any]]:
+    """Run a notebook with its seeds moved by `seed` steps, in its folder; every check is noted, none stops.
+
+    For a process of its own: presets and checks are other ones afterwards.
+    """
+    claims, move, known = Claims(), Moved(seed * APART), configs.preset
+
+    def reseeded(name: str) -> configs.RunConfig:
+        config = known(name)
+        moved = [f"run.seed={config.run.seed + seed * APART}", f"data.scene_seed={config.data.scene_seed + seed * APART}"]
+        return configs.override(config, moved)
+
+    configs.preset, notebook.check = reseeded, claims.check
+    space = {"__name__": "__main__", "_compare": claims.compare}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    os.chdir(path.parent)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for cell in cells:
+            tree = ast.fix_missing_locations(move.visit(ast.parse("".join(cell["source"]))))
+            exec(compile(tree, path.name, "exec"), space)
+    return claims.said
+
+
+def summary(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The claims of a notebook over its runs: does each always hold, and how far from not holding is it?"""
+    rows = []
+    for said in zip(*runs, strict=True):
+        margins = [each["margin"] for each in said if each["margin"] is not None]
+        row = {"claim": said[0]["claim"], "holds": [each["holds"] for each in said]}
+        if len(set(margins)) > 1:
+            margin = spread(margins)
+            row |= {"margins": margins, "sigmas": margin["mean"] / margin["sd"]}
+        rows.append(row)
+    return rows
+
+
+def is_safe(row: dict[str, Any]) -> bool:
+    return all(row["holds"]) and row.get("sigmas", math.inf) >= SAFE
+
+
+def run(numbers: list[str], seeds: int) -> None:
+    found = json.loads(PATH.read_text())["notebooks"] if PATH.exists() else {}
+    paths = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not numbers or path.name[:2] in numbers]
+    for path in tqdm(paths, unit="notebook"):
+        command = [sys.executable, __file__, "one", path.name, "--seeds"]
+        runs = [json.loads(subprocess.run([*command, str(seed)], check=True, capture_output=True).stdout)
+                for seed in range(seeds)]  # fmt: skip
+        found[path.stem] = summary(runs)
+        for row in found[path.stem]:
+            if not is_safe(row):
+                tqdm.write(f"{path.stem}: {row}")
+    store("margins", {"seeds": seeds, "notebooks": dict(sorted(found.items()))})
+
+
+# ---------------------------------------------------------------- the README
+
+
+def tables() -> dict[str, str]:
+    found = json.loads(PATH.read_text())
+    lines = ["| notebook | claims | of them with chance | the closest, in standard deviations |", "|---|---|---|---|"]
+    for name, rows in found["notebooks"].items():
+        sigmas = [row["sigmas"] for row in rows if "sigmas" in row]
+        lines.append(f"| {name} | {len(rows)} | {len(sigmas)} | {format(min(sigmas), '.1f') if sigmas else ''} |")
+    lines += ["", f"{found['seeds']} seeds. {made_on(found)}"]
+    return {"margins": "\n".join(lines)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "one", "draw"), help="one: the claims of one file with one seed, as JSON")
+    parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 05; all of them when none is named")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; of `one`, which")
+    options = parser.parse_args()
+    if options.what == "one":
+        print(json.dumps(claims_of(NOTEBOOKS / options.notebooks[0], options.seeds)))
+    elif options.what == "run":
+        run(options.notebooks, options.seeds)
+    else:
+        put(tables())
+
+
+if __name__ == "__main__":
+    main()
