@@ -48,10 +48,10 @@ class Moved(ast.NodeTransformer):
             return ast.Constant(SEED_TEXT.sub(lambda m: f"{m[1]}{int(m[2]) + self.by}", node.value))
         return node
 
-    def visit_Assign(self, node: ast.Assign) -> ast.Assign:
-        if ast.unparse(node.targets[0]) == "SEED":
-            node.value = _plus(node.value, self.by)
-        return self.generic_visit(node)
+    def visit_Assign(self, node: ast.Assign) -> list[ast.stmt]:
+        node = self.generic_visit(node)
+        sets = any(isinstance(name, ast.Name) and name.id == "SEED" for name in ast.walk(node.targets[0]))
+        return [node, *ast.parse(f"SEED += {self.by}" if sets else "").body]
 
     def visit_keyword(self, node: ast.keyword) -> ast.keyword:
         node = self.generic_visit(node)
