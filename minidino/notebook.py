@@ -1,4 +1,4 @@
-"""The classroom helpers: claims that are checked, exercises that grade themselves, source, and the clock.
+"""The classroom helpers: claims that are checked, exercises that grade themselves, source, sliders, and the clock.
 
     check("the student beats guessing", accuracy > 0.2)      ->  ok   the student beats guessing
     exercise("7b", my_koleo, koleo_loss, (x,), hint="...")   ->  --   7b: not attempted yet
@@ -7,7 +7,7 @@
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,29 @@ def exercise(name: str, attempt: Callable, oracle: Callable, *cases: tuple, hint
 def show(thing: Any) -> None:
     """Print the source of a function, class or module, as it runs."""
     print(inspect.getsource(thing).rstrip())
+
+
+def slide(draw: Callable, **values: Sequence) -> Any:
+    """Let sliders choose the arguments of a picture, and draw it again whenever one moves.
+
+        slide(targets, teacher_temp=(0.02, 0.04, 0.1), n_iterations=(3, 0, 1))
+
+    Not for stored outputs: call it while you look.
+
+    Args:
+        draw: what it returns is shown.
+        values: what each slider goes through, in order; it begins at the first.
+    Returns:
+        None with ipywidgets. Without it, which is said, what `draw` returns for the first values.
+    """
+    try:
+        import ipywidgets
+    except ImportError:
+        print("sliders need ipywidgets: pip install 'minidino[interactive]'")
+        return draw(**{name: options[0] for name, options in values.items()})
+    sliders = {name: ipywidgets.SelectionSlider(options=options) for name, options in values.items()}
+    ipywidgets.interact(draw, **sliders)
+    return None
 
 
 def budget(minutes: float) -> Callable[[], None]:

@@ -40,8 +40,9 @@ HOMES = {
     "PIL": ("images",),
     "torchvision": ("images",),
     "ray": ("engine",),
+    "ipywidgets": ("notebook",),
 }
-LAZY = ("faiss", "ray")  # imported in the function that needs it
+LAZY = ("faiss", "ray", "ipywidgets")  # imported in the function that needs it
 PACKAGES = {"PIL": "pillow", "faiss": "faiss-cpu", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # import: name
 CONDA = {"torch": "pytorch", "triton": None}  # pip: conda; None comes along with another
 VAGUE = {"utils", "common", "base", "helpers", "misc"}
@@ -92,7 +93,7 @@ def faults(module: str, tree: ast.Module) -> list[str]:
 
 def _import_faults(module: str, tree: ast.Module) -> list[str]:
     found, above = [], ORDER[: ORDER.index(module)]
-    room, packages = module.split(".")[0], requirements("ray")
+    room, packages = module.split(".")[0], requirements("ray", "interactive")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or node.names[0].name == "*"):
             found.append(f"line {node.lineno}: relative or star import")
@@ -210,7 +211,7 @@ for name in {names}:
     importlib.import_module(name)
 assert state() == before, "importing changes seeds, threads, the default type or the environment"
 assert not torch.cuda.is_initialized(), "importing starts CUDA"
-heavy = {{"faiss", "ray", "triton", "matplotlib.pyplot", "timm", "transformers"}} & (set(sys.modules) - loaded)
+heavy = {{"faiss", "ray", "ipywidgets", "triton", "matplotlib.pyplot", "timm", "transformers"}} & (set(sys.modules) - loaded)
 assert not heavy, f"importing brings in {{heavy}}"
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}

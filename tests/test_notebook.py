@@ -2,14 +2,16 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from minidino.learning.losses import dino_loss, koleo_loss
-from minidino.notebook import budget, check, exercise, show
+from minidino.notebook import budget, check, exercise, show, slide
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 FIRST = ("**Question.**", "**Needs.**", "**Time.**")
@@ -116,6 +118,29 @@ def test_show_prints_the_source(capsys):
     show(dino_loss)
     text = capsys.readouterr().out
     assert "def dino_loss(" in text and "log_softmax" in text and "def ibot_loss(" not in text
+
+
+def test_without_widgets_the_first_values_are_drawn(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert slide(lambda temp, n: (temp, n), temp=(0.1, 0.2), n=(3, 0)) == (0.1, 3)
+    assert "pip install 'minidino[interactive]'" in capsys.readouterr().out
+
+
+def test_sliders_choose_among_the_values(monkeypatch, capsys):
+    drawn, slider = [], lambda options: list(options)  # it can stand on any of them
+    widgets = SimpleNamespace(SelectionSlider=slider, interact=lambda f, **sliders: f(*(s[-1] for s in sliders.values())))
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    assert slide(lambda *chosen: drawn.append(chosen), temp=(0.1, 0.2), n=(3, 0)) is None
+    assert drawn == [(0.2, 0)] and capsys.readouterr().out == ""
+
+
+def test_a_true_slider_draws_again(monkeypatch):
+    widgets, made, drawn = pytest.importorskip("ipywidgets", reason="needs the extra: interactive"), [], []
+    true = widgets.SelectionSlider
+    monkeypatch.setattr(widgets, "SelectionSlider", lambda **options: made.append(true(**options)) or made[-1])
+    slide(lambda temp, n: drawn.append((temp, n)), temp=(0.1, 0.05, 0.2), n=(3, 0))
+    made[0].value = 0.2
+    assert [slider.description for slider in made] == ["temp", "n"] and drawn == [(0.1, 3), (0.2, 3)]
 
 
 def test_the_clock_is_read_at_the_end(capsys):
