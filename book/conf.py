@@ -12,16 +12,17 @@ from sphinx import addnodes
 HERE = Path(__file__).resolve().parent  # where bind.py has gathered all sources
 sys.path.insert(0, str(HERE))
 
-project, author, copyright = "minidino", "minidino", "Apache-2.0"
+project = "minidino"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "docstrings"]
 nb_execution_mode = "off"  # the kept outputs are shown; only `make notebooks` makes new ones
 myst_heading_anchors = 3
 suppress_warnings = ["ref.python"]  # two classes are called Pairs, and annotations name them without their module
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_mock_imports = [] if find_spec("triton") else ["triton"]  # Linux only
 autodoc_inherit_docstrings = False
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 80
+add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
@@ -31,6 +32,9 @@ html_css_files = ["book.css"]
 html_show_sphinx = False
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search box of the sidebar is enough
+    "footer_content_items": ["extra-footer"],
+    "extra_footer": "minidino, Apache-2.0. DINOv2 is the work of Oquab, Darcet, Moutakanni and others at Meta.",
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
     "show_toc_level": 2,

@@ -75,7 +75,7 @@ def _blocks(lines: list[str]) -> Iterator[str]:
     """Paragraphs and lists; what is indented is a formula or an example and stays line by line."""
     for kind, group in groupby(lines, lambda line: "code" if line.startswith("    ") else "text" if line else ""):
         if kind == "code":
-            yield from ("", "::", "", *group, "")
+            yield from ("", ".. code-block:: text", "", *group, "")
         elif kind == "text":
             for part in re.split(r"\n(?=- )", "\n".join(group)):
                 mark = "- " if part.startswith("- ") else ""

@@ -53,11 +53,16 @@ def page(path: Path) -> Page:
 
 def faults(site: Path) -> list[str]:
     """Everything that is wrong with a site, in words."""
-    found = [f"{path.relative_to(site)}: {fault}" for path in sorted(site.rglob("*.html")) for fault in _of_page(path)]
+    found = [f"{path.relative_to(site)}: {fault}" for path in _pages(site) for fault in _of_page(path)]
     for path in sorted(site.rglob("*.css")):
         if "@import url(http" in (text := path.read_text()) or "url(http" in text or "url(//" in text:
             found.append(f"{path.relative_to(site)}: a style that loads from outside")
-    return found if any(site.rglob("*.html")) else ["there is no page"]
+    return found if _pages(site) else ["there is no page"]
+
+
+def _pages(site: Path) -> list[Path]:
+    """All pages; what lies in _static are the theme's templates."""
+    return sorted(path for path in site.rglob("*.html") if "_static" not in path.parts)
 
 
 def _of_page(path: Path) -> list[str]:

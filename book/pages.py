@@ -106,6 +106,8 @@ def nb(*numbers: str) -> str:
 def row(*numbers: str) -> str:
     """Three cells: the notebooks of these numbers that are there, their minutes to run and in class."""
     there = [lessons()[n] for n in numbers if n in lessons()]
+    if not there:
+        return "not written yet | | "
     minutes = sum(one.minutes for one in there), sum(one.in_class for one in there)
     return f"{', '.join(map(_link, there))} | {minutes[0]:g} | {minutes[1]}"
 

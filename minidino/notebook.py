@@ -70,7 +70,9 @@ def grades(text: str) -> dict[str, str]:
     """
     found = {}
     for cell in json.loads(text)["cells"]:
-        outputs = cell.get("outputs", [])
+        if cell["cell_type"] != "code":
+            continue
+        outputs = cell["outputs"]
         said = "".join("".join(output.get("text", "")) for output in outputs)
         wrong = [f"{output['ename']}: {output['evalue']}".splitlines()[0] for output in outputs if "ename" in output]
         for name in re.findall(r"^exercise\(\s*[\"'](\w+)", "".join(cell["source"]), re.MULTILINE):
