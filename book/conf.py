@@ -37,6 +37,7 @@ html_theme_options = {
     "extra_footer": "minidino, Apache-2.0. DINOv2 is the work of Oquab, Darcet, Moutakanni and others at Meta.",
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "collapse_navigation": True,  # the reference is long: other pages do not carry its list
     "show_toc_level": 2,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

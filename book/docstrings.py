@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from textwrap import dedent
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def sections(doc: str) -> tuple[list[str], dict[str, list[str]]]:
             lines = found.setdefault(match[1], [])
             line = match[2]
         lines.append(line)
-    return before, {name: dedent("\n".join(text[1:])).splitlines() if not text[0] else text for name, text in found.items()}
+    below = {name: text if text[0] else dedent("\n".join(text[1:])).splitlines() for name, text in found.items()}
+    return before, below
 
 
 def to_rst(doc: str) -> list[str]:
@@ -137,21 +139,35 @@ def _is_record(thing: object) -> bool:
     return inspect.isclass(thing) and (is_dataclass(thing) or hasattr(thing, "_fields"))
 
 
+@lru_cache(maxsize=None)
+def documented(source: str) -> dict[str, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """{Class.method: its node} of all classes and functions in the text of a module, the outer ones first."""
+    found, open_ = {}, [("", node) for node in ast.parse(source).body]
+    for above, node in open_:  # it grows
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found[above + node.name] = node
+            open_ += [(f"{above}{node.name}.", inner) for inner in node.body]
+    return found
+
+
 def _signature(thing: object) -> tuple[str, str | None] | None:
     """Arguments and return as they are written: shapes stay shapes."""
-    try:
-        node = ast.parse(dedent(inspect.getsource(inspect.unwrap(thing)))).body[0]
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    if isinstance(node, ast.ClassDef):
-        node = next((item for item in node.body if getattr(item, "name", "") == "__init__"), None)
+    thing = inspect.unwrap(thing)
+    module = inspect.getmodule(thing)
+    nodes = documented(_text(module.__file__)) if module and getattr(module, "__file__", None) else {}
+    name = getattr(thing, "__qualname__", "")
+    node = nodes.get(f"{name}.__init__" if inspect.isclass(thing) else name)
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return None
     arguments = node.args
-    for group in (arguments.posonlyargs, arguments.args):
-        if group and group[0].arg in ("self", "cls"):
-            group.pop(0)
+    if arguments.args and arguments.args[0].arg in ("self", "cls"):
+        arguments = ast.arguments(**{**dict(ast.iter_fields(arguments)), "args": arguments.args[1:]})
     return f"({ast.unparse(arguments)})", ast.unparse(node.returns) if node.returns else None
+
+
+@lru_cache(maxsize=None)
+def _text(path: str) -> str:
+    return Path(path).read_text()
 
 
 # ------------------------------------------------------------------------------------------------ what Sphinx asks
@@ -162,7 +178,7 @@ def on_docstring(app, what, name, thing, options, lines) -> None:
     own = inspect.isclass(thing) and text.startswith(f"{thing.__name__}(")  # made up by dataclass
     lines[:] = [] if own or text.startswith(NO_TEXT) else to_rst(text)
     if _is_record(thing):
-        rows = fields_of(inspect.getsource(inspect.getmodule(thing))).get(thing.__name__, [])
+        rows = fields_of(_text(inspect.getmodule(thing).__file__)).get(thing.__name__, [])
         lines += _table(rows) if rows else []
 
 

@@ -6,13 +6,12 @@ A page says `{{ needs }}` or `{{ nb 07 }}`; FILL lists what there is.
 import ast
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from docstrings import fields_of, sections
+from docstrings import documented, fields_of, sections
 
 from minidino.config import RunConfig, flatten, preset
 from minidino.plan import sizes_of
@@ -212,12 +211,11 @@ def readme(heading: str) -> str:
 # ------------------------------------------------------------------------------------------------ the package
 
 
-@lru_cache(maxsize=None)
-def modules() -> dict[str, ast.Module]:
-    """{minidino.learning.losses: its tree, ...}, room by room."""
+def modules() -> dict[str, Path]:
+    """{minidino.learning.losses: its file, ...}, room by room."""
     paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     paths.sort(key=lambda path: (list(ROOMS).index(_room(path)), path.name))
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in paths}
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
 def _room(path: Path) -> str:
@@ -227,23 +225,16 @@ def _room(path: Path) -> str:
 def differs() -> str:
     """Every `Differs:` of a docstring, room by room."""
     out, room = [], None
-    for module, tree in modules().items():
-        for name, node in _documented(tree):
+    for module, path in modules().items():
+        for name, node in documented(path.read_text()).items():
             text = sections(ast.get_docstring(node) or "")[1].get("Differs")
             if text:
-                here = module.split(".")[1] if module.count(".") > 1 else "minidino"
+                here = _room(path) or "minidino"
                 out += [] if here == room else ["", f"### {here}", ""]
                 room = here
                 short = f"{module.removeprefix('minidino.')}.{name}"
                 out.append(f"- {{py:obj}}`{short} <{module}.{name}>`: {_prose(' '.join(map(str.strip, text)))}")
     return "\n".join(out)
-
-
-def _documented(tree: ast.Module, above: str = "") -> Iterator[tuple[str, ast.AST]]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield above + node.name, node
-            yield from _documented(node, f"{above}{node.name}.")
 
 
 def _prose(text: str) -> str:
@@ -257,9 +248,9 @@ def api_pages() -> dict[str, str]:
     found, listed = {}, []
     for room, told in ROOMS.items():
         rows = []
-        for name, tree in modules().items():
-            if ".".join(name.split(".")[1:-1]) == room:
-                first = (ast.get_docstring(tree) or "").splitlines()[0].rstrip(".")
+        for name, path in modules().items():
+            if _room(path) == room:
+                first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0].rstrip(".")
                 rows.append(f"| [`{name.removeprefix('minidino.')}`]({name}.rst) | {_cell(_prose(first))} |")
                 title = name.removeprefix("minidino.")
                 found[f"{name}.rst"] = f"{title}\n{'=' * len(title)}\n\n.. automodule:: {name}\n"
