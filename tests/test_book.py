@@ -22,7 +22,8 @@ TERMS = """prototype teacher student EMA Sinkhorn-Knopp KoLeo multi-crop registe
 TERMS += ["DINO loss", "iBOT loss", "stochastic depth", "linear probe", "effective rank", "class token", "patch token"]
 KNOWN = {"PyTorch", "GB", "macOS", "Windows"}  # words that a reader of the course brings along
 SIDES = (390, 1280)  # px: a phone, a laptop
-LOOKED_AT = ("index.html", "notebooks/07_pretraining.html", "glossary.html", "teacher.html", "api/minidino.learning.losses.html")
+LOOKED_AT = ["index.html", "notebooks/07_pretraining.html", "glossary.html", "differences.html", "teacher.html"]
+LOOKED_AT += ["api/minidino.learning.losses.html", "api/minidino.probes.segmentation.html"]
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +240,12 @@ def test_nothing_has_to_be_scrolled_sideways(site, browser, name, width, tmp_pat
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
         page.screenshot(path=os.environ.get("BOOK_PICTURES", str(tmp_path)) + f"/{Path(name).stem}-{width}.png")
     assert outside == []
+
+
+def test_a_word_is_found_without_a_server(site, browser):
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto((site / "search.html").as_uri() + "?q=sinkhorn")
+        page.wait_for_selector("ul.search li a", timeout=20_000)
+        found = page.eval_on_selector_all("ul.search li a", "links => links.map(link => link.textContent)")
+    assert any("sinkhorn_knopp" in text for text in found) and any("07" in text for text in found)
