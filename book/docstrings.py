@@ -24,11 +24,11 @@ NO_TEXT = ("Alias for field number", "Built-in immutable sequence")  # what Name
 
 
 def sections(doc: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The lines before the first section, and the lines of each section."""
+    """The lines before the first section, and the lines of each section, of a docstring that begins at the margin."""
     before: list[str] = []
     found: dict[str, list[str]] = {}
     lines = before
-    for line in inspect.cleandoc(doc).splitlines():
+    for line in doc.splitlines():
         if match := SECTION.match(line):
             lines = found.setdefault(match[1], [])
             line = match[2]
