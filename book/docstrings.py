@@ -8,6 +8,7 @@ import ast
 import inspect
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -173,8 +174,25 @@ def _text(path: str) -> str:
 # ------------------------------------------------------------------------------------------------ what Sphinx asks
 
 
+def as_written(name: str) -> str:
+    """The docstring of a module, class or function by its full name, without the margin of the code around it.
+
+    Sphinx takes away as much as all lines but the first have in common: that of a formula, where no other text follows.
+    """
+    parts = name.split(".")
+    module = next((m for i in range(len(parts), 0, -1) if (m := ".".join(parts[:i])) in sys.modules), None)
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None:
+        return ""
+    inside = name.removeprefix(module).removeprefix(".")
+    node = documented(_text(path)).get(inside) if inside else ast.parse(_text(path))
+    text = (ast.get_docstring(node, clean=False) if node else None) or ""
+    margin = " " * (node.col_offset + 4) if inside and node else ""
+    return "\n".join(line.removeprefix(margin).rstrip() for line in text.splitlines()).strip()
+
+
 def on_docstring(app, what, name, thing, options, lines) -> None:
-    text = "\n".join(lines)
+    text = as_written(name) or "\n".join(lines)
     own = inspect.isclass(thing) and text.startswith(f"{thing.__name__}(")  # made up by dataclass
     lines[:] = [] if own or text.startswith(NO_TEXT) else to_rst(text)
     if _is_record(thing):

@@ -73,6 +73,8 @@ def test_every_link_and_picture_is_there_and_nothing_comes_from_outside(site, bo
     assert book("links").faults(site) == []
     assert len(list(site.rglob("*.html"))) > 80
     assert "MathJax" not in "".join(path.read_text() for path in site.rglob("*.html"))
+    formulas = Text((site / "api" / "minidino.learning.doctor.html").read_text(), "pre").found
+    assert any("perplexity = exp(" in formula for formula in formulas)
 
 
 def test_every_notebook_and_module_has_a_page(site):
@@ -197,6 +199,15 @@ def test_docstrings_keep_formulas_and_stars(book):
         assert words in text
 
 
+def test_a_docstring_keeps_the_indent_of_its_formula(book):
+    as_written = book("docstrings").as_written
+    importlib.import_module("minidino.learning.doctor")
+    assert "\n\n    perplexity = exp(" in as_written("minidino.learning.doctor.prototypes_used")
+    importlib.import_module("minidino.chain")
+    assert "\n\n    chain.json + pictures" in as_written("minidino.chain")
+    assert as_written("minidino.chain.nobody") == ""
+
+
 def test_fields_have_their_comments(book):
     source = "class A:\n    x: int = 1  # px\n    # first\n    # second\n    y: 'B D'\n"
     fields = book("docstrings").fields_of(source)["A"]
@@ -249,6 +260,6 @@ def test_a_word_is_found_without_a_server(site, browser):
     with browser.new_context() as context:
         page = context.new_page()
         page.goto((site / "search.html").as_uri() + "?q=sinkhorn")
-        page.wait_for_selector("ul.search li a", timeout=20_000)
+        page.wait_for_selector("text=/found \\d+ page/", timeout=60_000)  # results come one by one
         found = page.eval_on_selector_all("ul.search li a", "links => links.map(link => link.textContent)")
     assert any("sinkhorn_knopp" in text for text in found) and any("07" in text for text in found)
