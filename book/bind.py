@@ -20,8 +20,8 @@ def gather(sources: Path) -> None:
     """Write all that Sphinx reads; files that did not change keep their time, so the next build is short."""
     wanted = {path.relative_to(HERE): path.read_bytes() for path in HERE.rglob("*") if path.suffix in (".css", ".py")}
     wanted |= {Path(path.name): filled(path.read_text()).encode() for path in sorted(HERE.glob("*.md"))}
-    wanted |= {Path("notebooks") / path.name: path.read_bytes() for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    wanted |= {Path("docs") / path.name: path.read_bytes() for path in sorted((ROOT / "docs").glob("*.png"))}
+    for folder, pattern in (("notebooks", "*.ipynb"), ("docs", "*.png")):
+        wanted |= {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / folder).glob(pattern)}
     wanted |= {Path("api") / name: text.encode() for name, text in api_pages().items()}
     for path in [path for path in sources.rglob("*") if path.is_file() and path.relative_to(sources) not in wanted]:
         path.unlink()
@@ -45,7 +45,7 @@ def bind(out: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "book", help="folder of the site (default build/book)")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "book", help="folder of the site")
     out = parser.parse_args().out.resolve()
     found = bind(out)
     print("\n".join(found) or f"the book is in {out / 'index.html'}")

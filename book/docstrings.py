@@ -1,7 +1,7 @@
-"""The house's docstrings as Sphinx reads them: plain text with indented formulas, Args, Returns, Raises, Source, Differs.
+"""The house's docstrings for Sphinx: plain text with indented formulas, Args, Returns, Raises, Source, Differs.
 
-Sphinx takes docstrings for reStructuredText, where `*rows` begins emphasis and a formula becomes a paragraph. So they are
-read here, and handed on with everything quoted that is no markup.
+Sphinx takes docstrings for reStructuredText, where `*rows` begins emphasis and a formula becomes a paragraph. So they
+are read here, and handed on with everything quoted that is no markup.
 """
 
 import ast

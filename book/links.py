@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LOADED = {"img": "src", "script": "src", "link": "href", "source": "src", "iframe": "src", "video": "src", "audio": "src"}
+LOADED = {"link": "href"} | dict.fromkeys(("img", "script", "source", "iframe", "video", "audio"), "src")
 FROM_SCRIPT = re.compile(r"""["']((?:https?:)?//[^"']+\.(?:m?js|css|json)\b[^"']*)["']""")
 NOT_LOADED = {"canonical", "author", "license"}  # relations of <link> that no browser fetches
 

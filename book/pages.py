@@ -81,9 +81,10 @@ def _lesson(path: Path) -> Lesson:
     prose = "\n\n".join(text for kind, text in cells if kind == "markdown")
     lines = sum(len(text.splitlines()) for kind, text in cells if kind == "code")
     n_exercises = sum(len(re.findall(r"^exercise\(", text, re.MULTILINE)) for _, text in cells)
-    thinking = len(prose.split()) / WORDS_A_MINUTE + lines / LINES_A_MINUTE + minutes + n_exercises * MINUTES_AN_EXERCISE
+    reading = len(prose.split()) / WORDS_A_MINUTE + lines / LINES_A_MINUTE
+    in_class = round((reading + minutes + n_exercises * MINUTES_AN_EXERCISE) / 5) * 5
     title = head.splitlines()[0].partition(" · ")[2]
-    return Lesson(path.name[:2], path.stem, title, question, needs, time, minutes, round(thinking / 5) * 5, prose)
+    return Lesson(path.name[:2], path.stem, title, question, needs, time, minutes, in_class, prose)
 
 
 def course() -> str:
@@ -99,7 +100,9 @@ def needs() -> str:
 def nb(*numbers: str) -> str:
     """Links to notebooks; one that is not written yet is named only."""
     there = [f"[{n}](notebooks/{lessons()[n].stem}.ipynb)" if n in lessons() else n for n in numbers]
-    return ("notebook " if len(there) == 1 else "notebooks ") + " and ".join(filter(None, [", ".join(there[:-1]), there[-1]]))
+    if len(there) == 1:
+        return f"notebook {there[0]}"
+    return f"notebooks {', '.join(there[:-1])} and {there[-1]}"
 
 
 def row(*numbers: str) -> str:
@@ -140,7 +143,7 @@ def _cell(text: str) -> str:
 def letters() -> str:
     """The letters of shapes, and how large they are in the smallest and in the largest preset."""
     sizes = [_letters_of(name) for name in SIZED]
-    rows = [f"| `{letter}` | {told} | " + " | ".join(f"{one[letter]:,}" for one in sizes) + " |" for letter, told in LETTERS.items()]
+    rows = [f"| `{x}` | {told} | {' | '.join(f'{one[x]:,}' for one in sizes)} |" for x, told in LETTERS.items()]
     head = "| letter | what it counts | " + " | ".join(f"`{name}`" for name in SIZED) + " |"
     return "\n".join([head, "|---|---|---|---|", *rows])
 
@@ -178,7 +181,8 @@ def switches() -> str:
         mine = re.findall(r"`(\w+\.\w+)`", names)
         named |= set(mine)
         told = " ".join(filter(None, (known[name].comment for name in mine)))
-        lines.append(f"| {'<br>'.join(f'`{n}`' for n in mine)} | {values} | {_cell(_prose(told))} | {_set(mine)} | {why} |")
+        cells = "<br>".join(f"`{name}`" for name in mine), values, _cell(_prose(told)), _set(mine), why
+        lines.append(f"| {' | '.join(cells)} |")
     missing = {name for name, one in known.items() if "released" in one.kind or one.kind == "Fidelity"} - named
     if missing or not lines:
         raise ValueError(f"the README has no reason for the switches {sorted(missing)}")
