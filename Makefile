@@ -8,7 +8,7 @@ JOBS ?= 2# test processes side by side, each with one thread
 TOUR := $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test notebooks clean
+.PHONY: help tour test notebooks book clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ notebooks: .venv/.stamp-test ## run every notebook again and store its outputs; 
 	@$(if $(NOTEBOOKS),$(BIN)/python -m nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS))
 
+book: .venv/.stamp-book ## make the course a web page, build/book/index.html, from the notebooks as they are kept
+	@$(BIN)/python book/bind.py
+
 clean: ## remove .venv and all caches; runs are kept
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -46,4 +49,9 @@ clean: ## remove .venv and all caches; runs are kept
 .venv/.stamp-test: .venv/.stamp
 	@echo "make: adding what tests and notebooks need to .venv, once: a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,notebooks]'
+	@touch $@
+
+.venv/.stamp-book: .venv/.stamp
+	@echo "make: adding what the book needs to .venv, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]'
 	@touch $@

@@ -2,12 +2,18 @@
 
     check("the student beats guessing", accuracy > 0.2)      ->  ok   the student beats guessing
     exercise("7b", my_koleo, koleo_loss, (x,), hint="...")   ->  --   7b: not attempted yet
+
+For teachers, `python -m minidino.notebook handed-in/*.ipynb` lists what each exercise of executed notebooks came to.
 """
 
 import copy
 import inspect
+import json
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +58,27 @@ def exercise(name: str, attempt: Callable, oracle: Callable, *cases: tuple, hint
             answers = f"  got:      {_short(got)}\n  expected: {_short(expected)}"
             raise AssertionError(f"{name}, case {number} of {len(cases)}\n{answers}{told}")
     print(f"ok   {name}")
+
+
+def grades(text: str) -> dict[str, str]:
+    """Read what each exercise of an executed notebook came to.
+
+    Args:
+        text: of the notebook, executed with --allow-errors, so that a wrong answer does not hide those below it.
+    Returns:
+        {"7a": "ok", "7b": "--" (not attempted) or "failed: " and why}, in the order of the notebook.
+    """
+    found = {}
+    for cell in json.loads(text)["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        outputs = cell["outputs"]
+        said = "".join("".join(output.get("text", "")) for output in outputs)
+        wrong = [f"{output['ename']}: {output['evalue']}".splitlines()[0] for output in outputs if "ename" in output]
+        for name in re.findall(r"^exercise\(\s*[\"'](\w+)", "".join(cell["source"]), re.MULTILINE):
+            mark = re.search(rf"^(ok|--)   {name}\b", said, re.MULTILINE)
+            found[name] = mark[1] if mark else f"failed: {(wrong or ['it was not run'])[0]}"
+    return found
 
 
 def show(thing: Any) -> None:
@@ -119,3 +146,8 @@ def _short(value: Any) -> str:
     shape = f"shape {tuple(value.shape)}: " if getattr(value, "shape", ()) else ""
     words = " ".join(str(value).split())
     return shape + (words if len(words) <= 300 else words[:297] + "...")
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        print(path.name, *(f"  {name}  {mark}" for name, mark in grades(path.read_text()).items()), sep="\n")
