@@ -5,12 +5,12 @@ import inspect
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import lab
 import pytest
 
 from minidino.notebook import grades
@@ -237,7 +237,7 @@ def test_exercises_of_a_handed_in_notebook_are_listed():
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    program = lab.browser_path()
     if program is None:
         pytest.skip("there is no chromium")
     with playwright.sync_playwright() as play:
