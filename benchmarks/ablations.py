@@ -148,7 +148,7 @@ def picture(path: Path) -> dict[str, list[float]]:
         drawn[key] = [pair["gain"] for pair in pairs]
         ax.errorbar(drawn[key], range(len(names)), xerr=[2 * p["standard_error"] for p in pairs], fmt="o", capsize=3)
         ax.axvline(0, color="0.6", linewidth=1)
-        ax.set(xlabel=f"{words}, change", yticks=range(len(names)), yticklabels=names if ax is axes[0, 0] else [])
+        ax.set(xlabel=f"change of\n{words}", yticks=range(len(names)), yticklabels=names if ax is axes[0, 0] else [])
     save(figure, path)
     return drawn
 
