@@ -83,7 +83,7 @@ def test_a_student_is_told_by_its_name_and_what_differs():
 
 def test_all_patches_are_compared_and_none_is_hidden(teacher, world):
     """The loss by hand: every patch of both global crops, seen by the student, against the frozen heads."""
-    config = distilled(teacher.config(), teacher.folder, SMALL, 2)
+    config = override(distilled(teacher.config(), teacher.folder, SMALL, 2), ["run.precision=fp32"])
     state = start(config, CPU)
     state.frozen = frozen_teacher(config, CPU)
     batch = next(batches(config, world.train, CPU))

@@ -121,10 +121,12 @@ def test_shards_find_what_the_whole_bank_finds(monkeypatch, plan, where):
     parts = Index(bank, 9, plan=plan, say=lambda words: None, engine=where)
     assert parts.n_probe == whole.n_probe
     for found, truth in ((parts.search(queries), whole.search(queries)), (parts.graph(), whole.graph())):
-        np.testing.assert_array_equal(found.rows, truth.rows)
-        if plan.kind == "ivf-flat":  # faiss adds up four rows of a list at a time: which four differs
+        if plan.kind == "ivf-flat":  # faiss adds up four rows of a list at a time: which four differs, and so do near ties
             np.testing.assert_allclose(found.similarity, truth.similarity, rtol=0, atol=2e-7)
+            np.testing.assert_array_equal(np.sort(found.rows, axis=1), np.sort(truth.rows, axis=1))
+            assert (found.rows != truth.rows).mean() < 1e-3
         else:
+            np.testing.assert_array_equal(found.rows, truth.rows)
             np.testing.assert_array_equal(found.similarity, truth.similarity)
 
 
