@@ -6,7 +6,8 @@
 A notebook's code runs as it stands but for its seeds, which all move by the same amount: `SEED = 0`, `manual_seed(0)`,
 `seed=7`, "run.seed=7", and those of a preset. In `check("more than a tenth", gain > 0.10)` the margin is gain - 0.10. A
 claim is safe when the mean margin of each of its comparisons is at least three times the standard deviation over the
-seeds. Claims without a comparison (tensors that are equal) only have to hold.
+seeds. Claims without a comparison of single numbers (tensors that are equal, bounds that hold by construction) only have
+to hold.
 """
 
 import argparse
