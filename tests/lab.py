@@ -69,8 +69,9 @@ def _run_one(browser: Any, address: str, path: Path, out: Path) -> list[str]:
         cell |= {"outputs": [], "execution_count": None}
     path.write_text(json.dumps(book))
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
-    page.goto(f"{address}/lab/tree/notebooks/{path.name}")
+    page.goto(f"{address}/lab/tree/notebooks/{path.name}?reset")  # and not what was open the last time
     page.get_by_text("| Idle").wait_for(timeout=120_000)
+    _wait_for_kernel(f"{address}/api/sessions", path.name)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     end = time.monotonic() + 60 * MINUTES
@@ -81,6 +82,17 @@ def _run_one(browser: Any, address: str, path: Path, out: Path) -> list[str]:
     page.screenshot(path=str(out / f"{path.stem}.png"))
     page.close()
     return [fault for cell in _code(book) for fault in faults(cell)]
+
+
+def _wait_for_kernel(address: str, name: str) -> None:
+    """Until the notebook's own kernel waits for work; what is asked of it before is lost."""
+    for _ in range(240):
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            states = [s["kernel"]["execution_state"] for s in json.load(answer) if s["path"].endswith(name)]
+        if states == ["idle"]:
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"{name}: its kernel is not ready, states {states}")
 
 
 def _code(book: dict) -> list[dict]:
