@@ -68,10 +68,15 @@ def _run_one(browser: Any, address: str, path: Path, out: Path) -> list[str]:
     for cell in _code(book):
         cell |= {"outputs": [], "execution_count": None}
     path.write_text(json.dumps(book))
-    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    page, before = browser.new_page(viewport={"width": 1280, "height": 1600}), len(_kernels(address))
     page.goto(f"{address}/lab/tree/notebooks/{path.name}?reset")  # and not what was open the last time
     page.get_by_text("| Idle").wait_for(timeout=120_000)
-    _wait_for_kernel(f"{address}/api/sessions", path.name)
+    for _ in range(240):  # until its own kernel waits for work; what is asked of it before is lost
+        if (states := _kernels(address)) == ["idle"] * (before + 1):
+            break
+        time.sleep(0.5)
+    else:
+        raise TimeoutError(f"{path.name}: expected one more idle kernel, got {states}")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     end = time.monotonic() + 60 * MINUTES
@@ -84,15 +89,10 @@ def _run_one(browser: Any, address: str, path: Path, out: Path) -> list[str]:
     return [fault for cell in _code(book) for fault in faults(cell)]
 
 
-def _wait_for_kernel(address: str, name: str) -> None:
-    """Until the notebook's own kernel waits for work; what is asked of it before is lost."""
-    for _ in range(240):
-        with urllib.request.urlopen(address, timeout=5) as answer:
-            states = [s["kernel"]["execution_state"] for s in json.load(answer) if s["path"].endswith(name)]
-        if states == ["idle"]:
-            return
-        time.sleep(0.5)
-    raise TimeoutError(f"{name}: its kernel is not ready, states {states}")
+def _kernels(address: str) -> list[str]:
+    """What each kernel of the server is doing."""
+    with urllib.request.urlopen(f"{address}/api/kernels", timeout=5) as answer:
+        return [kernel["execution_state"] for kernel in json.load(answer)]
 
 
 def _code(book: dict) -> list[dict]:
