@@ -83,25 +83,34 @@ def test_boxes_fall_back_to_the_centre(height, width):
 # ---------------------------------------------------------------- resize
 
 
+def one_by_one(lines, box, flip, size):
+    return torch.cat(list(crops.resize_each(lines, box, flip, size)))
+
+
+RESIZE = pytest.mark.parametrize("resize", [crops.resize_boxes, one_by_one])  # as on a GPU, and as on a CPU
+
+
 @pytest.mark.parametrize(
     "box, size", [((3, 5, 30, 40), 16), ((0, 0, 37, 53), 48), ((10, 20, 5, 7), 24), ((36, 52, 1, 1), 3)]
 )
 @pytest.mark.parametrize("flip", [False, True])
-def test_resize_is_crop_then_antialiased_bicubic(box, size, flip):
+@RESIZE
+def test_resize_is_crop_then_antialiased_bicubic(resize, box, size, flip):
     image = torch.rand(2, 3, 37, 53, generator=generator())
     top, left, height, width = box
     lines = image.permute(0, 2, 1, 3).contiguous()
-    ours = crops.resize_boxes(lines, torch.tensor([box, box]).float(), torch.tensor([flip, flip]), size)
+    ours = resize(lines, torch.tensor([box, box]).float(), torch.tensor([flip, flip]), size)
     cut = image[:, :, top : top + height, left : left + width]
     expected = F.interpolate(cut, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(ours, expected.flip(-1) if flip else expected, rtol=0, atol=1e-4)
 
 
-def test_resize_agrees_with_pil_up_to_its_rounding():
+@RESIZE
+def test_resize_agrees_with_pil_up_to_its_rounding(resize):
     image = photograph()
-    ours = crops.resize_boxes(
-        image.permute(1, 0, 2)[None] / 255, torch.tensor([[5.0, 3.0, 40.0, 50.0]]), torch.tensor([False]), 24
-    )
+    box = torch.tensor([[5.0, 3.0, 40.0, 50.0]])
+    ours = resize(image.permute(1, 0, 2)[None] / 255, box, torch.tensor([False]), 24)
+    torch.testing.assert_close(resize(image.permute(1, 0, 2)[None], box, torch.tensor([False]), 24), ours)  # from bytes
     bicubic = TF.InterpolationMode.BICUBIC
     expected = TF.to_tensor(TF.resized_crop(as_pil(image), 5, 3, 40, 50, [24, 24], interpolation=bicubic))
     torch.testing.assert_close(ours[0], expected, rtol=0, atol=2 / 255)
@@ -142,7 +151,17 @@ def test_a_row_alone_is_changed_as_among_others(change):
     torch.testing.assert_close(alone, change(x, torch.tensor(factors)), rtol=0, atol=1e-6)
 
 
-def test_distort_keeps_the_order_of_each_row_and_spares_the_others():
+def distorted(x, plan):
+    crops.distort(new := x.clone(), plan)
+    return new
+
+
+def distorted_one_by_one(x, plan):
+    return torch.cat(list(crops.distort_each(x.split(1), plan)))
+
+
+@pytest.mark.parametrize("change", [distorted, distorted_one_by_one])  # as on a GPU, and as on a CPU
+def test_distort_keeps_the_order_of_each_row_and_spares_the_others(change):
     x = torch.rand(24, 3, 9, 9, generator=generator())
     n, off = len(x), torch.zeros(len(x), dtype=torch.bool)
     law = replace(STILL, jitter_p=0.5, gray_p=0.4, blur_p=0.5, solarize_p=0.5)
@@ -161,16 +180,14 @@ def test_distort_keeps_the_order_of_each_row_and_spares_the_others():
             expected[i] = TF.gaussian_blur(expected[i], [9, 9], [plan.sigma[i].item()] * 2)
         if plan.solarize[i]:
             expected[i] = TF.solarize(expected[i], 128 / 255)
-    ours = x.clone()
-    crops.distort(ours, plan)
+    ours = change(x, plan)
     # solarize jumps at its threshold, so a rounding error there may flip a pixel: allow none above 1e-5 elsewhere
     assert ((ours - expected).abs() > 1e-5).float().mean() < 1e-3
     untouched = ~(plan.jitter | plan.gray | plan.blur | plan.solarize)
     assert untouched.any() and torch.equal(ours[untouched], x[untouched])
     assert len(set(map(tuple, plan.order.tolist()))) > 10
     idle = plan._replace(jitter=off, gray=off, blur=off, solarize=off)
-    crops.distort(again := x.clone(), idle)
-    assert torch.equal(again, x)
+    assert torch.equal(change(x, idle), x)
 
 
 def test_plan_follows_the_law():

@@ -25,8 +25,6 @@ def resize_boxes(
     Returns:
         Crops in [0, 1].
     """
-    if lines.device.type == "cpu":
-        return torch.cat(list(resize_each(lines, box, flip, size)))
     lines = lines.float() / 255 if lines.dtype == torch.uint8 else lines
     n_images, height, _, width = lines.shape
     across = resize_weights(box[:, 1], box[:, 3], size, width, flip).unflatten(0, (-1, n_images))  # (V, B, s, W)
