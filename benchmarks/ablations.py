@@ -62,10 +62,14 @@ def folder_of(name: str, seed: int) -> Path:
 
 
 def network(name: str, seed: int) -> Run:
-    """The run of one change, trained where that has not been done yet."""
-    folder = folder_of(name, seed)
+    """The run of one change."""
+    return learned(config_of(name, seed), folder_of(name, seed), world())
+
+
+def learned(config: RunConfig, folder: Path, seen: World) -> Run:
+    """The run of a folder, trained or trained on where it is not finished."""
     if not (folder / "weights.safetensors").exists():
-        pretrain(config_of(name, seed), folder, world(), resume=(folder / "config.json").exists())
+        pretrain(config, folder, seen, resume=(folder / "config.json").exists())
     return Run(folder)
 
 

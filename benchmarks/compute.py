@@ -12,10 +12,10 @@ the FLOPs of the whole run, by formula. Results: data/results/compute.json.
 import argparse
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablations import RUNS, learned
 from recipe import REPORTING, RESULTS, made_on, put, spread, store
 
 from minidino.config import RunConfig, override, preset
@@ -23,9 +23,8 @@ from minidino.judge import class_tokens, judge_knn, trained_backbone
 from minidino.plan import make_plan
 from minidino.runs import Run, pick_device, write_atomically
 from minidino.scaling import Device, fit_power_law
-from minidino.stages import World, open_world, pretrain
+from minidino.stages import World, open_world
 
-RUNS = Path("runs")
 WIDTHS, STEPS = (32, 64), (100, 200, 400, 1000)
 
 
@@ -40,11 +39,8 @@ def world() -> World:
 
 
 def network(width: int, steps: int, seed: int) -> Run:
-    """The run of one width and length, trained where that has not been done yet."""
-    folder = RUNS / f"compute-{width}-{steps}-{seed}"
-    if not (folder / "weights.safetensors").exists():
-        pretrain(config_of(width, steps, seed), folder, world(), resume=(folder / "config.json").exists())
-    return Run(folder)
+    """The run of one width and length."""
+    return learned(config_of(width, steps, seed), RUNS / f"compute-{width}-{steps}-{seed}", world())
 
 
 def error(run: Run) -> float:
