@@ -4,10 +4,10 @@
     python benchmarks/margins.py draw                             the README's table of the stored result
 
 A notebook's code runs as it stands but for its seeds, which all move by the same amount: `SEED = 0`, `manual_seed(0)`,
-`seed=7`, "run.seed=7", and those of a preset. In `check("more than a tenth", gain > 0.10)` the margin is gain - 0.10. A
-claim is safe when the mean margin of each of its comparisons is at least three times the standard deviation over the
-seeds. Claims without a comparison of single numbers (tensors that are equal, bounds that hold by construction) only have
-to hold.
+`default_rng(0)`, `seed=7`, "run.seed=7", and those of a preset. In `check("more than a tenth", gain > 0.10)` the margin
+is gain - 0.10. A claim is safe when the mean margin of each of its comparisons is at least three times the standard
+deviation over the seeds. Claims without a comparison of single numbers (tensors that are equal, bounds that hold by
+construction) only have to hold.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Moved(ast.NodeTransformer):
         outside, self.checked = self.checked, self.checked or name == "check"
         node = self.generic_visit(node)
         self.checked = outside
-        if name == "manual_seed" and isinstance(node.args[0], ast.Constant):
+        if name in ("manual_seed", "default_rng") and isinstance(node.args[0], ast.Constant):
             node.args[0] = _plus(node.args[0], self.by)
         return node
 
