@@ -119,7 +119,8 @@ def claims_of(path: Path, seed: int) -> list[dict[str, Any]]:
     os.chdir(path.parent)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         for cell in cells:
-            tree = ast.fix_missing_locations(move.visit(ast.parse("".join(cell["source"]))))
+            source = "".join(cell["source"]).replace("%pip", "pass  #")
+            tree = ast.fix_missing_locations(move.visit(ast.parse(source)))
             exec(compile(tree, path.name, "exec"), space)
     return claims.said
 

@@ -1,4 +1,4 @@
-"""The classroom helpers: claims that are checked, exercises that grade themselves, source, sliders, and the clock.
+"""The classroom helpers: claims that are checked, exercises that grade themselves, source, pictures to play with, clock.
 
     check("the student beats guessing", accuracy > 0.2)      ->  ok   the student beats guessing
     exercise("7b", my_koleo, koleo_loss, (x,), hint="...")   ->  --   7b: not attempted yet
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 
 RTOL, ATOL = 1e-4, 1e-6  # an answer may sum in another order, in float32
@@ -99,14 +100,51 @@ def slide(draw: Callable, **values: Sequence) -> Any:
     Returns:
         None with ipywidgets. Without it, which is said, what `draw` returns for the first values.
     """
+    widgets = _widgets()
+    if widgets is None:
+        return draw(**{name: options[0] for name, options in values.items()})
+    sliders = {name: widgets.SelectionSlider(options=options) for name, options in values.items()}
+    widgets.interact(draw, **sliders)
+    return None
+
+
+def click(draw: Callable[[int, int], Any], colors: Float[np.ndarray, "rows columns 3"]) -> Any:
+    """Let a mosaic be clicked, and draw for the row and column of each click, beside it.
+
+        click(alike, thumbnail)
+
+    Not for stored outputs: call it while you look.
+
+    Args:
+        draw: gets a row and a column; what it returns is shown. It begins in the middle.
+        colors: of the mosaic's tiles, in [0, 1].
+    Returns:
+        What to look at: mosaic and picture, or without ipywidgets, which is said, what `draw` returns for the middle.
+    """
+    rows, columns = colors.shape[:2]
+    widgets, middle = _widgets(), (rows // 2, columns // 2)
+    if widgets is None:
+        return draw(*middle)
+    names = {f"row {row}, column {column}": (row, column) for row, column in np.ndindex(rows, columns)}
+    place = widgets.Dropdown(options=names, value=middle)  # also for those who use no mouse
+    side, tiles = {"width": "22px", "height": "22px", "margin": "0", "padding": "0"}, []
+    for name, at in names.items():
+        color = "#" + "".join(f"{round(255 * float(part)):02x}" for part in colors[at])
+        tiles.append(widgets.Button(style={"button_color": color}, layout=side, tooltip=name))
+        tiles[-1].on_click(lambda _, at=at: setattr(place, "value", at))
+    layout = {"grid_template_columns": f"repeat({columns}, 22px)", "min_width": "max-content"}
+    drawn = widgets.interactive(lambda place: draw(*place), {"auto_display": True}, place=place)
+    return widgets.HBox([widgets.GridBox(tiles, layout=layout), drawn])
+
+
+def _widgets() -> Any:
+    """The module ipywidgets, or None where it is not installed, which is said."""
     try:
         import ipywidgets
     except ImportError:
-        print("sliders need ipywidgets: pip install 'minidino[interactive]'")
-        return draw(**{name: options[0] for name, options in values.items()})
-    sliders = {name: ipywidgets.SelectionSlider(options=options) for name, options in values.items()}
-    ipywidgets.interact(draw, **sliders)
-    return None
+        print("to turn and click needs ipywidgets: pip install 'minidino[interactive]'")
+        return None
+    return ipywidgets
 
 
 def budget(minutes: float) -> Callable[[], None]:

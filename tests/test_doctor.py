@@ -174,6 +174,13 @@ def test_a_healthy_run_gets_nothing_above_info(every):
     assert "k-NN 0.150 -> 0.567" in finding.evidence
 
 
+def test_ibot_that_enters_fast_is_no_large_rate():
+    flat, enters = (lambda t: LN_K), (lambda t: 0.3 * LN_K * min(1, max(0, t - 0.4) / 0.3))
+    findings = doctor.diagnose(run(steps=350, every=10, dino=flat, teacher_entropy=flat, ibot=enters), CONFIG)
+    grave = [finding.title for finding in findings if finding.severity != "info"]
+    assert len(grave) == 1 and grave[0].startswith("Uniform collapse")
+
+
 def test_a_long_published_run_in_its_warm_up_is_not_called_collapsed():
     published = CONFIG | {"run": {"steps": 125_000}, "heads": {"n_prototypes": 65536}}
     records = run(

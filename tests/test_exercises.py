@@ -44,7 +44,8 @@ def exercises_of(notebook: Path) -> list[Exercise]:
     """The exercises of a notebook, in order."""
     cells = json.loads(notebook.read_text())["cells"]
     found, before = [], []
-    for code in (ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"):
+    sources = ("".join(cell["source"]).replace("%pip", "pass  #") for cell in cells if cell["cell_type"] == "code")
+    for code in map(ast.parse, sources):
         for statement in code.body:
             if isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("exercise("):
                 call = statement.value

@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from minidino.learning.losses import dino_loss, koleo_loss
-from minidino.notebook import budget, check, exercise, show, slide
+from minidino.notebook import budget, check, click, exercise, show, slide
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 FIRST = ("**Question.**", "**Needs.**", "**Time.**")
 LAST = ["The final picture", "Exercises", "What we saw", "What this does not show", "Where to go next"]
 MOST_WORDS, MOST_LINES, MOST_SETUP_LINES, MOST_PICTURES, MOST_KB = 120, 15, 8, 6, 600
+INSTALL = """try:
+    import minidino
+except ImportError:  # a machine without it, such as Colab: it is installed from the folder above
+    %pip install --quiet .."""
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|var|opt|usr|Users)/|[A-Z]:\\\\")
 
 # ------------------------------------------------------------------------------------------------ the helpers
@@ -143,6 +147,26 @@ def test_a_true_slider_draws_again(monkeypatch):
     assert [slider.description for slider in made] == ["temp", "n"] and drawn == [(0.1, 3), (0.2, 3)]
 
 
+def test_without_widgets_the_middle_is_drawn(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert click(lambda row, column: (row, column), np.zeros((5, 8, 3))) == (2, 4)
+    assert "pip install 'minidino[interactive]'" in capsys.readouterr().out
+
+
+def test_a_true_mosaic_draws_what_was_clicked(monkeypatch):
+    widgets, tiles, drawn = pytest.importorskip("ipywidgets", reason="needs the extra: interactive"), [], []
+    true = widgets.Button
+    monkeypatch.setattr(widgets, "Button", lambda **options: tiles.append(true(**options)) or tiles[-1])
+    colors = np.zeros((2, 3, 3))
+    colors[1, 0] = 1, 0.5, 0
+    shown = click(lambda row, column: drawn.append((row, column)), colors)
+    assert len(shown.children) == 2
+    assert [tile.style.button_color for tile in tiles] == ["#000000"] * 3 + ["#ff8000"] + ["#000000"] * 2
+    tiles[3].click()
+    tiles[2].click()
+    assert drawn == [(1, 1), (1, 0), (0, 2)]
+
+
 def test_the_clock_is_read_at_the_end(capsys):
     spent = budget(2.5)
     spent()
@@ -167,7 +191,10 @@ def faults(text: str) -> list[str]:
     n_exercises = sum(len(re.findall(r"^exercise\(", "".join(cell["source"]), re.MULTILINE)) for cell in code)
     if n_exercises != 3:
         found.append(f"{n_exercises} exercises")
-    if code and len("".join(code[0]["source"]).splitlines()) > MOST_SETUP_LINES:
+    first = ["".join(cell["source"]) for cell in code[:2]]
+    if first[0] != INSTALL:
+        found.append("does not begin with the install header")
+    if len(first[1].splitlines()) > MOST_SETUP_LINES:
         found.append("a long set-up")
     return found
 
@@ -191,7 +218,7 @@ def _faults_of_code(cell: dict) -> list[str]:
     found = [] if cell["execution_count"] else [f"not run: {start}"]
     if len(source.splitlines()) > MOST_LINES:
         found.append(f"long code: {start}")
-    if "pip install" in source:
+    if "pip install" in source and source != INSTALL:
         found.append(f"installs: {start}")
     kinds = {output["output_type"] for output in cell["outputs"]}
     if "error" in kinds:
@@ -221,7 +248,8 @@ def good_book() -> dict:
         return {"cell_type": "code", "source": [source], "execution_count": 1, "metadata": {}, "outputs": [output]}
 
     picture = {"output_type": "display_data", "data": {"image/png": "AA/home/B"}}
-    cells = [words("# T\n" + " ".join(FIRST)), words("## Set-up"), code("x = 1", output_type="stream", text=["1"])]
+    cells = [words("# T\n" + " ".join(FIRST)), words("## Set-up"), code(INSTALL, output_type="stream", text=[])]
+    cells += [code("x = 1", output_type="stream", text=["1"])]
     cells += [words("## 1. Step"), code("draw()", **picture), words("## 2. Step")]
     cells += [words(f"## {name}" + "\n1. a\n2. b\n3. c" * (name == "What we saw")) for name in LAST]
     cells += [code("exercise('1a')", output_type="stream", text=["ok"]) for _ in range(3)]
@@ -238,21 +266,22 @@ def spoil(index: int, **change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (spoil(2, execution_count=None), "not run"),
-        (spoil(2, source=["x\n"] * 9), "a long set-up"),
-        (spoil(4, source=["x\n"] * 16), "long code"),
-        (spoil(4, source=["!pip install this"]), "installs"),
-        (spoil(2, outputs=[{"output_type": "stream", "name": "stderr", "text": ["50%"]}]), "stderr"),
-        (spoil(2, outputs=[{"output_type": "stream", "text": ["saved in /", "home/me"]}]), "absolute path"),
-        (spoil(2, outputs=[{"output_type": "error", "ename": "ValueError"}]), "failed"),
-        (spoil(2, outputs=[{"output_type": "display_data", "data": {"image/svg+xml": "<svg/>"}}]), "SVG"),
-        (spoil(2, metadata={"tags": ["skip"]}), "tags"),
-        (spoil(4, outputs=[]), "0 pictures"),
-        (spoil(4, outputs=[{"output_type": "display_data", "data": {"image/png": "A"}}] * 7), "7 pictures"),
+        (spoil(2, source=["import torch"]), "install header"),
+        (spoil(3, execution_count=None), "not run"),
+        (spoil(3, source=["x\n"] * 9), "a long set-up"),
+        (spoil(5, source=["x\n"] * 16), "long code"),
+        (spoil(5, source=["!pip install this"]), "installs"),
+        (spoil(3, outputs=[{"output_type": "stream", "name": "stderr", "text": ["50%"]}]), "stderr"),
+        (spoil(3, outputs=[{"output_type": "stream", "text": ["saved in /", "home/me"]}]), "absolute path"),
+        (spoil(3, outputs=[{"output_type": "error", "ename": "ValueError"}]), "failed"),
+        (spoil(3, outputs=[{"output_type": "display_data", "data": {"image/svg+xml": "<svg/>"}}]), "SVG"),
+        (spoil(3, metadata={"tags": ["skip"]}), "tags"),
+        (spoil(5, outputs=[]), "0 pictures"),
+        (spoil(5, outputs=[{"output_type": "display_data", "data": {"image/png": "A"}}] * 7), "7 pictures"),
         (spoil(0, source=["# T"]), "no title"),
-        (spoil(3, source=["word " * 121]), "long prose"),
-        (spoil(7, source=["## Something else"]), "parts"),
-        (spoil(8, source=["## What we saw\n1. a"]), "not three sentences"),
+        (spoil(4, source=["word " * 121]), "long prose"),
+        (spoil(8, source=["## Something else"]), "parts"),
+        (spoil(9, source=["## What we saw\n1. a"]), "not three sentences"),
         (spoil(-1, source=["exercise_nothing()"]), "2 exercises"),
         (spoil(-1, more="x" * 600_000), " kB"),
     ],

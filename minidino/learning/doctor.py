@@ -317,14 +317,14 @@ def _fast_teacher(h: _History) -> Finding | None:
 
 
 def _large_rate(h: _History) -> Finding | None:
-    loss = h.series("loss")
+    loss = h.series("dino")  # the whole loss climbs while iBOT enters
     spikes = sum(_is_spike(loss[i - 20 : i], loss[i], 0.2 * h.uniform) for i in range(20, len(loss)))
     over = {name: float((norms > 3 * h.clip).mean()) for name, norms in h.gradient_norms().items()}
     worst = max(over, key=over.get, default=None)
     clipped = over[worst] if worst else 0.0
     if spikes < max(3, 0.01 * len(loss)) and clipped <= 0.5:
         return None
-    seen = [f"{spikes} of {len(loss)} records of the loss jump above their neighbourhood"] if spikes else []
+    seen = [f"{spikes} of {len(loss)} records of the DINO loss jump above their neighbourhood"] if spikes else []
     if clipped > 0.5:
         seen.append(f"{worst} is over three times the clip of {h.clip:g} in {clipped:.0%} of the records")
     peak = h.series("lr").max(initial=0.0)
