@@ -340,14 +340,14 @@ def difference(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
 
 
-def override(config: RunConfig, changes: list[str]) -> RunConfig:
-    """A config changed by texts such as "vit.depth=4", "crops.global_scale=(0.3, 1)", "vit.ffn=swiglu".
+def override(config: RunConfig, changes: str | list[str]) -> RunConfig:
+    """A config changed by a text or texts such as "vit.depth=4", "crops.global_scale=(0.3, 1)", "vit.ffn=swiglu".
 
     Raises:
         ValueError: not key=value, an unknown key (the fields that exist are listed), a wrong type or impossible value.
     """
     stages: dict[str, dict[str, Any]] = {}
-    for change in changes:
+    for change in [changes] if isinstance(changes, str) else changes:
         key, equals, text = change.partition("=")
         stage, _, name = key.strip().partition(".")
         known = flatten(config)

@@ -60,6 +60,7 @@ def test_override_takes_changes_that_need_each_other():
     changed = override(config, ["optim.batch_size=30", "optim.accumulate=3", "optim.batch_size=60"])
     assert (changed.optim.batch_size, changed.optim.accumulate) == (60, 3)
     assert override(config, []) == config == preset("scenes-cpu")
+    assert override(config, "vit.depth=6") == override(config, ["vit.depth=6"]) != config
 
 
 @pytest.mark.parametrize(
