@@ -114,12 +114,10 @@ def claims_of(path: Path, seed: int) -> list[dict[str, Any]]:
         return configs.override(config, moved)
 
     configs.preset, notebook.check = reseeded, claims.check
-    space = {"__name__": "__main__", "_compare": claims.compare}
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    space, code = {"__name__": "__main__", "_compare": claims.compare}, notebook.code_of(path.read_text())
     os.chdir(path.parent)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for cell in cells:
-            source = "".join(cell["source"]).replace("%pip", "pass  #")
+        for source in code:
             tree = ast.fix_missing_locations(move.visit(ast.parse(source)))
             exec(compile(tree, path.name, "exec"), space)
     return claims.said

@@ -82,6 +82,18 @@ def grades(text: str) -> dict[str, str]:
     return found
 
 
+def code_of(text: str) -> list[str]:
+    """The code cells of a notebook as Python, without what would install minidino.
+
+    Args:
+        text: of the notebook.
+    Returns:
+        The source of each cell, in order.
+    """
+    cells = json.loads(text)["cells"]
+    return ["".join(cell["source"]).replace("%pip", "pass  #") for cell in cells if cell["cell_type"] == "code"]
+
+
 def show(thing: Any) -> None:
     """Print the source of a function, class or module, as it runs."""
     print(inspect.getsource(thing).rstrip())
@@ -142,7 +154,7 @@ def _widgets() -> Any:
     try:
         import ipywidgets
     except ImportError:
-        print("to turn and click needs ipywidgets: pip install 'minidino[interactive]'")
+        print("knobs and tiles need ipywidgets: pip install 'minidino[interactive]'")
         return None
     return ipywidgets
 

@@ -5,7 +5,6 @@ No notebook is run. Before an exercise's cell only those statements run that def
 
 import ast
 import inspect
-import json
 import symtable
 import tempfile
 from functools import partial
@@ -16,6 +15,7 @@ import pytest
 from answers import MISTAKES, TRUTH
 
 from minidino import pictures
+from minidino.notebook import code_of
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 # These train for a minute or more: what training once led to stands in, for the truth and for both mistakes.
@@ -42,10 +42,8 @@ class Exercise(NamedTuple):
 
 def exercises_of(notebook: Path) -> list[Exercise]:
     """The exercises of a notebook, in order."""
-    cells = json.loads(notebook.read_text())["cells"]
     found, before = [], []
-    sources = ("".join(cell["source"]).replace("%pip", "pass  #") for cell in cells if cell["cell_type"] == "code")
-    for code in map(ast.parse, sources):
+    for code in map(ast.parse, code_of(notebook.read_text())):
         for statement in code.body:
             if isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("exercise("):
                 call = statement.value

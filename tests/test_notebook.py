@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minidino.learning.losses import dino_loss, koleo_loss
-from minidino.notebook import budget, check, click, exercise, show, slide
+from minidino.notebook import budget, check, click, code_of, exercise, show, slide
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 FIRST = ("**Question.**", "**Needs.**", "**Time.**")
@@ -147,6 +147,14 @@ def test_a_true_slider_draws_again(monkeypatch):
     assert [slider.description for slider in made] == ["temp", "n"] and drawn == [(0.1, 3), (0.2, 3)]
 
 
+def test_the_code_of_a_notebook_is_python_that_installs_nothing():
+    book = good_book()
+    code = code_of(json.dumps(book))
+    assert len(code) == sum(cell["cell_type"] == "code" for cell in book["cells"]) and code[1] == "x = 1"
+    exec(compile(code[0], "header", "exec"), space := {})
+    assert space["minidino"].__name__ == "minidino"
+
+
 def test_without_widgets_the_middle_is_drawn(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert click(lambda row, column: (row, column), np.zeros((5, 8, 3))) == (2, 4)
@@ -191,10 +199,10 @@ def faults(text: str) -> list[str]:
     n_exercises = sum(len(re.findall(r"^exercise\(", "".join(cell["source"]), re.MULTILINE)) for cell in code)
     if n_exercises != 3:
         found.append(f"{n_exercises} exercises")
-    first = ["".join(cell["source"]) for cell in code[:2]]
-    if first[0] != INSTALL:
+    header, setup = [*("".join(cell["source"]) for cell in code), "", ""][:2]
+    if header != INSTALL:
         found.append("does not begin with the install header")
-    if len(first[1].splitlines()) > MOST_SETUP_LINES:
+    if len(setup.splitlines()) > MOST_SETUP_LINES:
         found.append("a long set-up")
     return found
 
