@@ -2,7 +2,8 @@
 
     python benchmarks/memcheck.py run        needs NVIDIA's compute-sanitizer; data/results/memcheck.json
 
-Every tensor is an allocation of its own, so that one number beyond its end is seen.
+Every tensor is an allocation of its own, so that one number beyond its end is seen. Without a GPU a test asks the same of the
+same runs in Triton's interpreter, which has no compiler between source and addresses.
 """
 
 import argparse
@@ -25,18 +26,19 @@ SIZES = ((1, 77, 32), (67, 517, 48), (67, 1031, 256), (130, 515, 384))  # rows, 
 MODES = ((torch.bfloat16, "high"), (torch.float32, "highest"), (torch.float32, "high"))  # the last in tf32
 
 
-def attend(seqlens: list[int], dtype: torch.dtype) -> None:
-    """Forward and backward of a pack."""
-    qkv = torch.randn(sum(seqlens), 3, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+def attend(seqlens: list[int], dtype: torch.dtype, device: str, width: int = 64) -> None:
+    """Forward and backward of a pack, q, k and v the thirds of one projection."""
+    qkv = torch.randn(sum(seqlens), 3, 2, width, device=device, dtype=dtype, requires_grad=True)
     packed_attention(*qkv.unbind(1), seqlens).square().sum().backward()
 
 
-def lose(rows: int, n_prototypes: int, width: int, dtype: torch.dtype) -> None:
+def lose(rows: int, n_prototypes: int, width: int, dtype: torch.dtype, device: str, n_teachers: int = 1) -> None:
     """Sinkhorn, loss and both gradients."""
-    x = torch.randn(rows, width, device="cuda", dtype=dtype, requires_grad=True)
-    w = torch.randn(n_prototypes, width, device="cuda", dtype=dtype, requires_grad=True)
-    teacher = sinkhorn_potentials(torch.randn(rows, n_prototypes, device="cuda"), 0.07, impl="triton")
-    index, weight = torch.arange(rows, device="cuda")[:, None], torch.ones(rows, 1, device="cuda")
+    x = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
+    w = torch.randn(n_prototypes, width, device=device, dtype=dtype, requires_grad=True)
+    teacher = sinkhorn_potentials(torch.randn(rows, n_prototypes, device=device), 0.07, impl="triton")
+    index = torch.arange(rows, device=device)[:, None].expand(rows, n_teachers)
+    weight = torch.ones(rows, n_teachers, device=device)
     prototype_loss(x, w, teacher, index, weight, impl="triton").sum().backward()
 
 
@@ -44,9 +46,9 @@ def small_runs() -> None:
     for dtype, precision in MODES:
         torch.set_float32_matmul_precision(precision)
         for seqlens in PACKS:
-            attend(seqlens, dtype)
+            attend(seqlens, dtype, "cuda")
         for size in SIZES:
-            lose(*size, dtype)
+            lose(*size, dtype, "cuda")
     torch.cuda.synchronize()
 
 
