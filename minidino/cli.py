@@ -254,14 +254,14 @@ def _probe(stages) -> None:
         found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth)
         print(f"{found['row']}\n{found['report']}")
 
-    tasks = ("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth")
+    tasks = ("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth", "dpt")
     parser = _stage(stages, "probe", "judge frozen features",
                     "minidino probe runs/tour --task segmentation --baseline pixels --baseline random", run)  # fmt: skip
     parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights, or a name: dinov2_vits14")
     parser.add_argument("--task", choices=tasks, default="knn")
     parser.add_argument("--data", help="pictures with what the task needs; without it the run's own")
     parser.add_argument("--size", type=int, nargs="+", metavar="PX", help="side of the evaluated square, or height and "
-                        "width for segmentation and depth; without it the run's global crop, or pictures as they "
+                        "width for segmentation, depth and dpt; without it the run's global crop, or pictures as they "
                         "are")  # fmt: skip
     parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[], help="the same of what "
                         "nobody trained, or of the network before its first step; may be given again")  # fmt: skip

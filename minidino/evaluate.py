@@ -9,6 +9,7 @@
     retrieval     other pictures of the same thing or place
     segmentation  class of every pixel, from one and from four blocks, and by neighbours alone
     depth         distance of every pixel, from one and from four blocks
+    dpt           the same by a decoder of convolutions on four blocks, beside the linear head on them
 """
 
 import json
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from minidino import looking, pictures
 from minidino.images.corruptions import CORRUPTIONS, corrupt, mean_corruption_error
 from minidino.probes.depth import linear_depth, predict_depth
+from minidino.probes.dpt import dpt_depth
 from minidino.probes.grid import linear_grid
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe
@@ -41,12 +43,14 @@ from minidino.stages import some
 from minidino.subjects import Cache, Subject, subjects_of
 
 Answers = dict[str, dict[str, Any]]  # {subject: what was found}
+Draw = Callable[[nn.Module, Tensor, np.ndarray], None]  # a head, maps of some pictures, which pictures
 SHOTS = (1, 5, 10)  # labelled pictures of each class
 N_CORRUPTED = 500  # held-out pictures that are corrupted, each in every way
 SHOWN = 5  # pictures of a sheet
 HEADS = {  # a fortieth of the published steps, so at higher rates; depth with the BatchNorm that DINOv3 has
     "segmentation": {"steps": 1000, "lr": 1e-2},
     "depth": {"steps": 600, "lr": 2e-2, "batch_norm": True},
+    "dpt": {"steps": 300, "channels": 32},  # and an eighth of the published width
 }
 VOTERS, VOTED = 5000, 40  # patches of the bank, and pictures, where neighbours name pixels
 
@@ -191,20 +195,39 @@ def ask_segmentation(subjects: Sequence[Subject], data: Dense, folder: Path) -> 
 
 
 def ask_depth(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
-    patch_size, train_depth, depth = subjects[0].vit.patch_size, data.train.targets, data.test.targets
-    farthest = float(max(10.0, math.ceil(train_depth.max())))  # 10 m, as published for rooms, where nothing is farther
+    given, draw = _asking_depth(subjects, data, folder)
 
     def fit(train: Tensor, test: Tensor, reading: str) -> dict[str, Any]:
-        answer = linear_depth(
-            train, train_depth, test, depth, max_depth=farthest, patch_size=patch_size, **HEADS["depth"]
-        )
-        return answer | ({"max_depth_m": farthest} if reading == "lin1" else {})
+        answer = linear_depth(train, data.train.targets, test, data.test.targets, **given, **HEADS["depth"])
+        return answer | ({"max_depth_m": given["max_depth"]} if reading == "lin1" else {})
+
+    return _ask_pixels(subjects, data, ("lin1", "lin4") if subjects[0].vit.depth >= 4 else ("lin1",), fit, draw)
+
+
+def ask_dpt(subjects: Sequence[Subject], data: Dense, folder: Path) -> Answers:
+    """Of networks alone: what has no blocks has nothing that this decoder could read."""
+    given, draw = _asking_depth(subjects, data, folder)
+
+    def fit(train: Tensor, test: Tensor, reading: str) -> dict[str, Any]:
+        targets = data.train.targets, test, data.test.targets
+        linear = linear_depth(train, *targets, **given, **HEADS["depth"])
+        answer = dpt_depth(train, *targets, **given, **HEADS["dpt"])
+        del linear["head"]
+        return answer | {"linear": linear, "max_depth_m": given["max_depth"]}
+
+    return _ask_pixels([x for x in subjects if x.vit and not x.base], data, ("lin4",), fit, draw)
+
+
+def _asking_depth(subjects: Sequence[Subject], data: Dense, folder: Path) -> tuple[dict[str, Any], Draw]:
+    """What every head for distances is told, and how its answers are drawn."""
+    patch_size, depth = subjects[0].vit.patch_size, data.test.targets
+    farthest = float(max(10.0, math.ceil(data.train.targets.max())))  # 10 m, as published for rooms; scenes go further
 
     def draw(head: nn.Module, maps: Tensor, shown: np.ndarray) -> None:
         predicted = torch.cat(list(predict_depth(head, maps, depth.shape[1:], patch_size)))
         looking.depth_sheet(data.test.images[shown], depth[shown], predicted, folder / "figure.png")
 
-    return _ask_pixels(subjects, data, ("lin1", "lin4") if subjects[0].vit.depth >= 4 else ("lin1",), fit, draw)
+    return {"max_depth": farthest, "patch_size": patch_size}, draw
 
 
 def _ask_pixels(
@@ -212,7 +235,7 @@ def _ask_pixels(
     data: Dense,
     readings: Sequence[str],
     fit: Callable[[Tensor, Tensor, str], dict[str, Any]],
-    draw: Callable[[nn.Module, Tensor, np.ndarray], None],
+    draw: Draw,
 ) -> Answers:
     """A head for each subject on the first reading; the first subject is read in every way, and its last head drawn."""
     found: Answers = {}
@@ -242,6 +265,7 @@ TASKS = {
     "retrieval": Task(ask_retrieval, "grouped", "map", "mAP"),
     "segmentation": Task(ask_segmentation, "segmentation", "miou", "mIoU"),
     "depth": Task(ask_depth, "depth", "rmse", "RMSE (m)", up=False),
+    "dpt": Task(ask_dpt, "depth", "rmse", "RMSE (m)", up=False),
 }
 
 
@@ -261,8 +285,8 @@ def evaluate(
         source: a run folder, or weights in any layout or by any name that `load_weights` reads.
         task: one of TASKS.
         data: pictures with what the task needs; None takes a run's own.
-        size: px: the side of the evaluated square, or (height, width) for segmentation and depth. None: a run's global
-            crop, 224 for weights; for segmentation and depth the size of the pictures.
+        size: px: the side of the evaluated square, or (height, width) for segmentation, depth and dpt. None: a run's
+            global crop, 224 for weights; for these three the size of the pictures.
         baselines: "random" and "pixels": see `subjects_of`.
         out: folder of results.json, figure.png and report.html; None: runs/probe-DATA-TASK.
         truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.

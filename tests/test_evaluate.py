@@ -33,7 +33,9 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A few steps of the heads, a few penalties."""
-    monkeypatch.setattr(evaluate_module, "HEADS", {"segmentation": {"steps": 20}, "depth": {"steps": 10}})
+    monkeypatch.setattr(evaluate_module, "HEADS", {
+        "segmentation": {"steps": 20}, "depth": {"steps": 10}, "dpt": {"steps": 3, "channels": 4},
+    })  # fmt: skip
     monkeypatch.setattr(evaluate_module, "SHOTS", (1,))
     few = partial(evaluate_module.logistic_regression, cs=(0.01, 1.0))
     monkeypatch.setattr(evaluate_module, "logistic_regression", few)
@@ -69,6 +71,17 @@ def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp
     assert stored["environment"]["versions"]["torch"] and (stored["n_train"], stored["n_test"]) == (120, 60)
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_decoder_is_asked_of_networks_alone_and_beside_a_linear_head(run, tmp_path):
+    found = evaluate(run, "dpt", baselines=("random", "pixels"), out=tmp_path / "out", cache=run.parent / "features")
+    assert list(found["answers"]) == ["trained", "random ViT"]
+    four_blocks = evaluate(run, "depth", out=tmp_path / "linear", cache=run.parent / "features")
+    for answer in found["answers"].values():
+        assert np.isfinite(answer["rmse"]) and answer["rmse"] != answer["linear"]["rmse"]
+    linear = four_blocks["answers"]["trained"]["four_blocks"]
+    assert found["answers"]["trained"]["linear"]["rmse"] == linear["rmse"]
+    assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
 
 
 def test_robustness_counts_every_corruption_and_compares_with_the_last_baseline(run, tmp_path):

@@ -102,17 +102,20 @@ def spans(grid: Sequence[int], size: Sequence[int], patch_size: int | None) -> t
 
 
 def upsample(
-    maps: Float[Tensor, "n C Hp Wp"], size: Sequence[int], patch_size: int | None = None, finer: int = 1
+    maps: Float[Tensor, "n C h w"],
+    size: Sequence[int],
+    patch_size: int | None = None,
+    grid: Sequence[int] | None = None,
 ) -> Float[Tensor, "n C H W"]:
     """Give every pixel of a picture its value of the map, bilinear; the border is cut off again.
 
     Args:
         size: height and width of the picture, px.
         patch_size: side of a patch in px where pictures were padded; None: the map spans the picture.
-        finer: places of the map per side of a patch.
+        grid: patches down and across, where the map is finer than them; None: a value for each patch.
     Differs: the official depther lets the map of the padded picture span the picture, up to half a patch beside it.
     """
-    top, left, height, width = spans([n // finer for n in maps.shape[2:]], size, patch_size)
+    top, left, height, width = spans(grid or maps.shape[2:], size, patch_size)
     whole = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
     return whole[..., top : top + size[0], left : left + size[1]]
 

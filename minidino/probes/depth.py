@@ -9,7 +9,7 @@
 Distances are in metres; 0 = not known.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -235,13 +235,14 @@ class DepthHead(nn.Module):
 
 
 def predict_depth(
-    head: DepthHead, maps: Rows, size: Sequence[int], patch_size: int | None = None, batch_size: int = 8
+    head: nn.Module, maps: Rows, size: Sequence[int], patch_size: int | None = None, batch_size: int = 8
 ) -> Iterator[Float[Tensor, "_ H W"]]:
-    """Metres for every pixel, some pictures at a time (on the CPU)."""
+    """Metres for every pixel, some pictures at a time (on the CPU). head: a DepthHead or a `DPTHead`."""
+    device = next(head.parameters()).device
     with frozen(head):
         for part in torch.as_tensor(maps).split(batch_size):
-            found = head(part.to(head.bins.device).float())
-            yield upsample(found[:, None], size, patch_size, UPSAMPLE)[:, 0].cpu()
+            found = head(part.to(device).float())
+            yield upsample(found[:, None], size, patch_size, part.shape[2:])[:, 0].cpu()
 
 
 def linear_depth(
@@ -256,37 +257,75 @@ def linear_depth(
     lr: float | None = None,
     seed: int = 0,
     *,
-    weight_decay: float = 0.01,
-    pixels: int | None = 512,
-    gradient_weight: float = 0.0,
-    gradient_mode: str = "fixed",
     batch_norm: bool = False,
-    patch_size: int | None = None,
+    pixels: int | None = 512,
     device: torch.device | str = "cpu",
+    **options,
 ) -> dict:
     """Tell distances by one linear map from frozen features into 256 uniform bins, as published.
 
     Args:
         train_maps, test_maps: (n, C, Hp, Wp) from `feature_maps(blocks=taps(...), norm=False, class_token=True)`.
-        train_depth, test_depth: (n, H, W) metres; 0 = not known. What is beyond max_depth or not above min_depth does
-            not count, in training and in scores.
-        steps, batch_size, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
-        lr: its rate; None: the published 1e-4, times as much as the steps are fewer, at most 0.01.
-        seed: draws weights, batches and pixels.
+        train_depth, test_depth, min_depth, max_depth, steps, batch_size, seed, options: as for `fit_depth`.
+        lr: None: the published 1e-4, times as much as the steps are fewer than the published, at most 0.01.
+        batch_norm: in front of the map; released without.
         pixels: drawn from each picture at each step, to which features are interpolated straight; nothing is upsampled
             then. None, or any gradient_weight: metres at 4 times the map, interpolated to all pixels, as released and
             as in the test here; several times slower.
+    Returns:
+        What `fit_depth` does.
+    Raises:
+        ValueError: as `fit_depth`.
+    Source: DINOv2 paper, section 7.4; official dinov2/hub/depthers.py.
+    """
+
+    def make(n_channels: int, generator: torch.Generator) -> DepthHead:
+        return DepthHead(n_channels, bins(min_depth, max_depth), batch_norm, generator).to(device)
+
+    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
+    data = train_maps, train_depth, test_maps, test_depth
+    return fit_depth(make, *data, min_depth, max_depth, steps, batch_size, lr, seed, pixels=pixels, **options)
+
+
+def fit_depth(
+    make: Callable[[int, torch.Generator], nn.Module],
+    train_maps: Rows,
+    train_depth: Rows,
+    test_maps: Rows,
+    test_depth: Rows,
+    min_depth: float,
+    max_depth: float,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    *,
+    weight_decay: float = 0.01,
+    pixels: int | None = None,
+    gradient_weight: float = 0.0,
+    gradient_mode: str = "fixed",
+    patch_size: int | None = None,
+) -> dict:
+    """Train a head on frozen features to tell distances, and judge it.
+
+    Args:
+        make: channels of the maps and a generator -> a head from maps to metres.
+        train_maps, test_maps: (n, C, Hp, Wp).
+        train_depth, test_depth: (n, H, W) metres; 0 = not known. What is beyond max_depth or not above min_depth does
+            not count, in training and in scores.
+        steps, batch_size, lr, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
+        seed: draws weights, batches and pixels.
+        pixels: see `linear_depth`; None: all of them, for any head.
         gradient_weight: of `gradient_loss` beside `silog_loss`; published 0.5, which counted for nothing (its mode
             "released" is 0 at 2 pictures).
-        batch_norm: in front of the map; released without.
         patch_size: side of a patch in px where pictures were padded; None: maps span the targets exactly.
     Returns:
         What `depth_errors` returns for the test pictures, and "constant": the same for the median training depth
-        everywhere, "head": the trained DepthHead.
+        everywhere, "head": the trained head.
     Raises:
         ValueError: shapes that do not fit, no valid pixel, values that are not finite (also when training diverged).
-    Source: DINOv2 paper, section 7.4; official dinov2/hub/depthers.py; the stored depth configs (AdamW, cosine, warm-up
-        over the first third from a thousandth of the rate, gradients clipped at 35, first steps with `warm_up`).
+    Source: the stored depth configs of official dinov2 (AdamW, cosine, warm-up over the first third from a thousandth
+        of the rate, gradients clipped at 35, first steps with `warm_up`).
     Differs: features are computed once, so there is no augmentation, and no mirrored second look at test time; fewer
         steps at a higher rate; the border of padded pictures is cut off instead of resized.
     """
@@ -300,9 +339,9 @@ def linear_depth(
     valid, test_valid = (_within(d, min_depth, max_depth) for d in (train_depth, test_depth))
     if not valid.any() or not test_valid.any():
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
-    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / steps, LARGEST_LR) if lr is None else lr
     generator = torch.Generator().manual_seed(seed)
-    head = DepthHead(train_maps.shape[1], bins(min_depth, max_depth), batch_norm, generator).to(device)
+    head = make(train_maps.shape[1], generator).train()
+    device = next(head.parameters()).device
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     rate = cosine_schedule(lr, lr * 1e-8, steps, warmup_steps=steps // 3, start=lr * 1e-3)
     dense = pixels is None or gradient_weight > 0
@@ -330,7 +369,7 @@ def linear_depth(
 
 
 def _seen(
-    head: DepthHead,
+    head: nn.Module,
     maps: Float[Tensor, "B C Hp Wp"],
     depth: Float[Tensor, "B H W"],
     known: Bool[Tensor, "B H W"],
@@ -340,7 +379,7 @@ def _seen(
     """What the head says, what is true and what counts: at the chosen pixels (B, p), or at all (B, H, W)."""
     size = depth.shape[1:]
     if chosen is None:
-        return upsample(head(maps)[:, None], size, patch_size, UPSAMPLE)[:, 0], depth, known
+        return upsample(head(maps)[:, None], size, patch_size, maps.shape[2:])[:, 0], depth, known
     features = at_pixels(head.bn(maps), chosen, size, patch_size)  # (B, C, p)
     found = expected_depth(head.conv_depth(features[:, :, None]), head.bins)[:, 0]
     return found, depth.flatten(1).gather(1, chosen), known.flatten(1).gather(1, chosen)
