@@ -2,7 +2,6 @@
 
     DPTHead(width)                 the released decoder, with its names
     dpt_depth(train_maps, ...)     trained and judged as `linear_depth` is
-    load_depth_head(source)        the released heads for distances, linear and DPT, with their weights
 
 The maps are those of the linear head on four blocks: what a decoder adds is seen by asking both.
 
@@ -10,34 +9,17 @@ Source: Ranftl et al. 2021 (Vision Transformers for Dense Prediction, arXiv 2103
     official dinov2/eval/depth/models/decode_heads/dpt_head.py and dinov2/hub/depthers.py.
 """
 
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidino.model.weights import read_state
-from minidino.probes.depth import PUBLISHED_LR, PUBLISHED_STEPS, DepthHead, Rows, bins, fit_depth
+from minidino.probes.depth import PUBLISHED_LR, PUBLISHED_STEPS, Rows, fit_depth
 
 CHANNELS = 256  # of the released decoder
 LARGEST_LR = 1e-3
-PREFIX = "decode_head."  # of released files
-HUGGING_FACE = (  # what it calls the same; the first residual unit of its coarsest fusion is never used
-    (r"neck\.reassemble_stage\.readout_projects\.", "reassemble_blocks.readout_projects."),
-    (r"neck\.reassemble_stage\.layers\.(\d)\.projection\.", r"reassemble_blocks.projects.\1.conv."),
-    (r"neck\.reassemble_stage\.layers\.(\d)\.resize\.", r"reassemble_blocks.resize_layers.\1."),
-    (r"neck\.convs\.(\d)\.", r"convs.\1.conv."),
-    (r"neck\.fusion_stage\.layers\.(\d)\.projection\.", r"fusion_blocks.\1.project.conv."),
-    (r"neck\.fusion_stage\.layers\.(\d)\.residual_layer(\d)\.convolution(\d)\.",
-     r"fusion_blocks.\1.res_conv_unit\2.conv\3.conv."),
-    (r"head\.projection\.", "project.conv."),
-    (r"head\.head\.", "conv_depth.head."),
-)  # fmt: skip
-UNUSED = "fusion_blocks.0.res_conv_unit1."
 
 
 class Reassemble(nn.Module):
@@ -173,56 +155,6 @@ def dpt_depth(
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
     data = train_maps, train_depth, test_maps, test_depth
     return fit_depth(make, *data, min_depth, max_depth, steps, batch_size, lr, seed, **options)
-
-
-def load_depth_head(source: str | Path | Mapping, min_depth: float = 1e-3, max_depth: float = 10.0) -> nn.Module:
-    """A head for distances with its weights, such as the released `dinov2_vits14_nyu_dpt_head.pth`.
-
-        head = load_depth_head("dinov2_vits14_nyu_dpt_head.pth")
-        maps = feature_maps(vit, images, taps(vit.depth), norm=False, class_token=True)
-        metres = torch.cat(list(predict_depth(head, maps, images.shape[2:], vit.patch_size)))
-
-    Args:
-        source: a .pth, .pt or .safetensors file, a Hugging Face folder (DPTForDepthEstimation on DINOv2, of which the
-            head is taken) or a state dict; the keys say whether it is linear or DPT, the shapes how large. A linear
-            head of one block wants the maps of one: `taps(depth, "lin1")`.
-        min_depth, max_depth: metres, which no file tells; 10 for the NYU heads, 80 for KITTI.
-    Returns:
-        A DepthHead or a DPTHead, for evaluation.
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: neither of the two, keys that are missing or too many, shapes that do not fit.
-    """
-    state = source if isinstance(source, Mapping) else read_state(Path(source))
-    state = _released_names(state.get("state_dict", state))
-    try:
-        head = _head_for(state, min_depth, max_depth)
-        head.load_state_dict({"bins": head.bins} | state if isinstance(head, DepthHead) else state)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"a head for distances that lacks something or does not fit: {error}") from error
-    return head.eval()
-
-
-def _head_for(state: Mapping[str, Tensor], min_depth: float, max_depth: float) -> nn.Module:
-    """An empty head of these sizes."""
-    if "conv_depth.weight" in state:
-        n_bins, width = state["conv_depth.weight"].shape[:2]
-        return DepthHead(width, bins(min_depth, max_depth, n_bins), batch_norm="bn.weight" in state)
-    if "project.conv.weight" in state:
-        convs = [state[f"convs.{i}.conv.weight"] for i in range(4)]
-        width = state["reassemble_blocks.projects.0.conv.weight"].shape[1]
-        return DPTHead(width, len(convs[0]), min_depth, max_depth, sizes=tuple(x.shape[1] for x in convs))
-    raise ValueError(f"no head for distances: expected conv_depth.weight or project.conv.weight among the keys, got "
-                     f"{sorted(state)[:4]}")  # fmt: skip
-
-
-def _released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if any(key.startswith("neck.") for key in state):
-        heads = {key: x for key, x in state.items() if key.startswith(("neck.", "head."))}
-        for theirs, ours in HUGGING_FACE:
-            heads = {re.sub(f"^{theirs}", ours, key): x for key, x in heads.items()}
-        return {key: x for key, x in heads.items() if not key.startswith(UNUSED)}
-    return {key.removeprefix(PREFIX): x for key, x in state.items()}
 
 
 def _conv(n_in: int, n_out: int, side: int, padding: int = 0, bias: bool = True) -> nn.Sequential:
