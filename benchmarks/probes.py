@@ -3,6 +3,7 @@
     python benchmarks/probes.py scenes                      three networks of the tour, every pixel judged
     python benchmarks/probes.py photographs --data PATH     every task on real pictures, one small network
     python benchmarks/probes.py decoders --data PATH        distance by linear heads and by a decoder of convolutions
+    python benchmarks/probes.py finetuning                  the same networks trained on labels, and from scratch
     python benchmarks/probes.py speed                       extraction beside timm, 52 heads beside one
     python benchmarks/probes.py draw                        the README's tables of the stored results
 
@@ -22,7 +23,7 @@ from recipe import RESULTS, made_on, put, spread, store
 from torch import Tensor
 
 from minidino.config import override, preset
-from minidino.evaluate import TASKS, evaluate
+from minidino.evaluate import HEADS, TASKS, evaluate
 from minidino.images.crops import normalise
 from minidino.judge import judge_patches, random_backbone, trained_backbone
 from minidino.model.vit import build_vit
@@ -97,6 +98,12 @@ def decoders(data: Path) -> None:
     for name, folder, pictures, size in jobs:
         asked[name].append({task: ask(folder, task, pictures, size, ("random",)) for task in ("depth", "dpt")})
         store("probes-decoders", {"network_steps": {"scenes": STEPS, "rgbd-indoor": PHASES}, "asked": asked})
+
+
+def finetuning() -> None:
+    """Fine-tuned and linear, from the trained network and from its own start: three networks of scenes."""
+    asked = [ask(network(seed), "finetune", baselines=("random",)) for seed in SEEDS]
+    store("probes-finetuning", {"network_steps": STEPS, "steps": HEADS["finetune"]["steps"], "asked": asked})
 
 
 def short_network(data: Path) -> Path:
@@ -194,6 +201,7 @@ def tables() -> dict[str, str]:
         "probes-scenes": _scenes_table(stored("scenes")),
         "probes-photographs": _photographs_table(stored("photographs")),
         "probes-decoders": _decoders_table(stored("decoders")),
+        "probes-finetuning": _finetuning_table(stored("finetuning")),
     }
 
 
@@ -255,15 +263,28 @@ def _decoders_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _finetuning_table(found: dict[str, Any]) -> str:
+    lines = ["| class of a scene by | the trained network | its own start |", "|---|---|---|"]
+    for words, key in (("a linear head, network frozen", "linear"), ("the whole network", "accuracy")):
+        cells = [_said(spread([one["answers"][who][key] for one in found["asked"]])) for who in ("trained", "random ViT")]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    one = found["asked"][0]
+    lines += ["", f"Mean ± standard deviation over {len(found['asked'])} networks of {found['network_steps']} steps without "
+              f"labels, then {found['steps']} with those of {one['n_train']:,} scenes; {one['n_test']:,} held-out ones. "
+              f"{made_on(found)}"]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("scenes", "photographs", "decoders", "speed", "draw"))
+    parser.add_argument("what", choices=("scenes", "photographs", "decoders", "finetuning", "speed", "draw"))
     parser.add_argument("--data", type=Path, help="folder with the sets of photographs")
     options = parser.parse_args()
     if options.what in ("photographs", "decoders"):
         {"photographs": photographs, "decoders": decoders}[options.what](options.data)
     else:
-        {"scenes": scenes, "speed": speed, "draw": lambda: put(tables())}[options.what]()
+        do = {"scenes": scenes, "finetuning": finetuning, "speed": speed, "draw": lambda: put(tables())}
+        do[options.what]()
 
 
 if __name__ == "__main__":

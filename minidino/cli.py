@@ -254,7 +254,7 @@ def _probe(stages) -> None:
         found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth)
         print(f"{found['row']}\n{found['report']}")
 
-    tasks = ("knn", "linear", "logreg", "robustness", "retrieval", "segmentation", "depth", "dpt")
+    tasks = ("knn", "linear", "logreg", "finetune", "robustness", "retrieval", "segmentation", "depth", "dpt")
     parser = _stage(stages, "probe", "judge frozen features",
                     "minidino probe runs/tour --task segmentation --baseline pixels --baseline random", run)  # fmt: skip
     parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights, or a name: dinov2_vits14")

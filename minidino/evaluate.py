@@ -5,7 +5,8 @@
     knn           class of a picture by a vote of its neighbours
     linear        the published grid of linear heads
     logreg        logistic regression, also on a few pictures of each class
-    robustness    the same regression on corrupted pictures
+    finetune      class of a picture by the network itself, trained on labels, beside a linear head on the frozen one
+    robustness    logistic regression on corrupted pictures
     retrieval     other pictures of the same thing or place
     segmentation  class of every pixel, from one and from four blocks, and by neighbours alone
     depth         distance of every pixel, from one and from four blocks
@@ -29,6 +30,7 @@ from minidino import looking, pictures
 from minidino.images.corruptions import CORRUPTIONS, corrupt, mean_corruption_error
 from minidino.probes.depth import linear_depth, predict_depth
 from minidino.probes.dpt import dpt_depth
+from minidino.probes.finetune import finetune
 from minidino.probes.grid import linear_grid
 from minidino.probes.knn import knn_accuracy
 from minidino.probes.linear import linear_probe
@@ -47,10 +49,11 @@ Draw = Callable[[nn.Module, Tensor, np.ndarray], None]  # a head, maps of some p
 SHOTS = (1, 5, 10)  # labelled pictures of each class
 N_CORRUPTED = 500  # held-out pictures that are corrupted, each in every way
 SHOWN = 5  # pictures of a sheet
-HEADS = {  # a fortieth of the published steps, so at higher rates; depth with the BatchNorm that DINOv3 has
+HEADS: dict[str, dict[str, Any]] = {  # few of the published steps, so at higher rates
     "segmentation": {"steps": 1000, "lr": 1e-2},
-    "depth": {"steps": 600, "lr": 2e-2, "batch_norm": True},
-    "dpt": {"steps": 300, "channels": 32},  # and an eighth of the published width
+    "depth": {"steps": 600, "lr": 2e-2, "batch_norm": True},  # BatchNorm as in DINOv3
+    "dpt": {"steps": 300, "channels": 32},  # an eighth of the published width
+    "finetune": {"steps": 500},
 }
 VOTERS, VOTED = 5000, 40  # patches of the bank, and pictures, where neighbours name pixels
 
@@ -105,6 +108,17 @@ def ask_logistic(subjects: Sequence[Subject], data: Labelled, folder: Path) -> A
         found[subject.name] = logistic_regression(*rows) | {"low_shot": few}
         del found[subject.name]["model"]
     _bars(found, data, folder, "logistic regression, top-1")
+    return found
+
+
+def ask_finetune(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
+    """Of networks alone, the untrained one from scratch; each as it stands is asked for a linear head, too."""
+    found, size = {}, data.train.size
+    for subject in (subject for subject in subjects if subject.vit):
+        answer = finetune(subject.vit, data.train.pixels, data.test.pixels, size, **HEADS["finetune"])
+        linear = linear_probe(*data.rows(subject), epochs=10)
+        found[subject.name] = {"accuracy": answer["accuracy"], "linear": linear["accuracy"]}
+    _bars(found, data, folder, "fine-tuned top-1")
     return found
 
 
@@ -261,6 +275,7 @@ TASKS = {
     "knn": Task(ask_knn, "labelled", "accuracy", "top-1"),
     "linear": Task(ask_linear, "labelled", "accuracy", "top-1"),
     "logreg": Task(ask_logistic, "labelled", "accuracy", "top-1"),
+    "finetune": Task(ask_finetune, "labelled", "accuracy", "top-1"),
     "robustness": Task(ask_robustness, "labelled", "accuracy", "top-1 under corruption"),
     "retrieval": Task(ask_retrieval, "grouped", "map", "mAP"),
     "segmentation": Task(ask_segmentation, "segmentation", "miou", "mIoU"),

@@ -35,6 +35,7 @@ def quick(monkeypatch):
     """A few steps of the heads, a few penalties."""
     monkeypatch.setattr(evaluate_module, "HEADS", {
         "segmentation": {"steps": 20}, "depth": {"steps": 10}, "dpt": {"steps": 3, "channels": 4},
+        "finetune": {"steps": 3},
     })  # fmt: skip
     monkeypatch.setattr(evaluate_module, "SHOTS", (1,))
     few = partial(evaluate_module.logistic_regression, cs=(0.01, 1.0))
@@ -82,6 +83,13 @@ def test_a_decoder_is_asked_of_networks_alone_and_beside_a_linear_head(run, tmp_
     linear = four_blocks["answers"]["trained"]["four_blocks"]
     assert found["answers"]["trained"]["linear"]["rmse"] == linear["rmse"]
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
+
+
+def test_networks_are_fine_tuned_beside_a_linear_head(run, tmp_path):
+    found = evaluate(run, "finetune", baselines=("random", "pixels"), out=tmp_path / "o", cache=run.parent / "features")
+    assert list(found["answers"]) == ["trained", "random ViT"]
+    assert all(0 < answer[key] < 1 for answer in found["answers"].values() for key in ("accuracy", "linear"))
+    assert np.asarray(Image.open(tmp_path / "o" / "figure.png")).std() > 5
 
 
 def test_robustness_counts_every_corruption_and_compares_with_the_last_baseline(run, tmp_path):

@@ -186,20 +186,38 @@ def augmented_features(
         Features, on the CPU, and labels, for `train_grid`.
     Raises:
         ValueError: no labelled picture.
+    """
+    for crops, labels in labelled_crops(pixels, size, batch_size, seed, scale, next(vit.parameters()).device):
+        yield look(vit, crops, blocks), labels
+
+
+def labelled_crops(
+    pixels: Pixels,
+    size: int,
+    batch_size: int,
+    seed: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Float[Tensor, "B 3 size size"], Int[Tensor, "B"]]]:
+    """Crop and flip labelled pictures at random, batch after batch without end; see `augmented_features`.
+
+    Yields:
+        Normalised crops on the device, and labels.
+    Raises:
+        ValueError: no labelled picture.
     Source: official dinov2/data/transforms.py (b8931f7), make_classification_train_transform.
     """
     law = CropLaw(size=size, scale=scale, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
     known = np.flatnonzero(pixels.labels >= 0)
     if len(known) == 0:
         raise ValueError("no picture has a label of 0 or more: nothing to learn from")
-    device = next(vit.parameters()).device
     order = shuffled(torch.from_numpy(known), torch.from_numpy(pixels.labels[known]), min(batch_size, len(known)),
                       torch.Generator().manual_seed(seed))  # fmt: skip
     for step, (rows, labels) in enumerate(order):
         images, sizes = pixels.batch(rows.numpy())
         seeds = [crop_seed(seed, step, index) for index in rows.tolist()]
         crops, _ = multi_crop(images.to(device), sizes, [law], law, 0, seeds)
-        yield look(vit, crops[0], blocks), labels
+        yield crops[0], labels
 
 
 def _joined(found: dict[str, Rows], blocks: int) -> Float[Tensor, "n F"]:
