@@ -66,19 +66,20 @@ def test_the_same_seed_gives_the_same_head_and_nobody_elses_numbers_change():
 
 def test_padded_pictures_with_an_odd_number_of_patches():
     head = DPTHead(2, 4, max_depth=6.0).eval()
+    torch.nn.init.normal_(head.conv_depth.head[4].weight)
     maps = torch.randn(2, 16, 5, 3)
-    assert head(maps).shape == (2, 96, 64)  # the places of 6 x 4 patches, over 5 x 3
+    assert head(maps).shape == (2, 96, 64) and head(maps).std() > 0.1  # the places of 6 x 4 patches, over 5 x 3
     part = torch.cat(list(predict_depth(head, maps, (37, 23), 8)))
     whole = torch.cat(list(predict_depth(head, maps, (40, 24), 8)))
     torch.testing.assert_close(part, whole[:, 1:38, :23])
 
 
-def test_a_fresh_head_says_its_guess_and_can_learn():
-    head = DPTHead(8, 8, guess=5.0)
-    found = head(torch.zeros(1, 64, 4, 4))
-    assert 4 < found.mean() < 6
+def test_a_fresh_head_says_its_guess_of_features_of_any_scale_and_can_learn():
+    head = DPTHead(8, 8, min_depth=0.5, guess=5.0)
+    found = head(1e4 * torch.randn(1, 64, 4, 4))
+    assert torch.equal(found, torch.full((1, 64, 64), 5.0))
     found.mean().backward()
-    assert all(p.grad is not None for p in head.parameters()) and head.conv_depth.head[4].bias.grad != 0
+    assert head.conv_depth.head[4].bias.grad != 0 and (head.conv_depth.head[4].weight.grad != 0).any()
 
 
 def test_what_does_not_fit_is_refused():

@@ -76,9 +76,10 @@ class DPTHead(nn.Module):
         width: D of the backbone.
         channels: of all maps that are fused; published 256. The cost is about their square.
         min_depth, max_depth: metres; the second bounds what an evaluated head says.
-        guess: metres that an untrained head says, about.
+        guess: metres that an untrained head says.
         sizes: channels of the four maps before; None: D / 8, D / 4, D / 2 and D, as published.
-    Differs: the last bias begins at `guess`, metres, instead of about 0, below which a ReLU learns nothing.
+    Differs: the last map begins at 0 and its bias at `guess` instead of both at random: below 0 m the last ReLU learns
+        nothing, and where a whole picture is there, it stays there.
     """
 
     def __init__(
@@ -98,15 +99,17 @@ class DPTHead(nn.Module):
         self.fusion_blocks = nn.ModuleList(Fusion(channels, coarsest=i == 0) for i in range(4))
         self.project = _conv(channels, channels, 3, padding=1)
         last = nn.Conv2d(32, 1, 1)
-        nn.init.constant_(last.bias, guess)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, guess - min_depth)
         self.conv_depth = nn.Sequential(OrderedDict(head=nn.Sequential(
-            nn.Conv2d(channels, max(channels // 2, 1), 3, padding=1),
+            nn.Conv2d(channels, channels // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            nn.Conv2d(max(channels // 2, 1), 32, 3, padding=1), nn.ReLU(), last,
+            nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), last,
         )))  # fmt: skip
 
     def forward(self, maps: Float[Tensor, "n C Hp Wp"]) -> Float[Tensor, "n H16 W16"]:
-        *finer, coarsest = (conv(x) for conv, x in zip(self.convs, self.reassemble_blocks(maps.chunk(4, 1))))
+        blocks = self.reassemble_blocks(maps.chunk(4, 1))
+        *finer, coarsest = (conv(x) for conv, x in zip(self.convs, blocks, strict=True))
         found = self.fusion_blocks[0](coarsest)
         for fuse, x in zip(self.fusion_blocks[1:], reversed(finer), strict=True):
             found = fuse(found, x)

@@ -76,7 +76,8 @@ def _empty(state: Mapping[str, Tensor], min_depth: float, max_depth: float) -> n
     if "conv_depth.head.0.weight" in state:
         convs = [state[f"convs.{i}.conv.weight"] for i in range(4)]
         width = state["reassemble_blocks.projects.0.conv.weight"].shape[1]
-        return DPTHead(width, len(convs[0]), min_depth, max_depth, sizes=tuple(x.shape[1] for x in convs))
+        sizes = tuple(x.shape[1] for x in convs)
+        return DPTHead(width, len(convs[0]), min_depth, max_depth, sizes=sizes)
     if set(state) == {"weight", "bias"}:
         n_classes, width = state["weight"].shape
         return nn.Linear(width, n_classes)
