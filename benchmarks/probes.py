@@ -256,10 +256,9 @@ def _decoders_table(found: dict[str, Any]) -> str:
             cells = [_said(spread([by_head(one, who)[head][key] for one in asked])) for who, key in columns.values()]
             lines.append(f"| {name} | {head} | {' | '.join(cells)} |")
     first, then = found["network_steps"]["rgbd-indoor"]
-    lines += ["", f"Scenes: mean ± standard deviation over {len(sets['scenes'])} networks of {STEPS} steps; rooms: one "
-              f"network of {first:,} steps on Imagenette at 32 px and {then} at {HIGH}, one run. The decoder has 32 "
-              "channels (published 256) and learns for 300 steps, the linear heads for 600. "
-              f"{made_on(found)}"]  # fmt: skip
+    lines += ["", f"Scenes: mean ± standard deviation over {len(sets['scenes'])} networks of "
+              f"{found['network_steps']['scenes']} steps; rooms: one network of {first:,} steps on Imagenette at 32 px and "
+              f"{then} at {HIGH}, one run. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -280,11 +279,9 @@ def main() -> None:
     parser.add_argument("what", choices=("scenes", "photographs", "decoders", "finetuning", "speed", "draw"))
     parser.add_argument("--data", type=Path, help="folder with the sets of photographs")
     options = parser.parse_args()
-    if options.what in ("photographs", "decoders"):
-        {"photographs": photographs, "decoders": decoders}[options.what](options.data)
-    else:
-        do = {"scenes": scenes, "finetuning": finetuning, "speed": speed, "draw": lambda: put(tables())}
-        do[options.what]()
+    do = {"scenes": scenes, "photographs": lambda: photographs(options.data), "decoders": lambda: decoders(options.data),
+          "finetuning": finetuning, "speed": speed, "draw": lambda: put(tables())}  # fmt: skip
+    do[options.what]()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`minidino probe`: one question about frozen features, asked of a backbone and of what it should beat.
+"""`minidino probe`: one question about what a backbone knows, asked of it and of what it should beat.
 
     evaluate(source, task, data) -> results.json, figure.png, report.html and one row for a README, in a folder
 
@@ -302,7 +302,7 @@ def evaluate(
         data: pictures with what the task needs; None takes a run's own.
         size: px: the side of the evaluated square, or (height, width) for segmentation, depth and dpt. None: a run's
             global crop, 224 for weights; for these three the size of the pictures.
-        baselines: "random" and "pixels": see `subjects_of`.
+        baselines: "random" and "pixels": see `subjects_of`; "finetune" and "dpt" are asked of networks alone.
         out: folder of results.json, figure.png and report.html; None: runs/probe-DATA-TASK.
         truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.
         cache: where descriptions are kept; all tasks share them.

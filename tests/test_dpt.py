@@ -11,7 +11,10 @@ from minidino.probes.dpt import DPTHead, dpt_depth
 def test_released_names_and_sizes():
     head = DPTHead(384)
     state = head.state_dict()
-    assert "fusion_blocks.0.res_conv_unit1.conv1.conv.weight" not in state
+    assert not [key for key in state if key.startswith("fusion_blocks.0.res_conv_unit1")]
+    weights, biases = ({key[: -len(x)] for key in state if key.endswith(x)} for x in (".weight", ".bias"))
+    units = [f"fusion_blocks.{i}.res_conv_unit{j}" for i in range(4) for j in (1, 2) if i or j > 1]
+    assert weights - biases == {f"convs.{i}.conv" for i in range(4)} | {f"{x}.conv{k}.conv" for x in units for k in (1, 2)}
     assert {key: tuple(state[key].shape) for key in (
         "reassemble_blocks.projects.0.conv.weight", "reassemble_blocks.readout_projects.3.0.weight",
         "reassemble_blocks.resize_layers.0.weight", "reassemble_blocks.resize_layers.3.bias", "convs.1.conv.weight",
@@ -82,9 +85,21 @@ def test_a_fresh_head_says_its_guess_of_features_of_any_scale_and_can_learn():
     assert head.conv_depth.head[4].bias.grad != 0 and (head.conv_depth.head[4].weight.grad != 0).any()
 
 
+def test_an_evaluated_head_stays_within_its_range():
+    head = DPTHead(8, 8, max_depth=10.0)
+    torch.nn.init.constant_(head.conv_depth.head[4].bias, 20.0)
+    maps = torch.randn(1, 64, 4, 4)
+    assert (head(maps) > 19).all() and (head.eval()(maps) == 10).all()
+
+
 def test_what_does_not_fit_is_refused():
     maps, metres = rooms(2)
     with pytest.raises(ValueError, match="8 D channels, got 12"):
         dpt_depth(maps[:, :12], metres, maps[:, :12], metres)
-    with pytest.raises(ValueError, match="at least 1"):
-        dpt_depth(maps, metres, maps, metres, steps=0)
+    data = maps, metres, maps, metres
+    for change, words in (({"steps": 0}, "at least 1"), ({"min_depth": 0.0}, "above 0 m"),
+                          ({"pixels": 9}, "only a DepthHead .* got pixels = 9 for a DPTHead")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            dpt_depth(*data, **{"steps": 2, "channels": 4} | change)
+    with pytest.raises(ValueError, match="min_depth < guess"):
+        DPTHead(8, 8, min_depth=2.0, guess=1.0)  # its ReLU would be dead

@@ -15,8 +15,10 @@ from minidino.evaluate import TASKS, evaluate
 from minidino.images.scenes import MASK_CLASSES, draw_scenes
 from minidino.model.vit import build_vit
 from minidino.model.weights import save_backbone
+from minidino.probes.features import state_hash
+from minidino.probes.linear import linear_probe
 from minidino.probes.retrieval import leave_one_out
-from minidino.questions import open_groups
+from minidino.questions import open_groups, open_question
 from minidino.stages import pretrain
 from minidino.subjects import Cache, network, patch_pixels, placed, positions, subjects_of, thumbnail
 
@@ -85,10 +87,24 @@ def test_a_decoder_is_asked_of_networks_alone_and_beside_a_linear_head(run, tmp_
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
 
 
-def test_networks_are_fine_tuned_beside_a_linear_head(run, tmp_path):
+def test_networks_are_fine_tuned_beside_a_linear_head(run, tmp_path, monkeypatch):
+    asked, real = [], evaluate_module.finetune
+
+    def watched(vit, train, test, size, **how):
+        answer = real(vit, train, test, size, **how)
+        asked.append((state_hash(vit), len(train), len(test), size, answer["accuracy"]))
+        return answer
+
+    monkeypatch.setattr(evaluate_module, "finetune", watched)
     found = evaluate(run, "finetune", baselines=("random", "pixels"), out=tmp_path / "o", cache=run.parent / "features")
+    subjects, config = subjects_of(run, ("random",), progress=False)
     assert list(found["answers"]) == ["trained", "random ViT"]
-    assert all(0 < answer[key] < 1 for answer in found["answers"].values() for key in ("accuracy", "linear"))
+    for subject, (network, n_train, n_test, size, accuracy) in zip(subjects, asked, strict=True):
+        answer = found["answers"][subject.name]
+        assert network == state_hash(subject.vit) and accuracy == answer["accuracy"]
+        assert (n_train, n_test, size) == (120, 60, config.crops.global_size)
+        data, _ = open_question("labelled", None, None, None, config, Cache(run.parent / "features"))
+        assert answer["linear"] == linear_probe(*data.rows(subject), epochs=10)["accuracy"]
     assert np.asarray(Image.open(tmp_path / "o" / "figure.png")).std() > 5
 
 

@@ -57,18 +57,36 @@ def test_earlier_blocks_change_less():
     assert first == pytest.approx(0.3 * last, rel=0.2)  # AdamW steps are as long as the rate
 
 
-def test_the_same_seed_gives_the_same_classifier():
-    def head(seed):
-        found = finetune(network(), quarters(64), quarters(32), 16, steps=3, seed=seed, progress=False)
-        return found["classifier"].head.weight
+def test_matrices_decay_and_norms_biases_and_tokens_do_not():
+    vit = network()
+    how = {"steps": 1, "lr": 1e-3, "layerwise_decay": 1.0, "weight_decay": 500.0, "progress": False}
+    after = finetune(vit, quarters(64), quarters(32), 16, **how)["classifier"].backbone.state_dict()
+    for name, x in vit.state_dict().items():
+        decays = name.endswith("weight") and "norm" not in name
+        assert (after[name] - x * (0.5 if decays else 1.0)).abs().max() <= 1.1e-3, name
 
-    assert torch.equal(head(0), head(0)) and not torch.equal(head(0), head(1))
+
+def test_the_same_seed_gives_the_same_classifier_whatever_was_drawn_before():
+    def head(seed, before):
+        vit = build_vit("vit_tiny", width=32, depth=2, heads=2, patch_size=8, img_size=16, drop_path_rate=0.4)
+        load = network().state_dict()
+        vit.load_state_dict(load)
+        torch.manual_seed(before)
+        found = finetune(vit, quarters(64), quarters(32), 16, steps=3, seed=seed, progress=False)
+        return found["classifier"].head.weight, torch.rand(1)
+
+    torch.manual_seed(7)
+    untouched = torch.rand(1)
+    (one, drawn), (again, _), (other, _) = head(0, 7), head(0, 8), head(1, 7)
+    assert torch.equal(one, again) and not torch.equal(one, other) and drawn == untouched
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"steps": 0}, "1 step or more"),
+        ({"steps": 0}, "of at least 1, got 30, 0 and 64"),
+        ({"batch_size": 0}, "of at least 1"),
+        ({"n_classes": 1}, "labels below n_classes = 1, got 1"),
         ({"test": quarters(2)}, "labelled test pictures"),
         ({"train": quarters(2)}, "nothing to learn from"),
         ({"lr": 1e30, "steps": 9}, "lower the rate"),

@@ -18,8 +18,8 @@ from minidino.probes.heads import load_head
 from minidino.probes.segmentation import LinearHead
 
 
-HEADS = [DPTHead(6, 8, guess=5.0), DepthHead(48, bins(n=20)), DepthHead(48, bins(), batch_norm=True), LinearHead(48, 5),
-         nn.Linear(48, 7)]  # fmt: skip
+HEADS = [DPTHead(6, 8, max_depth=80.0), DepthHead(48, bins(max_depth=80.0, n=20)),
+         DepthHead(48, bins(max_depth=80.0), batch_norm=True), LinearHead(48, 5), nn.Linear(48, 7)]  # fmt: skip
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_head_comes_back_from_a_file_with_released_names(head, kind, tmp_path)
         torch.save({"state_dict": state, "meta": {}}, tmp_path / "head.pth")
     else:
         save_file(state, tmp_path / "head.safetensors")
-    again = load_head(tmp_path / f"head{kind}", max_depth=10.0)
+    again = load_head(tmp_path / f"head{kind}", max_depth=80.0)
     maps = torch.randn(2, 48) if isinstance(head, nn.Linear) else torch.randn(2, 48, 2, 3)
     assert type(again) is type(head) and not again.training
     found = again(maps)
@@ -95,6 +95,11 @@ def test_a_file_that_is_no_such_head_is_refused(change, words):
     change(state)
     with pytest.raises(ValueError, match=words):
         load_head(state)
+
+
+def test_a_name_is_not_downloaded():
+    with pytest.raises(FileNotFoundError, match="no head at dinov2_vits14: expected a file"):
+        load_head("dinov2_vits14")
 
 
 def test_a_released_classifier_reads_what_extract_gives():

@@ -18,7 +18,7 @@ BENCHMARKS = {
     "curation": {"balance", "helps"},
     "attention": {"attention"},
     "prototypes": {"prototypes"},
-    "probes": {"probes-scenes", "probes-photographs"},
+    "probes": {"probes-scenes", "probes-photographs", "probes-decoders", "probes-finetuning"},
     "highres": {"highres"},
     "distill": {"distill"},
     "loader": {"loader"},

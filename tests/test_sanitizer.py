@@ -20,6 +20,9 @@ from triton.runtime.errors import InterpreterError
 from minidino.kernels import attention, prototypes, sinkhorn
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ATTENTION = {"forward_kernel": {"out", "norm"}, "backward_kernel": {"dq", "dk", "dv"}}  # what each has to write
+PROTOTYPES = {"row_sums_kernel": {"parts"}, "column_sums_kernel": {"parts"}, "forward_kernel": {"parts"},
+              "student_kernel": {"parts"}, "prototypes_kernel": {"out"}}  # fmt: skip
 FLOATS = [torch.float32, torch.float16]  # the interpreter cannot multiply bfloat16
 
 
@@ -41,18 +44,23 @@ def tiling(request, monkeypatch):
 
 
 @triton.jit
-def copy_kernel(source, target, n, reach, shift, twice: tl.constexpr):
-    """Copies n numbers, eight a program; reach and shift are faults if they are not n and 0."""
-    place = tl.program_id(0) * 8 + tl.arange(0, 8)
+def copy_kernel(source, target, n, reach, shift, step, FAULT: tl.constexpr):
+    """Copies n numbers, eight a program; reach, shift and step are faults if they are not n, 0 and 8."""
+    place = tl.program_id(0) * step + tl.arange(0, 8)
     value = tl.load(source + place, mask=place < reach, other=0.0)
-    tl.store(target + place + shift, value, mask=place < n)
-    if twice:
+    if FAULT == "one place":
         tl.store(target + place * 0, value, mask=place < n)
+    else:
+        tl.store(target + place + shift, value, mask=place < n)
+    if FAULT == "look again":
+        tl.load(target + place, mask=place < n)
+    if FAULT == "atomic":
+        tl.atomic_add(target + place, value, mask=place < n)
 
 
-def copy(source, target, reach=20, shift=0, twice=False, n=20):
+def copy(source, target, reach=20, shift=0, step=8, fault="", n=20):
     with sanitized() as launches:
-        copy_kernel[(3,)](source, target, n, reach, shift, twice=twice)
+        copy_kernel[(3,)](source, target, n, reach, shift, step, FAULT=fault)
     return launches
 
 
@@ -60,37 +68,52 @@ def test_a_faultless_kernel_passes_and_was_watched():
     source, target = torch.randn(20), torch.zeros(20)
     launches = copy(source, target)
     assert torch.equal(source, target)
-    assert launches.kernels == {"copy_kernel"} and launches.accesses == 6
+    assert launches.written == {"copy_kernel": {"target"}} and launches.accesses == 6
+
+
+def test_a_view_of_one_number_may_be_read_there_alone():
+    one, target = torch.randn(1).expand(20), torch.zeros(20)
+    copy(one, target, reach=1)
+    assert target[0] == one[0] and not target[1:].any()
+    with pytest.raises(InterpreterError, match="outside: a load of 2 numbers"):
+        copy(one, target, reach=2)
 
 
 def test_a_step_beyond_the_end_is_found():
-    both = torch.zeros(64)
-    halves = both[:20], both[32:52]  # the step ends within the same allocation, so nothing crashes
     with pytest.raises(InterpreterError, match="outside: a load of 5 numbers"):
-        copy(*halves, reach=21)
+        copy(torch.zeros(20), torch.zeros(20), reach=21)
     with pytest.raises(InterpreterError, match="outside: a store of 8 numbers"):
-        copy(*halves, shift=-1)
+        copy(torch.zeros(20), torch.zeros(20), shift=-1)
     with pytest.raises(InterpreterError, match="outside"):
-        copy(both[::2][:20], halves[1])  # steps of one number through a view of every second
+        copy(torch.zeros(64)[::2][:20], torch.zeros(20))  # steps of one number through a view of every second
 
 
 def test_a_step_into_another_tensor_of_the_launch_is_found():
     both = torch.zeros(40)
     with pytest.raises(InterpreterError, match="outside: a load of 8 numbers"):
-        copy(both[:20], both[20:], reach=24)
+        copy(both[:16], both[16:36], reach=24)  # all eight of them in the target
 
 
 def test_races_are_found():
     source, target = torch.randn(20), torch.zeros(20)
-    with pytest.raises(InterpreterError, match="race: numbers of target are written twice"):
-        copy(source, target, twice=True)
-    with pytest.raises(InterpreterError, match="race: source is read and written"):
+    with pytest.raises(InterpreterError, match="race: one store writes numbers of target twice"):
+        copy(source, target, fault="one place")
+    with pytest.raises(InterpreterError, match="race: two stores write numbers of target"):
+        copy(source, target, step=4)
+    with pytest.raises(InterpreterError, match="race: target is written and then read"):
+        copy(source, target, fault="look again")
+    with pytest.raises(InterpreterError, match="race: source is read and then written"):
         copy(source, source)
 
 
 def test_what_was_left_unwritten_is_found():
     with pytest.raises(AssertionError, match="unwritten: 4 numbers of target"):
         copy(torch.zeros(24), torch.zeros(24))
+
+
+def test_what_is_not_watched_is_refused():
+    with pytest.raises(InterpreterError, match="atomic operations are not watched"):
+        copy(torch.zeros(20), torch.zeros(20), fault="atomic")
 
 
 # ---------------------------------------------------------------- ours have none
@@ -101,7 +124,7 @@ def test_what_was_left_unwritten_is_found():
 def test_attention(memcheck, tiling, pack, dtype):
     with sanitized() as launches:
         memcheck.attend(memcheck.PACKS[pack], dtype, "cpu")
-    assert launches.kernels == {"forward_kernel", "backward_kernel"} and launches.accesses > 20
+    assert launches.written == ATTENTION and launches.accesses > 20
 
 
 @pytest.mark.parametrize("width", [32, 128])
@@ -109,7 +132,7 @@ def test_attention(memcheck, tiling, pack, dtype):
 def test_attention_of_narrow_and_wide_heads(memcheck, tiling, width, dtype):
     with sanitized() as launches:
         memcheck.attend([37, 37, 30, 100, 28, 197, 9], dtype, "cpu", width)
-    assert launches.accesses > 20
+    assert launches.written == ATTENTION and launches.accesses > 20
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -118,5 +141,4 @@ def test_prototypes_and_sinkhorn(memcheck, tiling, size, dtype):
     shape = memcheck.SIZES[size] if isinstance(size, int) else size
     with sanitized() as launches:
         memcheck.lose(*shape, dtype, "cpu", n_teachers=2)
-    sums = {"row_sums_kernel", "column_sums_kernel"}
-    assert launches.kernels == sums | {"forward_kernel", "student_kernel", "prototypes_kernel"}
+    assert launches.written == PROTOTYPES

@@ -315,7 +315,7 @@ def fit_depth(
             not count, in training and in scores.
         steps, batch_size, lr, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
         seed: draws weights, batches and pixels.
-        pixels: see `linear_depth`; None: all of them, for any head.
+        pixels: see `linear_depth`, for a DepthHead alone; None: all of them.
         gradient_weight: of `gradient_loss` beside `silog_loss`; published 0.5, which counted for nothing (its mode
             "released" is 0 at 2 pictures).
         patch_size: side of a patch in px where pictures were padded; None: maps span the targets exactly.
@@ -336,15 +336,17 @@ def fit_depth(
             f"expected steps, batch_size, pixels of at least 1 and gradient_weight of at least 0, got {steps}, "
             f"{batch_size}, {pixels}, {gradient_weight}"
         )
-    valid, test_valid = (_within(d, min_depth, max_depth) for d in (train_depth, test_depth))
+    valid, test_valid = (within(d, min_depth, max_depth) for d in (train_depth, test_depth))
     if not valid.any() or not test_valid.any():
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
     generator = torch.Generator().manual_seed(seed)
     head = make(train_maps.shape[1], generator).train()
+    dense = pixels is None or gradient_weight > 0
+    if not dense and not isinstance(head, DepthHead):
+        raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {type(head).__name__}")
     device = next(head.parameters()).device
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     rate = cosine_schedule(lr, lr * 1e-8, steps, warmup_steps=steps // 3, start=lr * 1e-3)
-    dense = pixels is None or gradient_weight > 0
     with torch.enable_grad():
         for step, rows in enumerate(batches(len(train_maps), batch_size, steps, generator)):
             if not valid[rows].any():
@@ -393,6 +395,6 @@ def _some_pixels(known: Bool[Tensor, "B H W"], n: int, generator: torch.Generato
     return torch.stack(chosen).to(known.device)
 
 
-def _within(depth: Tensor, min_depth: float, max_depth: float) -> Tensor:
+def within(depth: Tensor, min_depth: float, max_depth: float) -> Tensor:
     """Pixels whose depth is known and among the bins."""
     return torch.isfinite(depth) & (depth > min_depth) & (depth <= max_depth)

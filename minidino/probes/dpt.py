@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidino.probes.depth import PUBLISHED_LR, PUBLISHED_STEPS, Rows, fit_depth
+from minidino.probes.depth import PUBLISHED_LR, PUBLISHED_STEPS, Rows, fit_depth, within
 
 CHANNELS = 256  # of the released decoder
-LARGEST_LR = 1e-3
+LARGEST_LR = 1e-3  # a tenth of the linear head's: this one is deep
 
 
 class Reassemble(nn.Module):
@@ -34,7 +34,7 @@ class Reassemble(nn.Module):
         ])  # fmt: skip
         self.readout_projects = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.GELU()) for _ in sizes)
 
-    def forward(self, blocks: tuple[Float[Tensor, "B 2D Hp Wp"], ...]) -> list[Float[Tensor, "B _ h w"]]:
+    def forward(self, blocks: tuple[Float[Tensor, "B D2 Hp Wp"], ...]) -> list[Float[Tensor, "B _ _ _"]]:
         """blocks: the patch tokens of each, and its class token behind every one of them."""
         layers = zip(blocks, self.readout_projects, self.projects, self.resize_layers, strict=True)
         return [resize(project(readout(x.movedim(1, 3)).movedim(3, 1))) for x, readout, project, resize in layers]
@@ -60,7 +60,7 @@ class Fusion(nn.Module):
         self.res_conv_unit2 = ResidualUnit(channels)
         self.project = _conv(channels, channels, 1)
 
-    def forward(self, x: Float[Tensor, "B c h w"], finer: Tensor | None = None) -> Float[Tensor, "B c 2h 2w"]:
+    def forward(self, x: Float[Tensor, "B c h w"], finer: Tensor | None = None) -> Float[Tensor, "B c h2 w2"]:
         if finer is not None:  # of the same size, but for odd numbers of patches
             x = x + self.res_conv_unit1(F.interpolate(finer, x.shape[2:], mode="bilinear", align_corners=False))
         x = F.interpolate(self.res_conv_unit2(x), scale_factor=2, mode="bilinear", align_corners=True)
@@ -76,10 +76,12 @@ class DPTHead(nn.Module):
         width: D of the backbone.
         channels: of all maps that are fused; published 256. The cost is about their square.
         min_depth, max_depth: metres; the second bounds what an evaluated head says.
-        guess: metres that an untrained head says.
+        guess: metres that an untrained head says; None: half of max_depth.
         sizes: channels of the four maps before; None: D / 8, D / 4, D / 2 and D, as published.
     Differs: the last map begins at 0 and its bias at `guess` instead of both at random: below 0 m the last ReLU learns
         nothing, and where a whole picture is there, it stays there.
+    Raises:
+        ValueError: not 0 <= min_depth < guess <= max_depth.
     """
 
     def __init__(
@@ -88,10 +90,13 @@ class DPTHead(nn.Module):
         channels: int = CHANNELS,
         min_depth: float = 1e-3,
         max_depth: float = 10.0,
-        guess: float = 1.0,
+        guess: float | None = None,
         sizes: tuple[int, int, int, int] | None = None,
     ):
         super().__init__()
+        guess = max_depth / 2 if guess is None else guess
+        if not 0 <= min_depth < guess <= max_depth:
+            raise ValueError(f"expected 0 <= min_depth < guess <= max_depth (m), got {min_depth}, {guess}, {max_depth}")
         sizes = sizes or tuple(max(width // 2 ** (3 - i), 1) for i in range(4))
         self.min_depth, self.max_depth = min_depth, max_depth
         self.reassemble_blocks = Reassemble(width, sizes)
@@ -143,18 +148,20 @@ def dpt_depth(
     Returns:
         What `fit_depth` does.
     Raises:
-        ValueError: as `fit_depth`, and maps that are not those of four blocks.
+        ValueError: as `fit_depth`; maps whose channels are no multiple of 8; min_depth not above 0.
     """
 
     def make(n_channels: int, generator: torch.Generator) -> DPTHead:
         if n_channels % 8:
             raise ValueError(f"expected maps of four blocks with their class tokens, 8 D channels, got {n_channels}")
         depth = torch.as_tensor(train_depth)
-        guess = depth[(depth > min_depth) & (depth <= max_depth)].median().item()
+        guess = depth[within(depth, min_depth, max_depth)].median().item()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+            torch.default_generator.manual_seed(generator.initial_seed())
             return DPTHead(n_channels // 8, channels, min_depth, max_depth, guess).to(device)
 
+    if min_depth <= 0:
+        raise ValueError(f"expected min_depth above 0 m, got {min_depth}")
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
     data = train_maps, train_depth, test_maps, test_depth
     return fit_depth(make, *data, min_depth, max_depth, steps, batch_size, lr, seed, **options)

@@ -5,11 +5,12 @@
 The published answer is: a little (86.5 to 88.5 % on ImageNet for ViT-g), so frozen features are enough for most uses.
 Earlier blocks learn more slowly than later ones: what they know serves every task.
 
-Source: DINOv2 paper, section 7.2 and table 5; layer-wise rates as in BEiT (Bao et al. 2021, arXiv 2106.08254).
+Source: DINOv2 paper, section 7.1 and table 5; layer-wise rates as in BEiT (Bao et al. 2021, arXiv 2106.08254).
 """
 
 import copy
 import math
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -30,11 +31,11 @@ LR_TIMES_WIDTH = 0.2
 class Classifier(nn.Module):
     """A backbone and a linear head on its class token: images (B, 3, H, W), normalised, to logits (B, n_classes)."""
 
-    def __init__(self, backbone: VisionTransformer, n_classes: int, generator: torch.Generator | None = None):
+    def __init__(self, backbone: VisionTransformer, n_classes: int):
         super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(backbone.norm.normalized_shape[0], n_classes)
+        self.backbone, self.head = backbone, nn.Linear(backbone.width, n_classes)
         with torch.no_grad():
-            self.head.weight.normal_(0, 0.01, generator=generator)
+            self.head.weight.normal_(0, 0.01)
             self.head.bias.zero_()
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B n_classes"]:
@@ -64,45 +65,70 @@ def finetune(
         vit: stays as it is; its stochastic depth is that of the copy, too.
         train, test: pictures with labels; those with a label below 0 (unknown) do not count.
         size: px, side of the crops and of the squares it is judged on.
-        steps, batch_size, weight_decay: of AdamW.
+        steps, batch_size, weight_decay: of AdamW; gradients longer than 1 are clipped.
         lr: its rate; a tenth of the steps warms up, then a cosine to 0. None: 0.2 / width, 5e-4 for ViT-S; tried at a
             width of 64, where a third of it learns less.
         layerwise_decay: what the rate of each block is multiplied by, from the last to the first; 1 makes all equal.
         smoothing: share of each label that is spread over all classes.
         scale: share of a picture's area in a crop, smallest and largest.
         n_classes: None counts from the largest label.
-        seed: draws the head, the order and the crops.
+        seed: draws the head, the order, the crops and what stochastic depth leaves out.
         progress: a bar with images per second.
     Returns:
         "accuracy", top-1 fraction on the test pictures, and "classifier", the `Classifier`.
     Raises:
-        ValueError: nothing labelled to learn from or to judge; steps below 1; a loss that is not finite.
+        ValueError: nothing labelled to learn from or to judge; steps or batch_size below 1; a label beyond n_classes; a
+            loss or logits that are not finite.
     Differs: the paper takes the recipe of DeiT III, whose many augmentations are for ImageNet; this is its core.
     """
     known = (torch.from_numpy(test.labels) >= 0).nonzero()[:, 0]
-    if len(known) == 0 or steps < 1:
-        raise ValueError(f"expected labelled test pictures and 1 step or more, got {len(known)} and {steps}")
-    n_classes = n_classes or int(max(train.labels.max(), test.labels.max())) + 1
-    device, generator = next(vit.parameters()).device, torch.Generator().manual_seed(seed)
-    model = Classifier(copy.deepcopy(vit), n_classes, generator).to(device).requires_grad_(True).train()
-    lr = LR_TIMES_WIDTH / model.head.in_features if lr is None else lr
+    if min(len(known), steps, batch_size) < 1:
+        raise ValueError("expected labelled test pictures, steps and batch_size of at least 1, got "
+                         f"{len(known)}, {steps} and {batch_size}")  # fmt: skip
+    counted = int(max(train.labels.max(), test.labels.max())) + 1
+    n_classes = n_classes or counted
+    if n_classes < counted:
+        raise ValueError(f"expected labels below n_classes = {n_classes}, got {counted - 1}")
+    device, lr = next(vit.parameters()).device, LR_TIMES_WIDTH / vit.width if lr is None else lr
+    crops = islice(labelled_crops(train, size, batch_size, seed, scale, device), steps)
+    n_images = steps * min(batch_size, int((train.labels >= 0).sum()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = Classifier(copy.deepcopy(vit), n_classes).to(device).requires_grad_(True).train()
+        with tqdm(total=n_images, unit="images", disable=not progress, leave=False) as bar:
+            for images in _learn(model, crops, steps, lr, layerwise_decay, weight_decay, smoothing):
+                bar.update(len(images))
+    tokens = extract(model.eval().backbone, test.select(known.numpy()).squares(size), progress=progress)["cls"]
+    with torch.no_grad():
+        logits = model.head(tokens.to(device)).cpu()
+    if not logits.isfinite().all():
+        raise ValueError(f"the logits are not finite after {steps} steps: lower the rate, now {lr:g}")
+    right = logits.argmax(1) == torch.from_numpy(test.labels)[known]
+    return {"accuracy": right.double().mean().item(), "classifier": model}
+
+
+def _learn(
+    model: Classifier,
+    crops: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    layerwise_decay: float,
+    weight_decay: float,
+    smoothing: float,
+) -> Iterator[Tensor]:
+    """One update for each batch; yields the images it saw."""
     groups = parameter_groups(model, layerwise_decay, decay_tokens=False)
     search = torch.optim.AdamW([{"params": group["params"]} for group in groups], lr=lr)
     rate = cosine_schedule(lr, 0.0, steps, warmup_steps=steps // 10, start=lr / max(steps // 10, 1))
-    crops = islice(labelled_crops(train, size, batch_size, seed, scale, device), steps)
-    with torch.enable_grad(), tqdm(total=steps * batch_size, unit="images", disable=not progress, leave=False) as bar:
-        for step, (images, labels) in enumerate(crops):
-            for target, group in zip(search.param_groups, groups, strict=True):
-                target["lr"], target["weight_decay"] = rate(step) * group["lr_mult"], weight_decay * group["wd_mult"]
-            loss = F.cross_entropy(model(images), labels.to(device), label_smoothing=smoothing)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} at step {step}: lower the rate, now {lr:g}")
-            search.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            search.step()
-            bar.update(len(images))
-    tokens = extract(model.eval().backbone, test.select(known.numpy()).squares(size), progress=progress)["cls"]
-    with torch.no_grad():
-        right = model.head(tokens.to(device)).argmax(1).cpu() == torch.from_numpy(test.labels)[known]
-    return {"accuracy": right.double().mean().item(), "classifier": model}
+    for step, (images, labels) in enumerate(crops):
+        for target, group in zip(search.param_groups, groups, strict=True):
+            target["lr"], target["weight_decay"] = rate(step) * group["lr_mult"], weight_decay * group["wd_mult"]
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images), labels.to(images.device), label_smoothing=smoothing)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is {loss.item()} at step {step}: lower the rate, now {lr:g}")
+        search.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        search.step()
+        yield images

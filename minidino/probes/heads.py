@@ -5,8 +5,8 @@
 What they read, of a backbone `vit`:
 
     classes of pictures, dinov2_*_linear_head and _linear4_head
-        x = extract(vit, images, blocks=n)      the class tokens of the last n = 1 or 4 blocks, oldest first, and then
-                                                x["mean_patch"], side by side
+        x = extract(vit, images, blocks=n)      x["cls"] (n = 1) or x["cls_blocks"].flatten(1) (n = 4), and behind it
+                                                x["mean_patch"]
     classes of pixels, dinov2_*_ade20k_linear_head and _ms_head
         feature_maps(vit, images, n)            through `predict`, or `segmenter` and `predict_windows`
     distances, dinov2_*_nyu_linear_head, _linear4_head and _dpt_head
@@ -48,13 +48,17 @@ def load_head(source: str | Path | Mapping, min_depth: float = 1e-3, max_depth: 
     Args:
         source: a .pth, .pt or .safetensors file, a Hugging Face folder (DPTForDepthEstimation on DINOv2, of which the
             head is taken) or a state dict.
-        min_depth, max_depth: metres of a head for distances, which no file tells: 10 of the NYU heads, 80 of KITTI's.
+        min_depth, max_depth: metres of a head for distances, which no released file tells: 10 of the NYU heads, 80 of
+            KITTI's. A file of ours with the bins of a DepthHead has its own.
     Returns:
         Linear, LinearHead, DepthHead or DPTHead, for evaluation.
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file; released heads are not downloaded.
         ValueError: none of the four, keys that are missing or too many, shapes that do not fit.
     """
+    if not isinstance(source, Mapping) and not Path(source).exists():
+        raise FileNotFoundError(f"no head at {source}: expected a file, such as dinov2_vits14_nyu_dpt_head.pth of the "
+                                "official downloads, or a Hugging Face folder")  # fmt: skip
     state = source if isinstance(source, Mapping) else read_state(Path(source))
     state = _released_names(state.get("state_dict", state))
     try:

@@ -146,7 +146,7 @@ def logistic_regression(
         "best_c", "table" {C: top-1 fraction on the held-out rows}, and "model": the LogisticModel that was judged.
     Raises:
         ValueError: fewer than two labelled training rows, or no labelled test row.
-    Source: DINOv2 paper, section 7.1 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
+    Source: DINOv2 paper, section 7.2 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
     Differs: see `logistic_path`.
     """
     x, y = labelled(train_x, train_y)
