@@ -109,6 +109,25 @@ def test_curation_helps_on_drawn_scenes_by_three_sigma():
             assert arms[0]["mean"] - arms[1]["mean"] > 3 * error
 
 
+def test_what_decoders_and_labels_add_is_beyond_three_sigma():
+    stored = {name: json.loads((ROOT / "data" / "results" / f"probes-{name}.json").read_text())["asked"]
+              for name in ("decoders", "finetuning")}  # fmt: skip
+
+    def clear(worse, better):
+        gains = [a - b for a, b in zip(worse, better, strict=True)]
+        mean = sum(gains) / 3
+        return len(gains) == 3 and mean > 3 * (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
+
+    who = "trained", "random ViT"
+    trained, fresh = ([one["dpt"]["answers"][name] for one in stored["decoders"]["scenes"]] for name in who)
+    for key in ("log10", "rmse"):
+        assert clear([x["linear"][key] for x in trained], [x[key] for x in trained])
+        assert clear([x[key] for x in fresh], [x[key] for x in trained])
+    ours, scratch = ([one["answers"][name]["accuracy"] for one in stored["finetuning"]] for name in who)
+    linear = [one["answers"]["trained"]["linear"] for one in stored["finetuning"]]
+    assert clear(ours, linear) and clear(ours, scratch)
+
+
 def test_trained_patches_beat_what_else_knows_where_it_lies_by_three_sigma():
     patches = json.loads((ROOT / "data" / "results" / "probes-scenes.json").read_text())["patches"]
     ours = patches["trained + position"]
