@@ -9,8 +9,6 @@ Source: Ranftl et al. 2021 (Vision Transformers for Dense Prediction, arXiv 2103
     official dinov2/eval/depth/models/decode_heads/dpt_head.py and dinov2/hub/depthers.py.
 """
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -106,11 +104,11 @@ class DPTHead(nn.Module):
         last = nn.Conv2d(32, 1, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, guess - min_depth)
-        self.conv_depth = nn.Sequential(OrderedDict(head=nn.Sequential(
+        self.conv_depth = _named("head", nn.Sequential(
             nn.Conv2d(channels, channels // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
             nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), last,
-        )))  # fmt: skip
+        ))  # fmt: skip
 
     def forward(self, maps: Float[Tensor, "n C Hp Wp"]) -> Float[Tensor, "n H16 W16"]:
         blocks = self.reassemble_blocks(maps.chunk(4, 1))
@@ -168,9 +166,16 @@ def dpt_depth(
 
 
 def _conv(n_in: int, n_out: int, side: int, padding: int = 0, bias: bool = True) -> nn.Sequential:
-    """A convolution under the name that released files have for it, drawn as there."""
+    """A convolution, drawn as released."""
     conv = nn.Conv2d(n_in, n_out, side, padding=padding, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if bias:
         nn.init.zeros_(conv.bias)
-    return nn.Sequential(OrderedDict(conv=conv))
+    return _named("conv", conv)
+
+
+def _named(name: str, module: nn.Module) -> nn.Sequential:
+    """The module alone, under the name that released files have for it."""
+    only = nn.Sequential()
+    only.add_module(name, module)
+    return only
