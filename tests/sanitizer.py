@@ -54,14 +54,16 @@ class Launches:
         self.grounds: list[Ground] = []  # of the launch that goes on
 
     def begin(self, kernel: str, arguments: dict) -> dict:
-        """The arguments with a copy in place of each tensor; a view that is given twice has one copy."""
-        views = {}
+        """Put a copy in the place of each tensor; a view that is given twice has one copy."""
+        grounds: dict[tuple, Ground] = {}
         for name, x in arguments.items():
             if isinstance(x, Tensor):
-                key = x.data_ptr(), x.shape, x.stride()
-                views[name] = next((views[other] for other in views if views[other][0] == key), (key, Ground(name, x)))
-        self.kernel, self.grounds = kernel, list({id(ground): ground for _, ground in views.values()}.values())
-        return arguments | {name: ground.tensor for name, (_, ground) in views.items()}
+                view = x.data_ptr(), x.shape, x.stride()
+                if view not in grounds:
+                    grounds[view] = Ground(name, x)
+                arguments[name] = grounds[view].tensor
+        self.kernel, self.grounds = kernel, list(grounds.values())
+        return arguments
 
     def access(self, pointers, mask, what: str) -> tuple[Ground, np.ndarray] | None:
         """The tensor that a tile of addresses lies in, and the numbers of it that are asked for, if any."""

@@ -2,6 +2,7 @@
 
     taps(depth, head)                                      which blocks: "lin1" the last, "lin4" four of them
     linear_depth(train_maps, train_depth, test_maps, ...)  one linear map into 256 bins of depth
+    fit_depth(make, train_maps, ...)                       the same for any head, such as DPT's
     expected_depth(logits, bins)                           bins -> metres
     silog_loss, gradient_loss                              what is minimised
     depth_errors(prediction, target)                       RMSE and its kin
@@ -283,8 +284,10 @@ def linear_depth(
         return DepthHead(n_channels, bins(min_depth, max_depth), batch_norm, generator).to(device)
 
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
-    data = train_maps, train_depth, test_maps, test_depth
-    return fit_depth(make, *data, min_depth, max_depth, steps, batch_size, lr, seed, pixels=pixels, **options)
+    return fit_depth(
+        make, train_maps, train_depth, test_maps, test_depth, min_depth=min_depth, max_depth=max_depth, steps=steps,
+        batch_size=batch_size, lr=lr, seed=seed, pixels=pixels, **options,
+    )  # fmt: skip
 
 
 def fit_depth(
@@ -293,13 +296,13 @@ def fit_depth(
     train_depth: Rows,
     test_maps: Rows,
     test_depth: Rows,
+    *,
     min_depth: float,
     max_depth: float,
     steps: int,
     batch_size: int,
     lr: float,
     seed: int,
-    *,
     weight_decay: float = 0.01,
     pixels: int | None = None,
     gradient_weight: float = 0.0,

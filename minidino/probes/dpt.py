@@ -161,8 +161,10 @@ def dpt_depth(
     if min_depth <= 0:
         raise ValueError(f"expected min_depth above 0 m, got {min_depth}")
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
-    data = train_maps, train_depth, test_maps, test_depth
-    return fit_depth(make, *data, min_depth, max_depth, steps, batch_size, lr, seed, **options)
+    return fit_depth(
+        make, train_maps, train_depth, test_maps, test_depth, min_depth=min_depth, max_depth=max_depth, steps=steps,
+        batch_size=batch_size, lr=lr, seed=seed, **options,
+    )  # fmt: skip
 
 
 def _conv(n_in: int, n_out: int, side: int, padding: int = 0, bias: bool = True) -> nn.Sequential:
