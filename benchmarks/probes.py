@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from loader import in_turns
-from recipe import RESULTS, made_on, put, spread, store
+from recipe import HIGH, RESULTS, made_on, put, spread, store
 from torch import Tensor
 
 from minidino.config import override, preset
@@ -43,7 +43,6 @@ QUESTIONS = (  # task, folder, size in px
 )  # fmt: skip
 BOTH = ("random", "pixels")
 PHASES = (5000, 800)  # steps of the network of `decoders`, on crops of 32 px and then of HIGH
-HIGH = 64
 REPEATS = 20
 WHO = {  # as `evaluate` and as `judge_patches` call them
     "position": "position", "pixels + position": "pixels + position", "random ViT": "random_vit", "trained": "trained",

@@ -28,8 +28,8 @@ ORDER = """
     model.layouts model.released model.weights
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
-    probes.features probes.patches probes.knn probes.dense probes.segmentation probes.propagation probes.depth probes.dpt probes.heads
-    probes.linear probes.grid probes.finetune probes.logistic probes.retrieval
+    probes.features probes.patches probes.knn probes.dense probes.segmentation probes.propagation probes.depth
+    probes.dpt probes.heads probes.linear probes.grid probes.finetune probes.logistic probes.retrieval
     pictures looking report scaling memory notebook stages judge subjects questions evaluate curate chain tour plan cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {

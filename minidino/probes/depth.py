@@ -253,10 +253,6 @@ def linear_depth(
     test_depth: Rows,
     min_depth: float = 1e-3,
     max_depth: float = 10.0,
-    steps: int = 500,
-    batch_size: int = 8,
-    lr: float | None = None,
-    seed: int = 0,
     *,
     batch_norm: bool = False,
     pixels: int | None = 512,
@@ -267,8 +263,7 @@ def linear_depth(
 
     Args:
         train_maps, test_maps: (n, C, Hp, Wp) from `feature_maps(blocks=taps(...), norm=False, class_token=True)`.
-        train_depth, test_depth, min_depth, max_depth, steps, batch_size, seed, options: as for `fit_depth`.
-        lr: None: the published 1e-4, times as much as the steps are fewer than the published, at most 0.01.
+        train_depth, test_depth, min_depth, max_depth, options: as for `fit_depth`.
         batch_norm: in front of the map; released without.
         pixels: drawn from each picture at each step, to which features are interpolated straight; nothing is upsampled
             then. None, or any gradient_weight: metres at 4 times the map, interpolated to all pixels, as released and
@@ -283,11 +278,8 @@ def linear_depth(
     def make(n_channels: int, generator: torch.Generator) -> DepthHead:
         return DepthHead(n_channels, bins(min_depth, max_depth), batch_norm, generator).to(device)
 
-    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
-    return fit_depth(
-        make, train_maps, train_depth, test_maps, test_depth, min_depth=min_depth, max_depth=max_depth, steps=steps,
-        batch_size=batch_size, lr=lr, seed=seed, pixels=pixels, **options,
-    )  # fmt: skip
+    data = train_maps, train_depth, test_maps, test_depth
+    return fit_depth(make, *data, min_depth, max_depth, LARGEST_LR, pixels=pixels, **options)
 
 
 def fit_depth(
@@ -296,13 +288,14 @@ def fit_depth(
     train_depth: Rows,
     test_maps: Rows,
     test_depth: Rows,
-    *,
     min_depth: float,
     max_depth: float,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
+    largest_lr: float,
+    *,
+    steps: int = 500,
+    batch_size: int = 8,
+    lr: float | None = None,
+    seed: int = 0,
     weight_decay: float = 0.01,
     pixels: int | None = None,
     gradient_weight: float = 0.0,
@@ -316,7 +309,8 @@ def fit_depth(
         train_maps, test_maps: (n, C, Hp, Wp).
         train_depth, test_depth: (n, H, W) metres; 0 = not known. What is beyond max_depth or not above min_depth does
             not count, in training and in scores.
-        steps, batch_size, lr, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
+        steps, batch_size, weight_decay: of AdamW; published: 38,400 steps of 2 pictures per GPU.
+        lr: its rate; None: the published 1e-4, times as much as the steps are fewer, at most largest_lr.
         seed: draws weights, batches and pixels.
         pixels: see `linear_depth`, for a DepthHead alone; None: all of them.
         gradient_weight: of `gradient_loss` beside `silog_loss`; published 0.5, which counted for nothing (its mode
@@ -342,6 +336,7 @@ def fit_depth(
     valid, test_valid = (within(d, min_depth, max_depth) for d in (train_depth, test_depth))
     if not valid.any() or not test_valid.any():
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
+    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / steps, largest_lr) if lr is None else lr
     generator = torch.Generator().manual_seed(seed)
     head = make(train_maps.shape[1], generator).train()
     dense = pixels is None or gradient_weight > 0

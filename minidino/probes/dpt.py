@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidino.probes.depth import PUBLISHED_LR, PUBLISHED_STEPS, Rows, fit_depth, within
+from minidino.probes.depth import Rows, fit_depth, within
 
 CHANNELS = 256  # of the released decoder
 LARGEST_LR = 1e-3  # a tenth of the linear head's: this one is deep
@@ -127,10 +127,6 @@ def dpt_depth(
     test_depth: Rows,
     min_depth: float = 1e-3,
     max_depth: float = 10.0,
-    steps: int = 500,
-    batch_size: int = 8,
-    lr: float | None = None,
-    seed: int = 0,
     *,
     channels: int = CHANNELS,
     device: torch.device | str = "cpu",
@@ -140,8 +136,7 @@ def dpt_depth(
 
     Args:
         train_maps, test_maps: (n, 8 D, Hp, Wp) from `feature_maps(blocks=taps(depth), norm=False, class_token=True)`.
-        train_depth, test_depth, min_depth, max_depth, steps, batch_size, seed, options: as for `fit_depth`.
-        lr: None: the published 1e-4, times as much as the steps are fewer than the published, at most 0.001.
+        train_depth, test_depth, min_depth, max_depth, options: as for `fit_depth`.
         channels: see `DPTHead`.
     Returns:
         What `fit_depth` does.
@@ -160,11 +155,8 @@ def dpt_depth(
 
     if min_depth <= 0:
         raise ValueError(f"expected min_depth above 0 m, got {min_depth}")
-    lr = min(PUBLISHED_LR * PUBLISHED_STEPS / max(steps, 1), LARGEST_LR) if lr is None else lr
-    return fit_depth(
-        make, train_maps, train_depth, test_maps, test_depth, min_depth=min_depth, max_depth=max_depth, steps=steps,
-        batch_size=batch_size, lr=lr, seed=seed, **options,
-    )  # fmt: skip
+    data = train_maps, train_depth, test_maps, test_depth
+    return fit_depth(make, *data, min_depth, max_depth, LARGEST_LR, **options)
 
 
 def _conv(n_in: int, n_out: int, side: int, padding: int = 0, bias: bool = True) -> nn.Sequential:
