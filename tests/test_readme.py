@@ -77,6 +77,13 @@ def test_what_notebooks_claim_holds_with_other_seeds(monkeypatch):
         assert [row["claim"] for row in rows if not margins.is_safe(row)] == []
 
 
+def clearly_more(some, others):
+    """Of three pairs: is their mean difference above 0 by three standard errors?"""
+    gains = [a - b for a, b in zip(some, others, strict=True)]
+    mean = sum(gains) / 3
+    return len(gains) == 3 and mean > 3 * (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
+
+
 def test_distillation_and_the_phase_gain_what_the_readme_says():
     stored = {name: json.loads((ROOT / "data" / "results" / f"{name}-scenes.json").read_text())
               for name in ("distill", "highres")}  # fmt: skip
@@ -85,9 +92,7 @@ def test_distillation_and_the_phase_gain_what_the_readme_says():
         assert gain["n"] == 3 and gain["mean"] > 3 * gain["sd"] / 3**0.5
     runs = stored["highres"]["runs"]
     for key in ("miou", "position miou"):
-        gains = [a[key] - b[key] for a, b in zip(runs["adapted"], runs["small"], strict=True)]
-        mean = sum(gains) / 3
-        assert len(gains) == 3 and mean > 3 * (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
+        assert clearly_more(*([run[key] for run in runs[name]] for name in ("adapted", "small")))
     for loss in (a["knn"] - b["knn"] for a, b in zip(runs["adapted"], runs["small"], strict=True)):
         assert loss > -0.02  # no loss of k-NN
 
@@ -112,20 +117,14 @@ def test_curation_helps_on_drawn_scenes_by_three_sigma():
 def test_what_decoders_and_labels_add_is_beyond_three_sigma():
     stored = {name: json.loads((ROOT / "data" / "results" / f"probes-{name}.json").read_text())["asked"]
               for name in ("decoders", "finetuning")}  # fmt: skip
-
-    def clear(worse, better):
-        gains = [a - b for a, b in zip(worse, better, strict=True)]
-        mean = sum(gains) / 3
-        return len(gains) == 3 and mean > 3 * (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
-
     who = "trained", "random ViT"
     trained, fresh = ([one["dpt"]["answers"][name] for one in stored["decoders"]["scenes"]] for name in who)
     for key in ("log10", "rmse"):
-        assert clear([x["linear"][key] for x in trained], [x[key] for x in trained])
-        assert clear([x[key] for x in fresh], [x[key] for x in trained])
+        assert clearly_more([x["linear"][key] for x in trained], [x[key] for x in trained])
+        assert clearly_more([x[key] for x in fresh], [x[key] for x in trained])
     ours, scratch = ([one["answers"][name]["accuracy"] for one in stored["finetuning"]] for name in who)
     linear = [one["answers"]["trained"]["linear"] for one in stored["finetuning"]]
-    assert clear(ours, linear) and clear(ours, scratch)
+    assert clearly_more(ours, linear) and clearly_more(ours, scratch)
 
 
 def test_trained_patches_beat_what_else_knows_where_it_lies_by_three_sigma():
