@@ -1,0 +1,133 @@
+"""Does a small batch learn as much from as many images, and what has to change with it?
+
+    python benchmarks/batch_size.py learn [--seeds 3] [--only NAME]   networks of drawn scenes, kept in runs/batch-*
+    python benchmarks/batch_size.py judge [--seeds 3]                 those that are there under the same probes
+    python benchmarks/batch_size.py draw                              the README's table of the stored result
+
+The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; every run sees 32,000 images. What is changed
+with the batch: the learning rate alone, by the square root as everywhere; the teacher's momentum too, so that it forgets after as
+many images; a queue of earlier teacher logits, as SwAV has for small batches; or the memory alone, a batch of 64 computed in parts.
+Results: data/results/batch-size.json.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from ablations import READINGS, RUNS, learned, paired, reading, world
+from recipe import REPORTING, RESULTS, made_on, put, spread, store
+from torch import Tensor
+
+from minidino.config import RunConfig, override, preset
+from minidino.learning.losses import sinkhorn_knopp
+from minidino.learning.objective import Targets, TeacherLogits, make_targets
+from minidino.plan import make_plan
+from minidino.runs import Run
+from minidino.scaling import Device
+
+IMAGES, USUAL = 32_000, 64
+QUEUE = 96  # rows of class tokens; with the 32 of a batch of 16 as many as a batch of 64 has
+
+
+def forgets_as_slowly(batch_size: int) -> str:
+    """The momentum with which a teacher remembers as many images as with the preset's batch."""
+    return f"teacher.momentum={preset('scenes-cpu').teacher.momentum ** (batch_size / USUAL):.6f}"
+
+
+RATE, MOMENTUM = "learning rate", "learning rate, momentum"
+QUEUED = f"{MOMENTUM}, a queue of {QUEUE} rows"
+ROWS: dict[str, tuple[int, str, tuple[str, ...]]] = {  # batch, what was changed with it, fields of the config
+    **{f"{n}": (n, RATE, ()) for n in (8, 16, 32, USUAL, 128, 256)},
+    **{f"{n}-momentum": (n, MOMENTUM, (forgets_as_slowly(n),)) for n in (8, 16, 256)},
+    "16-queue": (16, QUEUED, (forgets_as_slowly(16),)),
+    "64-parts": (USUAL, "nothing; computed in 4 parts", ("optim.accumulate=4",)),
+}
+
+
+def config_of(name: str, seed: int) -> RunConfig:
+    batch_size, _, changes = ROWS[name]
+    steps = IMAGES // batch_size
+    run = (f"run.steps={steps}", f"run.seed={seed}", f"run.knn_every={steps}", "run.keep_checkpoints=1")
+    return override(preset("scenes-cpu"), [*run, f"data.scene_seed={REPORTING}", f"optim.batch_size={batch_size}", *changes])
+
+
+@contextmanager
+def queued(n_rows: int) -> Iterator[None]:
+    """Let Sinkhorn balance the class rows of the steps before together with those of the batch.
+
+    Source: Caron et al. 2020 (SwAV, arXiv 2006.09882), appendix A. It did not help here, so minidino has none.
+    """
+    before: list[Tensor] = []
+
+    def targets_of(logits: TeacherLogits, teacher_temp: Any, *others: Any, **named: Any) -> tuple[Targets, None]:
+        targets, memory = make_targets(logits, teacher_temp, *others, **named)
+        rows = logits.dino.flatten(0, 1)
+        together = torch.cat([*before, rows])
+        before[:] = [together[-n_rows:]]
+        temp = teacher_temp[0] if isinstance(teacher_temp, tuple) else teacher_temp
+        return targets._replace(dino=sinkhorn_knopp(together, temp)[-len(rows) :].view_as(logits.dino)), memory
+
+    with patch("minidino.learning.train.make_targets", targets_of):
+        yield
+
+
+def network(name: str, seed: int) -> Run:
+    """The run of one row; one that was killed begins anew, for it has lost its queue."""
+    with queued(QUEUE) if ROWS[name][1] == QUEUED else nullcontext():
+        return learned(config_of(name, seed), RUNS / f"batch-{name}-{seed}", world())
+
+
+def step_mib(name: str) -> float:
+    """What a step holds, by formula."""
+    return make_plan(config_of(name, 0), device="cpu", limit=Device(1.0, 1.0)).memory["peak"] / 2**20
+
+
+def learn(seeds: int, only: list[str]) -> None:
+    for seed in range(seeds):  # all rows of a seed before the next: a study that is cut short still compares
+        for name in only or ROWS:
+            print(network(name, seed).folder, flush=True)
+
+
+def judge(seeds: int) -> None:
+    rows = {}
+    for name, (batch_size, changed, fields) in ROWS.items():
+        runs = [reading(network(name, seed), world()) | {"seed": seed} for seed in range(seeds)]
+        rows[name] = {"batch_size": batch_size, "changed": changed, "fields": fields, "mib": step_mib(name), "runs": runs,
+                      "summary": {key: spread([run[key] for run in runs]) for key in READINGS}}  # fmt: skip
+    beside = {name: {key: paired(row["runs"], rows[str(USUAL)]["runs"], key) for key in READINGS} for name, row in rows.items()}
+    store("batch-size", {"images": IMAGES, "world": REPORTING, "rows": rows, "beside_the_preset": beside})
+
+
+# ---------------------------------------------------------------- the README
+
+
+def tables() -> dict[str, str]:
+    found = json.loads((RESULTS / "batch-size.json").read_text())
+    lines = [f"| batch | steps | changed with it | MiB of a step | {' | '.join(READINGS.values())} |",
+             "|---" * (len(READINGS) + 4) + "|"]  # fmt: skip
+    for row in found["rows"].values():
+        cells = [f"{s['mean']:.3f} ± {s['sd']:.3f}" for s in (row["summary"][key] for key in READINGS)]
+        steps = found["images"] // row["batch_size"]
+        lines.append(f"| {row['batch_size']} | {steps:,} | {row['changed']} | {row['mib']:,.0f} | {' | '.join(cells)} |")
+    n = len(found["rows"][str(USUAL)]["runs"])
+    lines += ["", f"{found['images']:,} images each, 2,000 held-out scenes, mean ± standard deviation over {n} seeds; memory by "
+              f"formula, in float32. {made_on(found)}"]  # fmt: skip
+    return {"batch-size": "\n".join(lines)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("learn", "judge", "draw"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    options = parser.parse_args()
+    {"learn": lambda: learn(options.seeds, options.only), "judge": lambda: judge(options.seeds),
+     "draw": lambda: put(tables())}[options.what]()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
