@@ -359,6 +359,7 @@ def _data(stages) -> None:
     get.add_argument("--root", default="data/sets", help="where it goes (default %(default)s)")
     check = _stage(actions, "check", "decode every file, list the bad ones", "minidino data check DIR", _data_check)
     check.add_argument("path")
+    check.add_argument("--channels", type=int, default=3, metavar="C", help="of a picture; other than 3: arrays of numpy")
     check.add_argument("--json", metavar="FILE", help="write the counts and reasons there")
 
 
@@ -378,7 +379,7 @@ def _data_check(options) -> None:
     from minidino.images.datasets import check_images, open_images
     from minidino.runs import write_atomically
 
-    found = check_images(open_images(options.path))
+    found = check_images(open_images(options.path), channels=options.channels)
     for row in found["quarantined"]:
         print(f"{row['file']!r}: {row['reason']}")
     print(f"{found['decoded']} decoded, {len(found['quarantined'])} quarantined")

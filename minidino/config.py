@@ -21,10 +21,12 @@ class DataConfig:
     scene_seed: int = 1  # the world from which they are drawn
     short_side: int = 64  # px; images are stored at this shorter side (drawn scenes: at this size)
     pool: str = ""  # a path such as manifest.csv: learn from these images and judge with those of the source
+    channels: int = 3  # of a picture: 1 for grey ones, other numbers for arrays of numpy; see `images.decode`
 
     def __post_init__(self):
-        for name, least in (("n_scenes", 1), ("n_test_scenes", 1), ("short_side", 8)):
+        for name, least in (("n_scenes", 1), ("n_test_scenes", 1), ("short_side", 8), ("channels", 1)):
             _require(getattr(self, name) >= least, f"data.{name}", f">= {least}", getattr(self, name))
+        _require(self.channels == 3 or self.source != "scenes", "data.channels", "3 for drawn scenes", self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +218,12 @@ class RunConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self):
-        for name in ("global_size", "local_size"):
-            side, patch = getattr(self.crops, name), self.vit.patch_size
+        patch, colours = self.vit.patch_size, self.data.channels == 3
+        for name, side in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
             _require(side % patch == 0, f"crops.{name}", f"a multiple of vit.patch_size {patch} px", f"{side} px")
+        for name in ("saturation", "hue", "grayscale_probability"):
+            value = getattr(self.crops, name)
+            _require(colours or value == 0, f"crops.{name}", "0 where data.channels is not 3", value)
 
 
 def _require(good: bool, name: str, expected: str, got: Any) -> None:
@@ -261,8 +266,7 @@ def _imagenette_cpu() -> RunConfig:
 def _imagenette_gpu() -> RunConfig:
     """Photographs on one GPU, not yet measured: ViT-S/16 with the published crops and a head that fits 9,469 images."""
     return RunConfig(
-        preset="imagenette-gpu",
-        data=DataConfig(source="imagenette", short_side=256),
+        preset="imagenette-gpu", data=DataConfig(source="imagenette", short_side=256),
         heads=HeadConfig(tied=False, n_prototypes=4096), vit=VitConfig(layerscale=1e-5, drop_path_rate=0.1),
         optim=OptimConfig(batch_size=256, layerwise_decay=1.0, final_weight_decay=0.2),
         run=RunSettings(steps=15_000, workers=8),
@@ -285,10 +289,8 @@ def _vits16_in1k() -> RunConfig:  # the short published recipe with a ViT-S/16 i
 def _vitl16_short() -> RunConfig:
     """configs/train/vitl16_short.yaml: ImageNet-1k, 125k steps of 2,048 images, centring, tied heads [released]."""
     return RunConfig(
-        preset="vitl16-short",
-        data=DataConfig(source="imagenet1k", short_side=256),
-        vit=VitConfig(name="vit_large"),
-        masks=MaskConfig(max_patches="released"),
+        preset="vitl16-short", data=DataConfig(source="imagenet1k", short_side=256),
+        vit=VitConfig(name="vit_large"), masks=MaskConfig(max_patches="released"),
         loss=LossConfig(targets="centering", dino_divisor="released"), run=RunSettings(precision="fp16"),
     )  # fmt: skip
 
@@ -300,8 +302,7 @@ def _vitl14_lvd() -> RunConfig:
         short, preset="vitl14-lvd", data=DataConfig(source="lvd142m", short_side=256), crops=CropConfig(local_size=98),
         vit=VitConfig(name="vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
         heads=HeadConfig(tied=False, n_prototypes=131_072, bottleneck_dim=384, ibot_bottleneck_dim=256),
-        loss=LossConfig(targets="sinkhorn", dino_divisor="released"),
-        teacher=TeacherConfig(momentum=0.994, warmup_frac=0.06),
+        loss=LossConfig(dino_divisor="released"), teacher=TeacherConfig(momentum=0.994, warmup_frac=0.06),
         optim=OptimConfig(batch_size=3072, base_lr=2e-4, warmup_frac=0.16, final_weight_decay=0.2,
                           layerwise_decay=1.0, freeze_last_layer_frac=0.002),
         run=RunSettings(steps=625_000, precision="fp16"),
@@ -378,8 +379,7 @@ def _convert(value: Any, wanted: Any) -> tuple[Any, bool]:
     if origin is Literal:
         return value, value in options and not isinstance(value, bool)
     if origin is Union or origin is type(int | None):
-        tries = [_convert(value, option) for option in options]
-        return next((t for t in tries if t[1]), (value, False))
+        return next((found for found in (_convert(value, option) for option in options) if found[1]), (value, False))
     if origin is tuple:
         if not isinstance(value, (tuple, list)) or len(value) != len(options):
             return value, False

@@ -309,7 +309,8 @@ def evaluate(
     Returns:
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
     Raises:
-        ValueError: another task; pictures that lack labels, groups or pairs; weights without data.
+        ValueError: another task; pictures that lack labels, groups or pairs; weights without data; a network of other
+            channels than three, which robustness and the tasks of pixels cannot ask.
     """
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
@@ -317,7 +318,10 @@ def evaluate(
     subjects, config = subjects_of(source, baselines, dense=question.data in ("segmentation", "depth"))
     if data is None and config is None:
         raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
-    opened, about = open_question(question.data, data, size, truth, config, Cache(Path(cache)))
+    channels = subjects[0].vit.patch_embed.proj.in_channels
+    if channels != 3 and (task == "robustness" or question.data in ("segmentation", "depth")):
+        raise ValueError(f"{task} is asked with pictures of red, green and blue: {source} sees {channels} channels")
+    opened, about = open_question(question.data, data, size, truth, config, Cache(Path(cache)), channels)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
     folder.mkdir(parents=True, exist_ok=True)
     answers = question.ask(subjects, opened, folder)

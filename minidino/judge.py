@@ -60,7 +60,7 @@ def hand_made(world: World, config: RunConfig) -> Iterator[tuple[str, tuple[Tens
     """
     images = world.train.squares(config.data.short_side), world.test.squares(config.data.short_side)
     mean = sum(chunk.float().sum(0) for chunk in images[0].split(CHUNK)) / (255 * len(images[0]))
-    for name in BASELINES:
+    for name in (name for name in BASELINES if name != "color_histogram" or world.train.channels == 3):
         describe = partial(features.pixels, mean=mean) if name == "pixels" else getattr(features, name)
         yield name, tuple(torch.cat([describe(chunk) for chunk in part.split(CHUNK)]) for part in images)
 
@@ -106,7 +106,7 @@ def judge_patches(
     truth = [patch_truth(scenes.masks[:n], scenes.depth[:n], grid) for _, scenes, n in parts]
     position = [torch.eye(grid**2).expand(n, -1, -1) for _, _, n in parts]
     images = [pixels.select(np.arange(n)).squares(size) for pixels, _, n in parts]
-    inside = [F.pixel_unshuffle(part.float() / 255, patch).flatten(2).mT for part in images]  # (n, N, 3 P P)
+    inside = [F.pixel_unshuffle(part.float() / 255, patch).flatten(2).mT for part in images]  # (n, N, C P P)
     tokens = {"position": position}
     tokens["pixels + position"] = [torch.cat(pair, -1) for pair in zip(inside, position, strict=True)]
     for name, backbone in backbones.items():

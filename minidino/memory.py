@@ -67,7 +67,7 @@ def _gathered_bytes(s: Sizes, count: dict[str, int]) -> float:
 
 def _batch_bytes(s: Sizes, n_images: float) -> float:
     pixels = N_GLOBAL * s.global_size**2 + s.n_local * s.local_size**2
-    return n_images * (3 * FLOAT * pixels + N_GLOBAL * s.n_patches)
+    return n_images * (s.channels * FLOAT * pixels + N_GLOBAL * s.n_patches)
 
 
 def _backbone_bytes(s: Sizes, n_images: float) -> float:
@@ -128,7 +128,7 @@ def _cast_bytes(s: Sizes) -> float:
         return 0.0
     d, (first, last) = s.width, s.feed_forward
     mlps = sum(a * b for h in (s.dino, s.ibot) if h for a, b in h.layers(d))
-    return 2 * (s.depth * d * (4 * d + first + last) + 3 * s.patch_size**2 * d + mlps)
+    return 2 * (s.depth * d * (4 * d + first + last) + s.channels * s.patch_size**2 * d + mlps)
 
 
 def _logit_bytes(

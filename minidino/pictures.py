@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from minidino.images.crops import IMAGENET_MEAN, IMAGENET_STD
+from minidino.images.crops import mean_and_std
 
 Array = np.ndarray | Tensor
 
@@ -72,18 +72,23 @@ def array_of(values: Array) -> np.ndarray:
 
 
 def colors_last(images: Array) -> np.ndarray:
-    """Images as (n, H, W, 3) in [0, 1], from uint8 or [0, 1] floats, channels first or last."""
+    """Images as (n, H, W, 3) in [0, 1], from uint8 or [0, 1] floats, channels first or, if three, last.
+
+    Of more channels the first three are red, green and blue; of fewer the first is the grey.
+    """
     images = array_of(images)
-    if images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
-        raise ValueError(f"expected images of shape (n, 3, H, W) or (n, H, W, 3), got {images.shape}")
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"expected images of shape (n, C, H, W) or (n, H, W, 3), got {images.shape}")
     images = images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)
+    images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
     return np.clip(images / 255 if images.dtype == np.uint8 else images, 0, 1)
 
 
 def _undo_normalise(crops: Array) -> np.ndarray:
     """Crops as the network sees them, back to (n, s, s, 3) in [0, 1]."""
-    crops = array_of(crops).transpose(0, 2, 3, 1)
-    return np.clip(crops * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN), 0, 1)
+    crops = array_of(crops)
+    mean, std = mean_and_std(crops.shape[1], "cpu")
+    return colors_last(crops * std.numpy() + mean.numpy())
 
 
 def label_rows(axes: np.ndarray, labels: Sequence[str]) -> None:

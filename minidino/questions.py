@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidino.config import RunConfig
+from minidino.config import CropConfig, RunConfig
 from minidino.images.datasets import ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
@@ -88,7 +88,7 @@ class Landmarks:
     truth: list[Query]
 
 
-def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
+def open_landmarks(path: str, truth: str, size: int, cache: Cache, channels: int = 3) -> Landmarks:
     """The pictures that a ground-truth file names, by their names without folder and suffix.
 
     Raises:
@@ -101,7 +101,7 @@ def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
         raise ValueError(f"{images.name} lacks {len(absent)} pictures of {truth}, such as {absent[0]}")
     loaded = []
     for names in (known.files, known.query_files):
-        pixels = load_pixels(images.select([number[Path(name).stem] for name in names]), 2 * size)
+        pixels = load_pixels(images.select([number[Path(name).stem] for name in names]), 2 * size, channels=channels)
         if len(pixels) < len(names):
             raise ValueError(f"{len(names) - len(pixels)} of {len(names)} pictures of {truth} cannot be read")
         loaded.append(pixels)
@@ -111,7 +111,7 @@ def open_landmarks(path: str, truth: str, size: int, cache: Cache) -> Landmarks:
     return Landmarks(Described(pixels=loaded[0], **about), queries, known.queries)
 
 
-def open_groups(path: str, size: int, cache: Cache) -> Grouped:
+def open_groups(path: str, size: int, cache: Cache, channels: int = 3) -> Grouped:
     """Pictures with a groups.csv (columns file and group) among them, or a folder for each thing.
 
     Raises:
@@ -126,7 +126,7 @@ def open_groups(path: str, size: int, cache: Cache) -> Grouped:
         groups = {f: images.classes[k] if k >= 0 else "" for f, k in zip(images.files, images.labels, strict=True)}
     else:
         raise ValueError(f"{images.name} has no groups.csv (columns file, group) and no folder for each thing")
-    pixels = load_pixels(images, size)
+    pixels = load_pixels(images, size, channels=channels)
     groups = [groups[name] for name in pixels.files]
     return Grouped(name=images.name, pixels=pixels, size=size, cache=cache, whole=True, groups=groups)
 
@@ -185,7 +185,13 @@ def _open_dense(
 
 
 def open_question(
-    kind: str, data: str | None, size: Size | None, truth: str | None, config: RunConfig | None, cache: Cache
+    kind: str,
+    data: str | None,
+    size: Size | None,
+    truth: str | None,
+    config: RunConfig | None,
+    cache: Cache,
+    channels: int = 3,
 ) -> tuple[Labelled | Grouped | Landmarks | Dense, dict[str, Any]]:
     """Open the pictures for one kind of question.
 
@@ -193,6 +199,7 @@ def open_question(
         kind: "labelled", "grouped", "segmentation" or "depth".
         data, size, truth: as for `minidino.evaluate.evaluate`.
         config: of the run that is asked; None: there is only a weights file.
+        channels: of the pictures.
     Returns:
         The pictures, and what to say about them: names, counts, size.
     """
@@ -203,11 +210,13 @@ def open_question(
         raise ValueError(f"whole pictures are looked at in squares: expected one number of px, got {size}")
     size = size or (config.crops.global_size if config else 224)
     if kind == "grouped":
-        found = open_landmarks(data, truth, size, cache) if truth else open_groups(data, size, cache)
+        how = size, cache, channels
+        found = open_landmarks(data, truth, *how) if truth else open_groups(data, *how)
         judged = found.database if truth else found
         return found, {"data": judged.name, "n_test": len(judged.pixels), "size_px": size}
-    config = config or RunConfig()
-    source = replace(config.data, source=data, pool="", short_side=max(size, config.data.short_side))
+    config = config or RunConfig(crops=CropConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0))  # of no use here
+    short_side = max(size, config.data.short_side)
+    source = replace(config.data, source=data, pool="", short_side=short_side, channels=channels)
     world = open_world(replace(config, data=source), cache.folder / f"pixels-{Path(data).stem}-{source.short_side}")
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")

@@ -72,6 +72,7 @@ class Sizes:
     hidden: int | None = None  # of the feed-forward; None: 4 D
     gated: bool = False  # SwiGLU
     patch_size: int = 16
+    channels: int = 3  # of a picture
     registers: int = 0
     layerscale: bool = True
     drop_rate: float = 0.0
@@ -140,7 +141,7 @@ def parameters(s: Sizes) -> dict[str, int]:
     heads["ibot_head"] = _head_parameters(s.ibot, s.width) if s.ibot else 0
     fixed = sum(h.n_prototypes for h in (s.dino, s.ibot) if h and h.weight_norm and not h.train_g)
     d = s.width
-    embed = (3 * s.patch_size**2 + 1) * d + (1 + 1 + 1 + s.n_patches + s.registers) * d  # cls, mask, positions
+    embed = (s.channels * s.patch_size**2 + 1) * d + (1 + 1 + 1 + s.n_patches + s.registers) * d  # cls, mask, positions
     backbone = embed + s.depth * block_parameters(s) + 2 * d
     student = backbone + sum(heads.values())
     return {"backbone": backbone, **heads, "student": student, "teacher": student, "trained": student - fixed}
@@ -190,7 +191,7 @@ def step_flops(s: Sizes, n_images: int, n_masked: float) -> dict[str, float]:
     """
     d, kept, (first, last) = s.width, s.kept(n_images), s.feed_forward
     rows = sum(crops * n for crops, n in kept)
-    block, embed = 2 * d * (4 * d + first + last), 2 * d * 3 * s.patch_size**2  # for each token and patch
+    block, embed = 2 * d * (4 * d + first + last), 2 * d * s.channels * s.patch_size**2  # for each token and patch
     patches = sum(crops * (n - 1 - s.registers) for crops, n in s.groups(n_images))
     views = sum(crops for crops, _ in s.groups(n_images))
     dino, ibot = s.heads_of()

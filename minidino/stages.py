@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def open_world(config: RunConfig, folder: Path) -> World:
     Photographs without a validation part are split 4 : 1 by their position in the sorted list.
     """
     data = config.data
-    pool = load_pixels(open_images(data.pool), data.short_side, folder / "pool") if data.pool else None
+    load = partial(load_pixels, short_side=data.short_side, channels=data.channels)
+    pool = load(open_images(data.pool), folder=folder / "pool") if data.pool else None
     if data.source == "scenes":
         scenes = draw_scenes(data.n_scenes, data.short_side, data.scene_seed)
         test = draw_scenes(data.n_test_scenes, data.short_side, data.scene_seed + TEST_WORLD)
@@ -74,7 +76,7 @@ def open_world(config: RunConfig, folder: Path) -> World:
         rows = np.setdiff1d(np.arange(len(images)), parts[1])
         parts = [rows, parts[1]] if len(parts[1]) else [rows[rows % 5 != 0], rows[rows % 5 == 0]]
     train_pixels, test_pixels = (
-        load_pixels(images.select(rows), data.short_side, folder / name) if len(rows) else None
+        load(images.select(rows), folder=folder / name) if len(rows) else None
         for name, rows in zip(("train", "val"), parts, strict=True)
     )
     labelled = test_pixels is not None and (test_pixels.labels >= 0).any() and (train_pixels.labels >= 0).any()

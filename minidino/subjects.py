@@ -54,11 +54,11 @@ class Subject:
 def network(name: str, vit: VisionTransformer, progress: bool = True) -> Subject:
     """A frozen backbone."""
 
-    def whole(images: UInt8[Tensor, "n 3 S S"]) -> Described:
+    def whole(images: UInt8[Tensor, "n channels S S"]) -> Described:
         found = features.extract(vit, images, progress=progress, blocks=min(BLOCKS, vit.depth))
         return {"cls_blocks": found.get("cls_blocks", found["cls"][:, None]), "mean_patch": found["mean_patch"]}
 
-    def maps(images: UInt8[Tensor, "n 3 H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
+    def maps(images: UInt8[Tensor, "n channels H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
         if reading in ("last", "last4"):
             blocks, how = 1 if reading == "last" else min(BLOCKS, vit.depth), {}
         else:
@@ -71,31 +71,30 @@ def network(name: str, vit: VisionTransformer, progress: bool = True) -> Subject
 def placed(subject: Subject) -> Subject:
     """The same patches, told where they lie: a position is not what a network has to know by itself."""
 
-    def maps(images: UInt8[Tensor, "n 3 H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
+    def maps(images: UInt8[Tensor, "n channels H W"], reading: str) -> Float[Tensor, "n C Hp Wp"]:
         return torch.cat([subject.maps(images, reading), positions(images, subject.vit.patch_size)], 1)
 
     return replace(subject, name=f"{subject.name} + position", whole=None, maps=maps, base=subject)
 
 
-def untrained(patch_size: int, dense: bool) -> list[Subject]:
+def untrained(patch_size: int, dense: bool, channels: int = 3) -> list[Subject]:
     """What needs no network: colours of places and colours alone, or for patches where they lie and what is in them."""
     if dense:
         return [
             Subject("position", f"position {WAVES} {patch_size}", maps=lambda x, _: positions(x, patch_size)),
             Subject("pixels + position", f"pixels {WAVES} {patch_size}", maps=lambda x, _: patch_pixels(x, patch_size)),
         ]
-    return [
-        Subject("pixels", f"thumbnail {THUMBNAIL}", lambda x: {"cls_blocks": _chunks(thumbnail, x)[:, None]}),
-        Subject("colours", "histogram", lambda x: {"cls_blocks": _chunks(features.color_histogram, x)[:, None]}),
-    ]
+    places = Subject("pixels", f"thumbnail {THUMBNAIL}", lambda x: {"cls_blocks": _chunks(thumbnail, x)[:, None]})
+    colours = Subject("colours", "histogram", lambda x: {"cls_blocks": _chunks(features.color_histogram, x)[:, None]})
+    return [places, colours] if channels == 3 else [places]
 
 
-def thumbnail(images: UInt8[Tensor, "n 3 S S"]) -> Float[Tensor, "n F"]:
+def thumbnail(images: UInt8[Tensor, "n channels S S"]) -> Float[Tensor, "n F"]:
     """The colours of 16 x 16 places, in [0, 1]."""
     return F.adaptive_avg_pool2d(images.float() / 255, THUMBNAIL).flatten(1)
 
 
-def positions(images: UInt8[Tensor, "n 3 H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
+def positions(images: UInt8[Tensor, "n channels H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
     """Where each patch lies, as products of eight cosines down and eight across."""
     left, right, top, bottom = borders(images.shape[2:], patch_size)
     grid = (images.shape[2] + top + bottom) // patch_size, (images.shape[3] + left + right) // patch_size
@@ -104,10 +103,10 @@ def positions(images: UInt8[Tensor, "n 3 H W"], patch_size: int) -> Float[Tensor
     return waves.half().expand(len(images), -1, -1, -1)
 
 
-def patch_pixels(images: UInt8[Tensor, "n 3 H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
+def patch_pixels(images: UInt8[Tensor, "n channels H W"], patch_size: int) -> Float[Tensor, "n C Hp Wp"]:
     """The pixels of each patch and where it lies."""
     inside = F.pad(images, borders(images.shape[2:], patch_size))
-    colours = F.pixel_unshuffle(inside.half() / 255, patch_size)  # (n, 3 P P, Hp, Wp)
+    colours = F.pixel_unshuffle(inside.half() / 255, patch_size)  # (n, channels P P, Hp, Wp)
     return torch.cat([colours, positions(images, patch_size)], 1)
 
 
@@ -141,7 +140,8 @@ def subjects_of(
         fresh = _fresh(vit) if config is None else random_backbone(config, device)
         found.append(network("random ViT", fresh, progress))
     if "pixels" in baselines:
-        found += untrained(vit.patch_size, dense) + ([placed(subject) for subject in found] if dense else [])
+        unlearned = untrained(vit.patch_size, dense, vit.patch_embed.proj.in_channels)
+        found += unlearned + ([placed(subject) for subject in found] if dense else [])
     return found, config
 
 
@@ -169,7 +169,7 @@ class Cache:
         key = features.feature_key(subject.made_by, name, size, "whole")
         return features.FeatureStore(self.folder).get(key, lambda: subject.whole(images()))
 
-    def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n 3 H W"], reading: str) -> Tensor:
+    def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n channels H W"], reading: str) -> Tensor:
         """Maps of pictures; the name tells them from all others."""
         if subject.base is not None:
             where = positions(images, subject.vit.patch_size)

@@ -1,6 +1,6 @@
 """Batches: which images, how they are cut and what is hidden, for ever, as a function of (seed, step) alone.
 
-    step -> indices (B,) -> pixels (B, 3, H, W) -> crops (G, B, 3, s, s), (L, B, 3, t, t) -> masks (G, B, N)
+    step -> indices (B,) -> pixels (B, C, H, W) -> crops (G, B, C, s, s), (L, B, C, t, t) -> masks (G, B, N)
 
 Nothing is remembered between steps, so a run that goes on at step s sees exactly what it would have seen.
 """
@@ -25,8 +25,8 @@ ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for 
 
 
 class Batch(NamedTuple):
-    crops_global: Float[Tensor, "G B 3 H W"]  # normalised
-    crops_local: Float[Tensor, "L B 3 h w"]
+    crops_global: Float[Tensor, "G B C H W"]  # normalised
+    crops_local: Float[Tensor, "L B C h w"]
     masks: Bool[Tensor, "G B N"]  # True = iBOT asks for it: hidden from the student, but not in distillation
     mask_weights: Float[Tensor, "M"]  # 1 / number masked in that crop, in the row-major order of masks
     index: Int[Tensor, "B"]  # which image each row is
@@ -110,7 +110,11 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
         pixels: decoded images.
         device: crops are cut there.
         start_step: a run resumed at this step.
+    Raises:
+        ValueError: pictures of other channels than those of the config; a batch that cannot be shared out.
     """
+    if pixels.channels != config.data.channels:
+        raise ValueError(f"data.channels: expected {pixels.channels}, as the pictures have, got {config.data.channels}")
     n_steps, settings = config.run.steps - start_step, config.run
     rows = my_rows(config.optim.batch_size, config.optim.accumulate)
     steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps, rows)

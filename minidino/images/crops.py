@@ -1,8 +1,8 @@
 """Multi-crop augmentation, twice: `reference_crop` reads as the recipe, `multi_crop` does a whole batch at once.
 
-The two follow the same law and agree in distribution. Every operation of `multi_crop` works on rows: (n, 3, s, s) in
-[0, 1], one parameter for each row, so it runs on any device; all chance is drawn beforehand, on the CPU. A GPU takes all
-rows of a batch at once, a CPU one after the other, each small enough for its cache.
+The two follow the same law and agree in distribution. Every operation of `multi_crop` works on rows: (n, C, s, s) in
+[0, 1], one parameter for each row, so it runs on any device; all chance is drawn before, on the CPU. A GPU takes all rows
+of a batch at once, a CPU one after the other, each small enough for its cache.
 """
 
 import hashlib
@@ -72,9 +72,9 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
     )
 
 
-def normalise(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-    """Bring pixels, 0 to 255, to what a network was trained on: ImageNet's mean and deviation; on their device."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+def normalise(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
+    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`."""
+    mean, std = mean_and_std(images.shape[1], images.device)
     return (images.float() / 255).sub_(mean).div_(std)
 
 
@@ -129,13 +129,13 @@ def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator)
 
 
 def multi_crop(
-    images: UInt8[Tensor, "B 3 H W"],
+    images: UInt8[Tensor, "B C H W"],
     sizes: Int[Tensor, "B 2"],
     laws_global: Sequence[CropLaw],
     law_local: CropLaw,
     n_local: int,
     seeds: Sequence[int],
-) -> tuple[Float[Tensor, "G B 3 s s"], Float[Tensor, "n_local B 3 t t"]]:
+) -> tuple[Float[Tensor, "G B C s s"], Float[Tensor, "n_local B C t t"]]:
     """Cut all views of a batch, on the device of the images.
 
     Args:
@@ -146,7 +146,7 @@ def multi_crop(
         n_local: local views of each image, may be 0.
         seeds: one for each image, as from `crop_seed`; the views of an image depend on its own seed alone.
     Returns:
-        Global and local crops, float32, normalised by the ImageNet mean and standard deviation.
+        Global and local crops, float32, normalised: see `mean_and_std`.
     Raises:
         ValueError: global laws of different sizes; not one seed and one size for each image.
     Differs: no rounding to 8 bits between the operations, as the PIL path of the official code has.
@@ -155,7 +155,7 @@ def multi_crop(
         raise ValueError(f"expected global laws of one size, got sizes {[law.size for law in laws_global]} px")
     if not len(images) == len(sizes) == len(seeds):
         raise ValueError(f"expected one size and one seed per image, got {len(images)}, {len(sizes)}, {len(seeds)}")
-    n_global, lines = len(laws_global), images.permute(0, 2, 1, 3)  # (B, H, 3, W)
+    n_global, lines = len(laws_global), images.permute(0, 2, 1, 3)  # (B, H, C, W)
     uniforms = torch.stack([_uniforms(seed, n_global + n_local) for seed in seeds], dim=1)  # (V, B, N_DRAWS)
     plans = [plan_view(u, *sizes.T, law) for u, law in zip(uniforms, laws_global)]
     plan_local = plan_view(uniforms[n_global:].flatten(0, 1), *sizes.repeat(n_local, 1).T, law_local)
@@ -255,11 +255,12 @@ def _uniforms(seed: int, n_views: int) -> Tensor:
 
 
 def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
-    """Crop, resize, distort and normalise: (B, H, 3, W), a view-major plan of V * B -> (V, B, 3, size, size)."""
+    """Crop, resize, distort and normalise: (B, H, C, W), a view-major plan of V * B -> (V, B, C, size, size)."""
+    channels = lines.shape[2]
     if not len(plan.box):
-        return torch.zeros(0, len(lines), 3, size, size, device=lines.device)
-    views = torch.empty(len(plan.box), 3, size, size, device=lines.device)
-    mean, std = _mean_and_std(lines.device)
+        return torch.zeros(0, len(lines), channels, size, size, device=lines.device)
+    views = torch.empty(len(plan.box), channels, size, size, device=lines.device)
+    mean, std = mean_and_std(channels, lines.device)
     box, flip = plan.box.to(lines.device), plan.flip.to(lines.device)
     if lines.device.type == "cpu":  # one after the other, from the picture to the last change in the cache
         with torch.inference_mode():  # what is left inside spares each small operation a fifth of its time
@@ -273,8 +274,10 @@ def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _mean_and_std(device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+def mean_and_std(channels: int, device: torch.device | str) -> tuple[Float[Tensor, "C 1 1"], Float[Tensor, "C 1 1"]]:
+    """What pictures in [0, 1] are normalised by: ImageNet's, or a half and a quarter where channels are not its three."""
+    law = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in law)
 
 
 # ---------------------------------------------------------------- colour and focus: rows in, rows out
@@ -283,7 +286,7 @@ Factor = float | Float[Tensor, "n"]  # of one row, or of each
 Change = tuple[Tensor, Callable[[Tensor, Any], Tensor], Tensor]  # rows it is for, (rows, parameters) -> rows, theirs
 
 
-def distort(crops: Float[Tensor, "n 3 s s"], plan: ViewPlan) -> None:
+def distort(crops: Float[Tensor, "n C s s"], plan: ViewPlan) -> None:
     """Jitter, grey, blur and solarize the rows the plan says, in place and in that order."""
     for chosen, change, parameters in _changes(plan):
         rows = chosen.nonzero()[:, 0]
@@ -292,7 +295,7 @@ def distort(crops: Float[Tensor, "n 3 s s"], plan: ViewPlan) -> None:
             crops.index_copy_(0, rows, change(crops.index_select(0, rows), parameters))
 
 
-def distort_each(crops: Iterable[Float[Tensor, "1 3 s s"]], plan: ViewPlan) -> Iterator[Float[Tensor, "1 3 s s"]]:
+def distort_each(crops: Iterable[Float[Tensor, "1 C s s"]], plan: ViewPlan) -> Iterator[Float[Tensor, "1 C s s"]]:
     """The same, one row after the other, and not in place: on a CPU a row stays in the cache."""
     chances, changes, parameters = zip(*_changes(plan))
     todo = torch.stack(chances, dim=1).tolist()
@@ -318,24 +321,26 @@ def _changes(plan: ViewPlan) -> list[Change]:
     ]
 
 
-def luminance(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
-    """Weigh the three channels to one grey."""
+def luminance(x: Float[Tensor, "n C h w"]) -> Float[Tensor, "n 1 h w"]:
+    """Weigh the three channels to one grey; of another number take the mean."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     red, green, blue = x.split(1, dim=1)
     return (LUMINANCE[0] * red).add_(green, alpha=LUMINANCE[1]).add_(blue, alpha=LUMINANCE[2])
 
 
-def brightness(x: Float[Tensor, "n 3 s s"], factor: Factor) -> Float[Tensor, "n 3 s s"]:
+def brightness(x: Float[Tensor, "n C s s"], factor: Factor) -> Float[Tensor, "n C s s"]:
     """Scale towards or away from black."""
     return _clamp(x * _beside(factor), factor)
 
 
-def contrast(x: Float[Tensor, "n 3 s s"], factor: Factor) -> Float[Tensor, "n 3 s s"]:
+def contrast(x: Float[Tensor, "n C s s"], factor: Factor) -> Float[Tensor, "n C s s"]:
     """Scale towards or away from the mean grey of the crop."""
     mean = luminance(x.mean(dim=(2, 3), keepdim=True))
     return _clamp(mean.lerp(x, _beside(factor)), factor)
 
 
-def saturation(x: Float[Tensor, "n 3 s s"], factor: Factor) -> Float[Tensor, "n 3 s s"]:
+def saturation(x: Float[Tensor, "n C s s"], factor: Factor) -> Float[Tensor, "n C s s"]:
     """Scale towards or away from each pixel's own grey."""
     return _clamp(luminance(x).lerp(x, _beside(factor)), factor)
 
@@ -349,15 +354,16 @@ def _clamp(x: Tensor, factor: Factor) -> Tensor:
     return x if isinstance(factor, float) and factor <= 1 else x.clamp_(0, 1)
 
 
-def hue(x: Float[Tensor, "n 3 s s"], shift: Factor) -> Float[Tensor, "n 3 s s"]:
+def hue(x: Float[Tensor, "n C s s"], shift: Factor) -> Float[Tensor, "n C s s"]:
     """Turn the colour circle by `shift` turns, keeping HSV value and saturation.
 
         red' = clamp(2 red - middle - 6 shift chroma sign(green - blue), low, high)        green', blue' in a circle
 
-    low, middle and high are the channels in order, chroma is high - low; that is so up to a sixth of a turn.
+    low, middle and high are the channels in order, chroma is high - low; that is so up to a sixth of a turn. Without a
+    turn any number of channels stays as it is.
     """
     largest = abs(shift) if isinstance(shift, float) else shift.abs().max().item()
-    n_turns = max(math.ceil(6 * largest - 1e-6), 1)
+    n_turns = math.ceil(6 * largest - 1e-6)
     for _ in range(n_turns):
         x = _turn_hue(x, 6 / n_turns * _beside(shift))
     return x
@@ -384,12 +390,12 @@ def gaussian_kernel(sigma: Float[Tensor, "n"]) -> Float[Tensor, "n 9"]:
     return (-0.5 * (offset / sigma[:, None]) ** 2).softmax(dim=1)
 
 
-def blur(x: Float[Tensor, "n 3 s s"], kernel: Float[Tensor, "n 9"]) -> Float[Tensor, "n 3 s s"]:
+def blur(x: Float[Tensor, "n C s s"], kernel: Float[Tensor, "n 9"]) -> Float[Tensor, "n C s s"]:
     """Blur with one kernel of 9 px for each row, edges mirrored: across, then down."""
     weights = kernel[:, None].expand(-1, x.shape[-1], -1).reshape(-1, BLUR_KERNEL)  # (n * s, 9)
     index = _mirrored(len(x), x.shape[-1], x.device)
     for axis in (3, 2):
-        lines = x.movedim(axis, 1)  # (n, s, 3, s)
+        lines = x.movedim(axis, 1)  # (n, s, C, s)
         x = mix_rows(lines.flatten(0, 1).flatten(1), index, weights).view(lines.shape).movedim(1, axis)
     return x
 
@@ -402,7 +408,7 @@ def _mirrored(n: int, size: int, device: torch.device) -> Int[Tensor, "lines 9"]
     return (torch.arange(0, n * size, size)[:, None, None] + source).flatten(0, 1).to(device)
 
 
-def solarize(x: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
+def solarize(x: Float[Tensor, "n C s s"]) -> Float[Tensor, "n C s s"]:
     """Invert every value from 128/255 up."""
     return _choose(x >= SOLARIZE_THRESHOLD, 1 - x, x)
 

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from minidino.engine import LOCAL, Engine, spans
 from minidino.images.archives import ARCHIVE_SUFFIXES, Place, archive_members, read_place
-from minidino.images.decode import BadImage, decode
+from minidino.images.decode import BadImage, decode, decode_channels
 from minidino.images.named import dataset_names, download
 from minidino.runs import atomic_path, write_atomically
 
@@ -65,6 +66,10 @@ class ImageSet:
     def image(self, index: int) -> Image.Image:
         """One upright RGB picture. Raises BadImage with the reason."""
         return decode(self.read(index))
+
+    def array(self, index: int, channels: int) -> UInt8[np.ndarray, "H W C"]:
+        """One picture of another number of channels; see `decode_channels`. Raises BadImage with the reason."""
+        return decode_channels(self.read(index), channels)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "ImageSet":
         """The same set with these files only, in this order."""
@@ -327,13 +332,14 @@ def _write_index(path: Path, key: str, rows: list[Row], classes: list[str]) -> N
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def check_images(images: ImageSet, progress: bool = True) -> dict[str, Any]:
+def check_images(images: ImageSet, progress: bool = True, channels: int = 3) -> dict[str, Any]:
     """Decode every file once and say which fail, and why.
 
     Returns:
         {"decoded": count, "quarantined": [{"file", "reason"}, ...]}; the count and the list add up to len(images).
     """
-    results = [(i, r) for i, r in decode_each(images, lambda picture: True, progress) if isinstance(r, BadImage)]
+    decoded = decode_each(images, lambda picture: True, progress, channels=channels)
+    results = [(i, r) for i, r in decoded if isinstance(r, BadImage)]
     rows = [{"file": images.files[i], "reason": str(reason)} for i, reason in results]
     return {"decoded": len(images) - len(rows), "quarantined": rows}
 
@@ -348,10 +354,13 @@ def write_quarantine(path: str | Path, rows: list[dict[str, str]]) -> None:
 
 
 def decode_each(
-    images: ImageSet, work: Callable[[Image.Image], Any], progress: bool, engine: Engine = LOCAL
+    images: ImageSet, work: Callable[[Any], Any], progress: bool, engine: Engine = LOCAL, channels: int = 3
 ) -> Iterator[tuple[int, Any]]:
-    """Decode on threads; yield, in order, the number of each file and work(picture), or the BadImage it raised."""
-    decoding = partial(_decode_span, images, work, engine.threads)
+    """Decode on threads; yield, in order, the number of each file and work(picture), or the BadImage it raised.
+
+    Pictures are those of Pillow, and arrays (H, W, C) where C is not 3.
+    """
+    decoding = partial(_decode_span, images, work, engine.threads, channels)
     chunks = spans(len(images), 64 * engine.threads)  # bounds what is decoded ahead of its consumer
     with tqdm(total=len(images), unit=" images", disable=not progress) as bar:
         for (start, _), results in zip(chunks, engine.map(decoding, chunks), strict=True):
@@ -361,11 +370,11 @@ def decode_each(
 
 
 def _decode_span(
-    images: ImageSet, work: Callable[[Image.Image], Any], threads: int, start: int, stop: int
+    images: ImageSet, work: Callable[[Any], Any], threads: int, channels: int, start: int, stop: int
 ) -> list[Any]:
     def one(i: int) -> Any:
         try:
-            return work(images.image(i))
+            return work(images.image(i) if channels == 3 else images.array(i, channels))
         except BadImage as reason:
             return reason
 

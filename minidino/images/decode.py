@@ -1,12 +1,17 @@
 """Bytes of unknown origin in, one upright 8-bit RGB picture out, or a reason in plain words.
 
+    decode(data)              -> picture            of three channels
+    decode_channels(data, C)  -> (H, W, C) uint8    of any other number, from arrays of numpy; 1: a picture in grey
+
 What is decided here, for every image file there is:
   - the format is told from the bytes, never from the name; only formats that Pillow decodes by itself (no Ghostscript);
   - the size is read from the header and refused before a pixel is decoded;
   - cut or damaged files are refused whole, even if only the last byte is missing; damage that a decoder cannot notice
     (flipped bits inside a JPEG) passes;
   - animations and multi-page files give their first frame; transparency is laid over white;
-  - deep pixels are scaled to 0..255, not clipped; embedded colour profiles are not applied.
+  - deep pixels are scaled to 0..255, not clipped; embedded colour profiles are not applied;
+  - an array of numpy, (H, W, C) or (H, W), holds bytes, or 16-bit numbers that are scaled to 0..255; what they mean (a
+    band of a satellite, a window of a scan) is up to whoever wrote it.
 """
 
 import io
@@ -15,12 +20,16 @@ import struct
 import zlib
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy.lib import format as npy
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "QOI", "SGI")
 MAX_ASPECT = 4
 ORIENTATION = 0x0112
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+NUMPY = b"\x93NUMPY"
+READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 UPRIGHT = {  # EXIF orientation -> what brings the picture upright; 1 and whatever is not listed: nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,6 +74,8 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
     Differs: Pillow alone accepts a PNG whose data ends early and leaves the rest black; here it is refused.
         EXIF orientation is applied, and ignored where the EXIF block is damaged or the value lies outside 1..8.
     """
+    if data.startswith(NUMPY):
+        return Image.fromarray(_array(data, 3, max_pixels))
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -75,11 +86,7 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
         raise BadImage(_what_is(data)) from None
     except Exception as error:  # hostile bytes make plugins raise anything: ValueError, KeyError, OverflowError, ...
         raise BadImage(f"damaged header: {_words(error)}") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}")
-    if width * height == 0:
-        raise BadImage(f"{width} x {height} px has no pixels")
+    _refuse_size(*image.size, max_pixels)
     try:
         if image.format == "PNG":
             _refuse_missing_rows(data)
@@ -89,6 +96,38 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
         raise
     except Exception as error:  # as above
         raise BadImage(f"damaged {image.format}: {_words(error)}") from None
+
+
+def decode_channels(data: bytes, channels: int, max_pixels: int = 64_000_000) -> UInt8[np.ndarray, "H W C"]:
+    """Turn the bytes of an array of numpy into pixels of so many channels, or say why not; for 1 any picture does, too.
+
+    Raises:
+        BadImage: as `decode`; an array of another shape or type.
+    """
+    if channels == 1 and not data.startswith(NUMPY):
+        return np.array(decode(data, max_pixels).convert("L"))[..., None]
+    if not data.startswith(NUMPY):
+        decode(data, max_pixels)  # which knows better what is wrong with it, if something is
+        raise BadImage(f"a picture, where an array of numpy (.npy) with {channels} channels is expected")
+    return _array(data, channels, max_pixels)
+
+
+def _array(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "H W C"]:
+    """The bytes of a .npy file as pixels."""
+    file = io.BytesIO(data)
+    try:
+        shape, _, kind = READERS[npy.read_magic(file)](file)
+    except Exception:  # as for pictures
+        raise BadImage("damaged array of numpy: no readable header") from None
+    known = kind in (np.uint8, np.uint16) and (len(shape) == 3 or (len(shape) == 2 and channels == 1))
+    if not known or (*shape, 1)[2] != channels:
+        raise BadImage(f"expected an array (H, W, {channels}) of uint8 or uint16, got {shape} of {kind}")
+    _refuse_size(shape[1], shape[0], max_pixels)
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False).reshape(*shape[:2], channels)
+    except Exception as error:
+        raise BadImage(f"damaged array of numpy: {_words(error)}") from None
+    return values if kind == np.uint8 else ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
@@ -112,6 +151,13 @@ def square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     box = _centre_box(*image.size, side, side)
     return image.crop(box) if side == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _refuse_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}")
+    if width * height == 0:
+        raise BadImage(f"{width} x {height} px has no pixels")
 
 
 def _centre_box(width: int, height: int, new_width: int, new_height: int) -> tuple[int, int, int, int]:

@@ -6,8 +6,9 @@
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from minidino.runs import atomic_path, write_atomically
 class Pixels:
     """Decoded pictures of any size in one flat uint8 array, in memory or memory-mapped.
 
-    Picture i is data[offsets[i] : offsets[i] + 3 H W] as (3, H, W), with (H, W) = sizes[i].
+    Picture i is data[offsets[i] : offsets[i] + C H W] as (C, H, W), with (H, W) = sizes[i] and C = channels.
     originals: (n, 2) height and width before it was shrunk. labels: (n,) int64, -1 = unknown. files: n names.
     """
 
@@ -40,33 +41,35 @@ class Pixels:
     labels: np.ndarray
     classes: list[str]
     files: list[str]
+    channels: int = 3
 
     @classmethod
     def from_array(cls, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> "Pixels":
-        """Take pictures of one size, (n, H, W, 3) uint8."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"expected (n, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        """Take pictures of one size, (n, H, W, C) uint8."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] == 0:
+            raise ValueError(f"expected (n, H, W, C) uint8, got {images.shape} {images.dtype}")
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
-        n, height, width, _ = images.shape
+        n, height, width, channels = images.shape
         return cls(
             data=np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1),
-            offsets=np.arange(n, dtype=np.int64) * (3 * height * width),
+            offsets=np.arange(n, dtype=np.int64) * (channels * height * width),
             sizes=np.full((n, 2), (height, width), dtype=np.int64),
             originals=np.full((n, 2), (height, width), dtype=np.int64),
             labels=np.asarray(labels, dtype=np.int64),
             classes=list(classes),
             files=[f"{i:06d}" for i in range(n)],
+            channels=channels,
         )
 
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def image(self, index: int) -> UInt8[np.ndarray, "3 H W"]:
+    def image(self, index: int) -> UInt8[np.ndarray, "C H W"]:
         """One picture, a view of the stored bytes."""
-        height, width = self.sizes[index].tolist()
+        shape = (self.channels, *self.sizes[index].tolist())
         start = int(self.offsets[index])
-        return self.data[start : start + 3 * height * width].reshape(3, height, width)
+        return self.data[start : start + math.prod(shape)].reshape(shape)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and every pixel: equal fingerprints, equal pictures."""
@@ -76,12 +79,12 @@ class Pixels:
             digest.update(self.image(i))
         return digest.hexdigest()
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B 3 H W"], Int64[Tensor, "B 2"]]:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B C H W"], Int64[Tensor, "B 2"]]:
         """Stack pictures of unequal size: zeros below and to the right; second, the height and width of each."""
         indices = np.asarray(indices, dtype=np.int64)
         sizes = self.sizes[indices].reshape(-1, 2)
         height, width = sizes.max(axis=0).tolist() if len(sizes) else (0, 0)
-        images = np.zeros((len(indices), 3, height, width), dtype=np.uint8)
+        images = np.zeros((len(indices), self.channels, height, width), dtype=np.uint8)
         for row, i, (h, w) in zip(images, indices, sizes, strict=True):
             row[:, :h, :w] = self.image(i)
         return torch.from_numpy(images), torch.from_numpy(sizes)
@@ -98,30 +101,38 @@ class Pixels:
             files=[self.files[i] for i in rows],
         )
 
-    def squares(self, size: int) -> UInt8[Tensor, "n 3 size size"]:
+    def squares(self, size: int) -> UInt8[Tensor, "n C size size"]:
         """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
         centre cut out."""
-        result = np.empty((len(self), 3, size, size), dtype=np.uint8)
+        result = np.empty((len(self), self.channels, size, size), dtype=np.uint8)
         for row, i in zip(result, range(len(self)), strict=True):
             image = self.image(i)
-            if image.shape != row.shape:
-                picture = square(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), size)
-                image = np.asarray(picture).transpose(2, 0, 1)
-            row[:] = image
+            row[:] = image if image.shape == row.shape else by_pillow(image, partial(square, size=size))
         return torch.from_numpy(result)
 
-    def whole(self, size: int, boxes: Int64[np.ndarray, "n 4"] | None = None) -> UInt8[Tensor, "n 3 size size"]:
+    def whole(self, size: int, boxes: Int64[np.ndarray, "n 4"] | None = None) -> UInt8[Tensor, "n C size size"]:
         """Every picture squeezed into a square of `size` px, with nothing cut off (bicubic, antialiased).
 
         Args:
             boxes: left, top, right, bottom in px; given, only this part of each picture.
         """
-        result = np.empty((len(self), 3, size, size), dtype=np.uint8)
+        result = np.empty((len(self), self.channels, size, size), dtype=np.uint8)
         for i, row in enumerate(result):
-            picture = Image.fromarray(np.ascontiguousarray(self.image(i).transpose(1, 2, 0)))
-            picture = picture if boxes is None else picture.crop(boxes[i].tolist())
-            row[:] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            image = self.image(i)
+            if boxes is not None:
+                left, top, right, bottom = boxes[i].tolist()
+                image = image[:, top:bottom, left:right]
+            row[:] = by_pillow(image, lambda picture: picture.resize((size, size), Image.Resampling.BICUBIC))
         return torch.from_numpy(result)
+
+
+def by_pillow(
+    image: UInt8[np.ndarray, "C H W"], change: Callable[[Image.Image], Image.Image]
+) -> UInt8[np.ndarray, "C h w"]:
+    """What Pillow makes of a picture; where it has not three channels, of each channel for itself."""
+    if len(image) != 3:
+        return np.stack([np.asarray(change(Image.fromarray(channel))) for channel in image])
+    return np.asarray(change(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))).transpose(2, 0, 1)
 
 
 def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 6.0) -> Int64[np.ndarray, "4"]:
@@ -153,7 +164,12 @@ def _between_bars(lines: UInt8[np.ndarray, "n 3 m"], tolerance: float) -> tuple[
 
 
 def load_pixels(
-    images: ImageSet, short_side: int, folder: str | Path | None = None, progress: bool = True, engine: Engine = LOCAL
+    images: ImageSet,
+    short_side: int,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    engine: Engine = LOCAL,
+    channels: int = 3,
 ) -> Pixels:
     """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
 
@@ -163,6 +179,7 @@ def load_pixels(
         folder: where pixels.u8, pixels.json and quarantine.csv are written; the result is memory-mapped, and taken
             from there the next time, as long as files, their modification times and short_side agree. None: memory.
         engine: where files are decoded.
+        channels: of a picture; other than 3: see `decode_channels`.
     Raises:
         ValueError: no file at all, or none that decodes.
     """
@@ -170,18 +187,19 @@ def load_pixels(
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
     if folder is None:
         memory = io.BytesIO()
-        kept, sizes, originals = _fill(memory, images, short_side, progress, engine)
-        return _laid_out(np.frombuffer(memory.getbuffer(), dtype=np.uint8), sizes, originals, images.select(kept))
+        kept, sizes, originals = _fill(memory, images, short_side, progress, engine, channels)
+        data = np.frombuffer(memory.getbuffer(), dtype=np.uint8)
+        return _laid_out(data, sizes, originals, images.select(kept), channels)
     folder = Path(folder)
-    key = _pixels_key(images, short_side)
-    if stored := _open_pixels(folder, key, images):
+    key = _pixels_key(images, short_side, channels)
+    if stored := _open_pixels(folder, key, images, channels):
         return stored
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
-        kept, sizes, originals = _fill(file, images, short_side, progress, engine, folder / "quarantine.csv")
+        kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
-    return _open_pixels(folder, key, images)
+    return _open_pixels(folder, key, images, channels)
 
 
 def _fill(
@@ -190,6 +208,7 @@ def _fill(
     short_side: int,
     progress: bool,
     engine: Engine,
+    channels: int,
     quarantine: Path | None = None,
 ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """Append each decoded picture to the file, list the others in the quarantine.
@@ -197,7 +216,7 @@ def _fill(
     Returns: numbers of the decoded, their stored and their original (height, width).
     """
     kept, sizes, originals, bad = [], [], [], []
-    for i, result in decode_each(images, partial(_small, short_side), progress, engine):
+    for i, result in decode_each(images, partial(_small, short_side), progress, engine, channels):
         if isinstance(result, BadImage):
             bad.append({"file": images.files[i], "reason": str(result)})
             continue
@@ -214,27 +233,37 @@ def _fill(
     return kept, sizes, originals
 
 
-def _small(short_side: int, picture: Image.Image) -> tuple[UInt8[np.ndarray, "3 H W"], tuple[int, int]]:
+def _small(
+    short_side: int, picture: Image.Image | UInt8[np.ndarray, "H W C"]
+) -> tuple[UInt8[np.ndarray, "C H W"], tuple[int, int]]:
     """Pixels as they are stored, and the height and width before."""
+    if isinstance(picture, np.ndarray):
+        return by_pillow(picture.transpose(2, 0, 1), partial(shrink, short_side=short_side)), picture.shape[:2]
     pixels = np.ascontiguousarray(np.asarray(shrink(picture, short_side)).transpose(2, 0, 1))
     return pixels, (picture.height, picture.width)
 
 
 def _laid_out(
-    data: np.ndarray, sizes: Sequence[Sequence[int]], originals: Sequence[Sequence[int]], images: ImageSet
+    data: np.ndarray,
+    sizes: Sequence[Sequence[int]],
+    originals: Sequence[Sequence[int]],
+    images: ImageSet,
+    channels: int,
 ) -> Pixels:
     """Pixels of a flat array that holds the pictures end to end."""
     shapes = np.array(sizes, dtype=np.int64)
-    n_bytes = 3 * shapes.prod(axis=1)
+    n_bytes = channels * shapes.prod(axis=1)
     if n_bytes.sum() != data.size:
         raise ValueError(f"expected {n_bytes.sum():,} bytes of pixels, got {data.size:,}")
     before = np.array(originals, dtype=np.int64)
-    return Pixels(data, np.cumsum(n_bytes) - n_bytes, shapes, before, images.labels, images.classes, images.files)
+    offsets = np.cumsum(n_bytes) - n_bytes
+    return Pixels(data, offsets, shapes, before, images.labels, images.classes, images.files, channels)
 
 
-def _pixels_key(images: ImageSet, short_side: int) -> str:
+def _pixels_key(images: ImageSet, short_side: int, channels: int) -> str:
     """A fingerprint of everything the stored pixels depend on."""
     digest = hashlib.sha256(repr((FORMAT_VERSION, short_side, images.classes)).encode())
+    digest.update(f"{channels} channels".encode() if channels != 3 else b"")
     changed: dict[str, int] = {}
     for name, place, label in zip(images.files, images.places, images.labels.tolist(), strict=True):
         if place.source not in changed:
@@ -243,13 +272,13 @@ def _pixels_key(images: ImageSet, short_side: int) -> str:
     return digest.hexdigest()
 
 
-def _open_pixels(folder: Path, key: str, images: ImageSet) -> Pixels | None:
+def _open_pixels(folder: Path, key: str, images: ImageSet, channels: int) -> Pixels | None:
     """What an earlier run stored, if it is whole and the key agrees."""
     try:
         record = json.loads((folder / "pixels.json").read_bytes())
         if record["key"] != key:
             return None
         data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
-        return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]))
+        return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]), channels)
     except (OSError, ValueError, KeyError):
         return None

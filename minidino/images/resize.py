@@ -1,4 +1,4 @@
-"""Boxes of many images, cut out and resized at once: the antialiased bicubic of PIL as weighted sums of rows and columns."""
+"""Boxes of many images, cut out and resized at once: PIL's antialiased bicubic as weighted sums of rows and columns."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def resize_boxes(
-    lines: Float[Tensor, "B H 3 W"] | UInt8[Tensor, "B H 3 W"],
+    lines: Float[Tensor, "B H C W"] | UInt8[Tensor, "B H C W"],
     box: Float[Tensor, "n 4"],
     flip: Bool[Tensor, "n"],
     size: int,
-) -> Float[Tensor, "n 3 size size"]:
+) -> Float[Tensor, "n C size size"]:
     """Cut boxes out and resize them by antialiased bicubic, exactly: a weighted sum of rows, then of columns.
 
     Args:
@@ -26,21 +26,21 @@ def resize_boxes(
         Crops in [0, 1].
     """
     lines = lines.float() / 255 if lines.dtype == torch.uint8 else lines
-    n_images, height, _, width = lines.shape
+    n_images, height, channels, width = lines.shape
     across = resize_weights(box[:, 1], box[:, 3], size, width, flip).unflatten(0, (-1, n_images))  # (V, B, s, W)
     down = resize_weights(box[:, 0], box[:, 2], size, height).unflatten(0, (-1, n_images))  # (V, B, s, H)
-    narrow = lines.flatten(1, 2) @ across.permute(1, 3, 0, 2).flatten(2)  # (B, H * 3, V * s)
-    narrow = narrow.view(n_images, height, 3, -1, size).permute(3, 0, 1, 2, 4).flatten(3)  # (V, B, H, 3 * s)
-    crops = (down @ narrow).view(-1, size, 3, size).transpose(1, 2)  # (V * B, 3, s, s)
+    narrow = lines.flatten(1, 2) @ across.permute(1, 3, 0, 2).flatten(2)  # (B, H * C, V * s)
+    narrow = narrow.view(n_images, height, channels, -1, size).permute(3, 0, 1, 2, 4).flatten(3)  # (V, B, H, C * s)
+    crops = (down @ narrow).view(-1, size, channels, size).transpose(1, 2)  # (V * B, C, s, s)
     return crops.contiguous().clamp_(0, 1)
 
 
 def resize_each(
-    lines: Float[Tensor, "B H 3 W"] | UInt8[Tensor, "B H 3 W"],
+    lines: Float[Tensor, "B H C W"] | UInt8[Tensor, "B H C W"],
     box: Float[Tensor, "n 4"],
     flip: Bool[Tensor, "n"],
     size: int,
-) -> Iterator[Float[Tensor, "1 3 size size"]]:
+) -> Iterator[Float[Tensor, "1 C size size"]]:
     """The same, one crop after the other and only where weights are not 0: on a CPU a window stays in the cache.
 
     A crop lies in memory column by column, as the second sum leaves it; to turn it would cost as much as the sum.
@@ -48,10 +48,10 @@ def resize_each(
     (rows, down), (columns, across) = _taps(box[:, 2], size), _taps(box[:, 3], size, flip)
     down = down / 255 if lines.dtype == torch.uint8 else down
     for i, (top, left, height, width) in enumerate(box.int().tolist()):
-        window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, 3, w)
-        low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, 3, width)
-        small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, 3 * s) -> (s, 3 * s)
-        yield small.view(1, size, 3, size).clamp_(0, 1).permute(0, 2, 3, 1)
+        window = lines[i % len(lines), top : top + height, :, left : left + width].float()  # (h, C, w)
+        low = mix_rows(window.flatten(1), rows[i], down[i]).view(size, -1, width)
+        small = mix_rows(low.permute(2, 1, 0).flatten(1), columns[i], across[i])  # (w, C * s) -> (s, C * s)
+        yield small.view(1, size, -1, size).clamp_(0, 1).permute(0, 2, 3, 1)
 
 
 def mix_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from minidino.config import RunConfig
 from minidino.learning.objective import Center
@@ -25,7 +27,7 @@ from minidino.learning.train import State, start
 from minidino.model.vit import VisionTransformer, interpolate_pos_embed
 from minidino.model.weights import load_weights
 
-POSITIONS = "backbone.pos_embed"
+POSITIONS, KERNEL = "backbone.pos_embed", "patch_embed.proj.weight"
 
 
 def adapted(config: RunConfig, size: int, steps: int, fit_memory: bool = False) -> RunConfig:
@@ -104,8 +106,22 @@ def going_on(config: RunConfig, vit: VisionTransformer, heads_first: float) -> R
 
 
 def start_from(config: RunConfig, device: torch.device, vit: VisionTransformer) -> State:
-    """A student and its average that begin as a given backbone, with fresh heads."""
-    state = start(config, device)
+    """A student and its average that begin as a given backbone, with fresh heads; it may have seen other channels."""
+    state, weights = start(config, device), vit.state_dict()
+    weights[KERNEL] = fit_channels(weights[KERNEL], config.data.channels)
     for network in (state.student, state.teacher):
-        load_weights(network.backbone, vit.state_dict())
+        load_weights(network.backbone, weights)
     return state
+
+
+def fit_channels(kernel: Float[Tensor, "D C P P"], channels: int) -> Float[Tensor, "D channels P P"]:
+    """The kernel of patches for pictures of another number of channels, which answers about as strongly.
+
+    One channel takes the sum of all; more take them in turn, weaker as they are more.
+
+    Source: the way of timm's adapt_input_conv.
+    """
+    before = kernel.shape[1]
+    if channels == 1:
+        return kernel.sum(1, keepdim=True)
+    return kernel[:, torch.arange(channels) % before] * (before / channels)

@@ -96,10 +96,12 @@ def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
         network: nn.Module = _backbone(d.teacher)
         _expect_equal("vit.patch_size", config.vit.patch_size, network.patch_size, d.teacher)
         _expect_equal("distill.teacher_width", d.teacher_width, network.width, d.teacher)
+        _expect_equal("data.channels", config.data.channels, network.patch_embed.proj.in_channels, d.teacher)
     else:
         network = network_of(source)
         theirs = source.config()
         _expect_equal("vit.patch_size", config.vit.patch_size, theirs.vit.patch_size, d.teacher)
+        _expect_equal("data.channels", config.data.channels, theirs.data.channels, d.teacher)
         _expect_equal("heads.tied", config.heads.tied, theirs.heads.tied, d.teacher)
         for name in ("n_prototypes", "ibot_n_prototypes"):
             _expect_equal(f"heads.{name}", getattr(config.heads, name), getattr(theirs.heads, name), d.teacher)

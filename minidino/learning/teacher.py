@@ -69,9 +69,9 @@ def build_backbone(config: RunConfig) -> VisionTransformer:
     """The backbone of a config, its positions stored for the grid of a global crop."""
     v = config.vit
     return build_vit(
-        v.name, patch_size=v.patch_size, img_size=config.crops.global_size, num_register_tokens=v.num_register_tokens,
-        ffn=v.ffn, layerscale=v.layerscale, drop_path_rate=v.drop_path_rate, drop_path=v.drop_path,
-        interpolate_offset=v.interpolate_offset, interpolate_antialias=v.interpolate_antialias,
+        v.name, patch_size=v.patch_size, in_chans=config.data.channels, img_size=config.crops.global_size,
+        num_register_tokens=v.num_register_tokens, ffn=v.ffn, layerscale=v.layerscale, drop_path_rate=v.drop_path_rate,
+        drop_path=v.drop_path, interpolate_offset=v.interpolate_offset, interpolate_antialias=v.interpolate_antialias,
         attention=v.attention, width=v.width, depth=v.depth, heads=v.heads, init_std=v.init_std, recompute=v.recompute,
     )  # fmt: skip
 

@@ -111,7 +111,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        patch_size = self.proj.stride[0]
+        patch_size, channels = self.proj.stride[0], self.proj.in_channels
+        if images.shape[1] != channels:
+            raise ValueError(f"expected images (B, {channels}, H, W), got {tuple(images.shape)}")
         for side in images.shape[-2:]:
             if side % patch_size:
                 raise ValueError(f"crop side {side} px is not a multiple of patch_size {patch_size} px")
@@ -230,7 +232,7 @@ class VisionTransformer(nn.Module):
         """Look at batches of several crop sizes in one pass; each crop attends to itself alone.
 
         Args:
-            images: one (B_i, 3, H_i, W_i) per group, normalised; sides are multiples of the patch size.
+            images: one (B_i, C, H_i, W_i) per group, normalised; sides are multiples of the patch size.
             masks: for each group (B_i, N_i) bool, True = hidden behind the mask token, or None.
         Returns:
             One Tokens per group; equal to `forward_features` of each group alone when nothing is dropped.

@@ -319,11 +319,11 @@ def _write(state: State, path: Path, said: dict[str, str]) -> None:
 def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
     """config.json, model.safetensors, preprocessor_config.json."""
     config = hugging_face_config(state, said["heads"]) | {key: said[key] for key in STRETCH}  # these are for us alone
-    patch_size = config["patch_size"]
+    patch_size, channels = config["patch_size"], config["num_channels"]
     crop = crop or min(224, config["image_size"]) // patch_size * patch_size
     processor = {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": round(crop * 256 / 224)},
         "resample": 3,  # bicubic
@@ -332,8 +332,8 @@ def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | N
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
+        "image_mean": [0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels,
+        "image_std": [0.229, 0.224, 0.225] if channels == 3 else [0.25] * channels,
     }
     _write(to_hugging_face_layout(state), folder / "model.safetensors", {"format": "pt"})
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):

@@ -35,7 +35,7 @@ def borders(size: Sequence[int], patch_size: int) -> tuple[int, int, int, int]:
 
 def feature_maps(
     vit: nn.Module,
-    images: UInt8[Tensor, "n 3 H W"],
+    images: UInt8[Tensor, "n C H W"],
     blocks: int | Sequence[int] = 1,
     norm: bool = True,
     class_token: bool = False,

@@ -35,7 +35,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def extract(
     vit: nn.Module,
-    images: UInt8[Tensor, "n 3 H W"],
+    images: UInt8[Tensor, "n C H W"],
     batch_size: int = 256,
     progress: bool = True,
     patches: bool = False,
@@ -45,7 +45,7 @@ def extract(
 
     Args:
         vit: anything with forward_features(images) -> Tokens; its training flags are restored afterwards.
-        images: pixels, 0 to 255; normalised here with the mean and deviation of ImageNet.
+        images: pixels, 0 to 255; normalised here (`mean_and_std`).
         batch_size: images at a time on the device of vit; the answer does not depend on it.
         progress: a bar with images per second.
         patches: also keep every patch token (n x N x D floats: 4 bytes each).
@@ -55,7 +55,7 @@ def extract(
         patch tokens after the last norm, with patches "patch" (n, N, D), and with blocks above 1 "cls_blocks"
         (n, blocks, D), oldest first, each after that same norm.
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is none; more blocks than vit has.
+        ValueError: the images are not uint8 of shape (n, C, H, W), or there is none; more blocks than vit has.
     Source: DINOv2 paper, section 7 (frozen features); official dinov2/eval/utils.py.
     Differs: float32 throughout; the official extraction runs under fp16 autocast.
     """
@@ -70,7 +70,7 @@ def extract(
 
 
 def look(
-    vit: nn.Module, images: Float[Tensor, "B 3 H W"], blocks: int = 1, patches: bool = False
+    vit: nn.Module, images: Float[Tensor, "B C H W"], blocks: int = 1, patches: bool = False
 ) -> dict[str, Tensor]:
     """Look at one batch of normalised images with a frozen network: what `extract` gives, for this batch."""
     if blocks < 1:
@@ -91,7 +91,7 @@ def look(
 
 
 def dense_patches(
-    vit: nn.Module, images: UInt8[Tensor, "n 3 S S"], patch_size: int, stride: int
+    vit: nn.Module, images: UInt8[Tensor, "n C S S"], patch_size: int, stride: int
 ) -> Float[Tensor, "n g g D"]:
     """Patch features on a grid finer than the patches: the network looks again at every shifted window.
 
@@ -115,12 +115,12 @@ def dense_patches(
     return dense.flatten(3, 4).flatten(1, 2)
 
 
-def expect_pixels(images: Tensor) -> None:
-    """Raise ValueError unless these are uint8 images (n, 3, H, W), at least one."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+def expect_pixels(images: Tensor, channels: int | None = None) -> None:
+    """Raise ValueError unless these are uint8 images (n, C, H, W), at least one; C is what a network says if None."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or channels not in (None, images.shape[1]) or len(images) == 0:
         raise ValueError(
-            f"expected at least one image as uint8 pixels of shape (n, 3, H, W), got {images.dtype} of shape "
-            f"{tuple(images.shape)}; give pixels from 0 to 255, they are normalised here"
+            f"expected at least one image as uint8 pixels of shape (n, {channels or 'C'}, H, W), got {images.dtype} of "
+            f"shape {tuple(images.shape)}; give pixels from 0 to 255, they are normalised here"
         )
 
 
@@ -208,7 +208,7 @@ class FeatureStore:
 # ---------------------------------------------------------------- descriptors that nobody trained
 
 
-def pixels(images: UInt8[Tensor, "n 3 H W"], mean: Float[Tensor, "3 H W"] | None = None) -> Float[Tensor, "n F"]:
+def pixels(images: UInt8[Tensor, "n C H W"], mean: Float[Tensor, "C H W"] | None = None) -> Float[Tensor, "n F"]:
     """Describe an image by its colours, place by place, less the mean picture.
 
     Args:
@@ -222,7 +222,7 @@ def pixels(images: UInt8[Tensor, "n 3 H W"], mean: Float[Tensor, "3 H W"] | None
     return (values - (values.mean(0) if mean is None else mean)).flatten(1)
 
 
-def gray_pixels(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n F"]:
+def gray_pixels(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:
     """Describe an image by its luminance, place by place, with mean 0 and deviation 1 within each image."""
     expect_pixels(images)
     gray = luminance(images.float() / 255).flatten(1)
@@ -237,7 +237,7 @@ def color_histogram(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 216"]:
         Square roots of the shares of pixels (their squares sum to 1), so that the cosine of two rows is the
         Bhattacharyya coefficient of the two histograms.
     """
-    expect_pixels(images)
+    expect_pixels(images, 3)
     bins = images.flatten(2).long() * 6 // 256  # (n, 3, H*W), 0 to 5
     bins = bins[:, 0] * 36 + bins[:, 1] * 6 + bins[:, 2]
     ones = torch.ones_like(bins, dtype=torch.float32)
@@ -245,10 +245,10 @@ def color_histogram(images: UInt8[Tensor, "n 3 H W"]) -> Float[Tensor, "n 216"]:
     return (counts / bins.shape[1]).sqrt()
 
 
-def hog(images: UInt8[Tensor, "n 3 H W"], chunk: int = 256) -> Float[Tensor, "n F"]:
+def hog(images: UInt8[Tensor, "n C H W"], chunk: int = 256) -> Float[Tensor, "n F"]:
     """Describe an image by its edges: histograms of oriented gradients.
 
-        cell (8 x 8 px): sum of gradient lengths in 9 bins of 20 degrees, unsigned; the strongest of R, G, B counts
+        cell (8 x 8 px): sum of gradient lengths in 9 bins of 20 degrees, unsigned; the strongest of all channels counts
         block (2 x 2 cells, all overlapping): v / ||v||, cut at 0.2, v / ||v|| again (L2-Hys)
 
     Returns:

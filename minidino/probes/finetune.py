@@ -29,7 +29,7 @@ LR_TIMES_WIDTH = 0.2
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its class token: images (B, 3, H, W), normalised, to logits (B, n_classes)."""
+    """A backbone and a linear head on its class token: images (B, C, H, W), normalised, to logits (B, n_classes)."""
 
     def __init__(self, backbone: VisionTransformer, n_classes: int):
         super().__init__()
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
             self.head.weight.normal_(0, 0.01)
             self.head.bias.zero_()
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B n_classes"]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B n_classes"]:
         return self.head(self.backbone(images))
 
 

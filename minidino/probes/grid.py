@@ -198,7 +198,7 @@ def labelled_crops(
     seed: int,
     scale: tuple[float, float] = (0.08, 1.0),
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[Float[Tensor, "B 3 size size"], Int[Tensor, "B"]]]:
+) -> Iterator[tuple[Float[Tensor, "B C size size"], Int[Tensor, "B"]]]:
     """Crop and flip labelled pictures at random, batch after batch without end; see `augmented_features`.
 
     Yields:

@@ -227,7 +227,7 @@ def _chosen(mask: Array | None, n: int, name: str) -> Int[np.ndarray, "k"]:
 
 
 def token_norms(
-    vit: VisionTransformer, images: UInt8[Tensor, "n 3 H W"], batch_size: int = 64
+    vit: VisionTransformer, images: UInt8[Tensor, "n C H W"], batch_size: int = 64
 ) -> dict[str, Float[np.ndarray, "n *t"]]:
     """Measure how long every token is as it leaves the last block, before the last norm makes them all alike.
 
@@ -290,7 +290,7 @@ def outliers(norms: Array, threshold: float | None = None) -> Outliers:
 
 
 def attention_to(
-    vit: VisionTransformer, images: UInt8[Tensor, "n 3 H W"], block: int = -1, token: int = 0
+    vit: VisionTransformer, images: UInt8[Tensor, "n C H W"], block: int = -1, token: int = 0
 ) -> Float[Tensor, "n h Hp Wp"]:
     """Tell which patches a token looks at, head by head; what it pays to class token and registers is left out.
 

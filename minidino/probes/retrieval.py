@@ -265,7 +265,7 @@ def query_pictures(pixels: Pixels, ground_truth: Sequence[Query], crop: bool = T
         parts.append(np.ascontiguousarray(pixels.image(i)[:, top:bottom, left:right]).reshape(-1))
         boxes.append((bottom - top, right - left))
     sizes = np.array(boxes, dtype=np.int64).reshape(-1, 2)
-    n_bytes = 3 * sizes.prod(1)
+    n_bytes = pixels.channels * sizes.prod(1)
     data = np.concatenate([np.zeros(0, np.uint8), *parts])
     return replace(pixels, data=data, offsets=np.cumsum(n_bytes) - n_bytes, sizes=sizes, originals=sizes)
 
