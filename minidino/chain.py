@@ -10,14 +10,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from minidino import pictures
-from minidino.config import RunConfig, override, preset
+from minidino.config import RunConfig, convert, override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled
+from minidino.ranges import Positive, Stage, require
 from minidino.report import Section, write_report
 from minidino.runs import Run, write_atomically
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
@@ -28,26 +29,33 @@ LAST = "heads.safetensors"  # what a run writes when all else is there
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class Chain(Stage):
     """All four stages; the texts in `...changes` are those that the commands take."""
 
+    stage = "chain"
     preset: str = "scenes-cpu"
     changes: tuple[str, ...] = ("run.steps=600",)  # of pretraining; what follows inherits them
-    adapt_size: int = 64  # px of a global crop
-    adapt_steps: int = 40
+    adapt_size: Positive = 64  # px of a global crop
+    adapt_steps: Positive = 40
     adapt_changes: tuple[str, ...] = ()
     students: tuple[str, ...] = ("vit_tiny,width=32,depth=4,heads=1",)
-    distill_steps: int = 200
+    distill_steps: Positive = 200
     distill_changes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("knn", "linear")  # of `minidino probe`
-    size: int | None = None  # px that probes look at; None: the global crop of each run
+    size: Positive | None = None  # px that probes look at; None: the global crop of each run
     baselines: tuple[str, ...] = ("random",)
 
     def __post_init__(self):
+        for name, wanted in get_type_hints(Chain).items():
+            good = convert(getattr(self, name), wanted)[1]
+            require(good, f"chain.{name}", str(wanted), repr(getattr(self, name)))
+        super().__post_init__()
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
-        if not self.students:
-            raise ValueError("students: expected at least one, such as vit_tiny")
+        if not self.students or not self.tasks:
+            raise ValueError("students, tasks: expected at least one of each, such as vit_tiny and knn")
+        if set(self.baselines) - {"random", "pixels"}:
+            raise ValueError(f"baselines: expected random or pixels, got {', '.join(self.baselines)}")
         self.configs()  # says what is impossible before anything has begun
 
     def configs(self) -> list[RunConfig]:

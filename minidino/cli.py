@@ -101,14 +101,16 @@ def _train(stages) -> None:
     def run(options) -> int | None:
         from minidino.learning import prototypes
         from minidino.model import attention
+        from minidino.model.weights import backbone_of
         from minidino.runs import pick_device, pick_precision
         from minidino.stages import go_on, pretrain
 
-        if options.resume:
-            if options.changes or options.data or options.weights:
-                raise ValueError("a resumed run keeps its config: --data, --weights, key=value and --resume exclude each other")
+        if options.resume is not None:
+            if options.changes or options.data or options.weights or options.out or not options.resume:
+                raise ValueError("a resumed run keeps its config and its folder: give --resume RUN alone")
             return _go_on(Path(options.resume))
-        config = override(_base(options), options.changes)
+        patch = [f"vit.patch_size={backbone_of(options.weights).patch_size}"] if options.weights else []
+        config = override(_base(options), [*options.changes, *patch])
         folder = Path(options.out or f"runs/{options.preset}")
         if _interrupted(folder):
             return _go_on(folder)
@@ -228,10 +230,14 @@ def _chain(stages) -> None:
 
 
 def _interrupted(folder: Path) -> bool:
-    """Has torchrun replaced processes that had begun this run, or these runs?"""
+    """Has torchrun replaced processes that had begun this run, or these runs, by this same command?"""
     from minidino.distributed import restarted, wait
+    from minidino.runs import command
 
-    begun = restarted() and any(folder.rglob("config.json"))
+    begun = restarted() and any(
+        json.loads(path.read_text()).get("command") == command()
+        for path in folder.rglob("environment.json") if path.with_name("config.json").exists()
+    )  # fmt: skip
     wait()  # none begins while another still looks
     return begun
 

@@ -7,161 +7,152 @@ honest table between two of them. Numbers marked [released] are those of the off
 
 import ast
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from minidino.ranges import AboveZero, AtLeastZero, Count, Positive, Range, Share, Side, Stage, require
 
 Fidelity = Literal["released", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Stage):
+    stage = "data"
     source: str = "scenes"  # "scenes" (drawn), a path, or a torchvision name such as "cifar10"
-    n_scenes: int = 8000  # drawn scenes in the training set; ignored for photographs
-    n_test_scenes: int = 2000  # drawn scenes to judge with, from another world
-    scene_seed: int = 1  # the world from which they are drawn
-    short_side: int = 64  # px; images are stored at this shorter side (drawn scenes: at this size)
+    n_scenes: Positive = 8000  # drawn scenes in the training set; ignored for photographs
+    n_test_scenes: Positive = 2000  # drawn scenes to judge with, from another world
+    scene_seed: Count = 1  # the world from which they are drawn
+    short_side: Annotated[int, Range(8, unit="px")] = 64  # of images as they are stored; drawn scenes are squares of it
     pool: str = ""  # a path such as manifest.csv: learn from these images and judge with those of the source
-    channels: int = 3  # of a picture: 1 for grey ones, other numbers for arrays of numpy; see `images.decode`
+    channels: Positive = 3  # of a picture: 1 for grey ones, other numbers for arrays of numpy; see `images.decode`
 
     def __post_init__(self):
-        for name, least in (("n_scenes", 1), ("n_test_scenes", 1), ("short_side", 8), ("channels", 1)):
-            _require(getattr(self, name) >= least, f"data.{name}", f">= {least}", getattr(self, name))
-        _require(self.channels == 3 or self.source != "scenes", "data.channels", "3 for drawn scenes", self.channels)
+        super().__post_init__()
+        require(self.channels == 3 or self.source != "scenes", "data.channels", "3 for drawn scenes", self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropConfig:
-    n_local: int = 8  # small crops of each image [released]
-    global_size: int = 224  # px [released]
-    local_size: int = 96  # px; 98 with patches of 14 px [released]
+class CropConfig(Stage):
+    stage = "crops"
+    n_local: Count = 8  # small crops of each image [released]
+    global_size: Side = 224  # px [released]
+    local_size: Side = 96  # px; 98 with patches of 14 px [released]
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area [released]
     local_scale: tuple[float, float] = (0.05, 0.32)  # [released]
-    jitter_probability: float = 0.8  # [released]
-    brightness: float = 0.4  # [released]
-    contrast: float = 0.4  # [released]
-    saturation: float = 0.2  # [released]
-    hue: float = 0.1  # turns; 0.5 is the full circle [released]
-    grayscale_probability: float = 0.2  # [released]
-    solarize_probability: float = 0.2  # second global crop only [released]
+    jitter_probability: Share = 0.8  # [released]
+    brightness: AtLeastZero = 0.4  # [released]
+    contrast: AtLeastZero = 0.4  # [released]
+    saturation: AtLeastZero = 0.2  # [released]
+    hue: Annotated[float, Range(0, 0.5, unit="turns")] = 0.1  # turns; 0.5 is the full circle [released]
+    grayscale_probability: Share = 0.2  # [released]
+    solarize_probability: Share = 0.2  # second global crop only [released]
     # chance of blur: `released` 0 / 0.9 / 0.5 (the official code swaps p and 1 - p), `paper` 1 / 0.1 / 0.5
     blur: Literal["released", "paper", "none"] = "released"
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
-            _require(0 < low <= high <= 1, f"crops.{name}", "0 < low <= high <= 1", (low, high))
-        for name in ("global_size", "local_size"):
-            _require(getattr(self, name) >= 1, f"crops.{name}", ">= 1 px", getattr(self, name))
-        _require(self.n_local >= 0, "crops.n_local", ">= 0", self.n_local)
-        _require(0 <= self.hue <= 0.5, "crops.hue", "between 0 and 0.5 turns", self.hue)
+            require(0 < low <= high <= 1, f"crops.{name}", "0 < low <= high <= 1", (low, high))
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    probability: float = 0.5  # share of the global crops that get holes [released]
+class MaskConfig(Stage):
+    stage = "masks"
+    probability: Share = 0.5  # share of the global crops that get holes [released]
     ratio: tuple[float, float] = (0.1, 0.5)  # share of a crop's patches that are hidden [released]
     # largest block: `released` is 0.5 * side // patch * side // patch (666 at 518 px), `fixed` half the grid (684)
     max_patches: Literal["released", "fixed"] = "fixed"
 
     def __post_init__(self):
+        super().__post_init__()
         low, high = self.ratio
-        _require(0 <= low <= high < 1, "masks.ratio", "0 <= low <= high < 1", self.ratio)
-        _require(0 <= self.probability <= 1, "masks.probability", "between 0 and 1", self.probability)
+        require(0 <= low <= high < 1, "masks.ratio", "0 <= low <= high < 1", self.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitConfig:
+class VitConfig(Stage):
+    stage = "vit"
     name: str = "vit_small"  # vit_tiny, vit_small, vit_base, vit_large, vit_giant2
-    width: int | None = None  # D; None: the published one of that name
-    depth: int | None = None  # blocks
-    heads: int | None = None
-    patch_size: int = 16  # px
-    num_register_tokens: int = 0
+    width: Positive | None = None  # D; None: the published one of that name
+    depth: Positive | None = None  # blocks
+    heads: Positive | None = None
+    patch_size: Side = 16  # px
+    num_register_tokens: Count = 0
     ffn: Literal["mlp", "swiglu"] | None = None  # None: the published choice
-    layerscale: float = 1e-5  # start value of gamma [released]; 0: none
-    drop_path_rate: float = 0.3  # the same in every block [released]
+    layerscale: AtLeastZero = 1e-5  # start value of gamma [released]; 0: none
+    drop_path_rate: Annotated[float, Range(0, 0.99)] = 0.3  # the same in every block [released]
     drop_path: Literal["subset", "scale"] = "subset"  # compute only the kept rows, or scale residuals
     interpolate_offset: float = 0.1  # [released]; 0.0 with registers
     interpolate_antialias: bool = False  # [released]; True with registers
-    init_std: float = 0.02  # of linear weights at the start [released]; a narrow net wants more
+    init_std: AtLeastZero = 0.02  # of linear weights at the start [released]; a narrow net wants more
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
     recompute: bool = False  # keep the input of each block alone, and compute the block again in the backward pass
 
-    def __post_init__(self):
-        _require(self.patch_size >= 1, "vit.patch_size", ">= 1 px", self.patch_size)
-        _require(0 <= self.drop_path_rate < 1, "vit.drop_path_rate", "in [0, 1)", self.drop_path_rate)
-
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(Stage):
+    stage = "heads"
     tied: bool = True  # one head for class and patch tokens; vitl14 and vitg14 untie them [released]
-    n_prototypes: int = 65536  # K [released]
-    ibot_n_prototypes: int | None = None  # None: as n_prototypes; untied heads only
-    hidden_dim: int = 2048  # [released]
-    bottleneck_dim: int = 256  # [released]
-    ibot_bottleneck_dim: int | None = None  # None: as bottleneck_dim; untied heads only
-    n_layers: int = 3  # [released]
+    n_prototypes: Annotated[int, Range(2)] = 65536  # K [released]
+    ibot_n_prototypes: Annotated[int, Range(2)] | None = None  # None: as n_prototypes; untied heads only
+    hidden_dim: Positive = 2048  # [released]
+    bottleneck_dim: Positive = 256  # [released]
+    ibot_bottleneck_dim: Positive | None = None  # None: as bottleneck_dim; untied heads only
+    n_layers: Positive = 3  # [released]
     weight_norm: bool = True  # [released]
     weight_g: Fidelity = "released"  # `released`: the prototypes' lengths train and decay; `paper`: fixed at 1 (DINO)
     mlp_gain: float | None = None  # None: truncated normal 0.02 [released]; else Xavier normal with this gain
     prototype_std: float | None = None  # None: torch's default [released]; large: prototypes hardly turn
 
-    def __post_init__(self):
-        _require(self.n_prototypes >= 2, "heads.n_prototypes", ">= 2", self.n_prototypes)
-
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    dino: float = 1.0  # weight [released]
-    ibot: float = 1.0  # weight [released]
-    koleo: float = 0.1  # weight, each global view [released]
-    ibot_start_frac: float = 0.0  # iBOT enters at this fraction of the run ...
-    ibot_full_frac: float = 0.0  # ... and rises linearly to its weight until this one
+class LossConfig(Stage):
+    stage = "loss"
+    dino: AtLeastZero = 1.0  # weight [released]
+    ibot: AtLeastZero = 1.0  # weight [released]
+    koleo: AtLeastZero = 0.1  # weight, each global view [released]
+    ibot_start_frac: Share = 0.0  # iBOT enters at this fraction of the run ...
+    ibot_full_frac: Share = 0.0  # ... and rises linearly to its weight until this one
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"  # what turns teacher logits into targets
     prototypes: Literal["auto", "reference", "chunked", "triton"] = "auto"  # who computes the losses over prototypes
-    student_temp: float = 0.1  # [released]
+    student_temp: AboveZero = 0.1  # [released]
     koleo_views: Fidelity = "released"  # `released`: both global crops; `paper`: the first only
     ibot_divisor: Fidelity = "released"  # `released`: all global crops; `paper`: masked crops only (twice the weight)
     dino_divisor: Literal["released", "fixed"] = "fixed"  # without local crops the official code divides by 3, not 2
 
-    def __post_init__(self):
-        _require(self.student_temp > 0, "loss.student_temp", "> 0", self.student_temp)
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Stage):
+    stage = "teacher"
+    momentum: Share = 0.992  # EMA at the start, cosine to final_momentum [released]
+    final_momentum: Share = 1.0  # [released]
+    temp: AboveZero = 0.07  # after warm-up [released]
+    warmup_temp: AboveZero = 0.04  # [released]
+    warmup_frac: Share = 0.3  # of the run [released]
+    patch_temp: AboveZero | None = None  # None: as temp; a fixed temperature for patch targets otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    momentum: float = 0.992  # EMA at the start, cosine to final_momentum [released]
-    final_momentum: float = 1.0  # [released]
-    temp: float = 0.07  # after warm-up [released]
-    warmup_temp: float = 0.04  # [released]
-    warmup_frac: float = 0.3  # of the run [released]
-    patch_temp: float | None = None  # None: as temp; a fixed temperature for patch targets otherwise
-
-    def __post_init__(self):
-        for name in ("momentum", "final_momentum", "warmup_frac"):
-            _require(0 <= getattr(self, name) <= 1, f"teacher.{name}", "between 0 and 1", getattr(self, name))
-        for name in ("temp", "warmup_temp"):
-            _require(getattr(self, name) > 0, f"teacher.{name}", "> 0", getattr(self, name))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    batch_size: int = 2048  # images per update [released]
-    accumulate: int = 1  # the batch is computed in this many parts
-    base_lr: float = 4e-3  # at batch 1024; AdamW [released]
-    final_lr: float = 1e-6  # [released]
-    warmup_frac: float = 0.1  # of the run [released]
+class OptimConfig(Stage):
+    stage = "optim"
+    batch_size: Annotated[int, Range(2)] = 2048  # images per update [released]
+    accumulate: Positive = 1  # the batch is computed in this many parts
+    base_lr: AboveZero = 4e-3  # at batch 1024; AdamW [released]
+    final_lr: AtLeastZero = 1e-6  # [released]
+    warmup_frac: Share = 0.1  # of the run [released]
     warmup_start: Literal["released", "fixed"] = "released"  # `released`: lr 0 at step 0; `fixed`: lr / warm-up steps
-    beta2: float = 0.999  # beta1 is 0.9 [released]
-    weight_decay: float = 0.04  # cosine to final_weight_decay [released]
-    final_weight_decay: float = 0.4  # [released]
+    beta2: Share = 0.999  # beta1 is 0.9 [released]
+    weight_decay: AtLeastZero = 0.04  # cosine to final_weight_decay [released]
+    final_weight_decay: AtLeastZero = 0.4  # [released]
     decay_tokens: bool = True  # weight decay on class, mask, register tokens and positions [released]
-    layerwise_decay: float = 0.9  # [released]
-    patch_embed_lr_mult: float = 0.2  # [released]
-    clip: float = 3.0  # largest gradient norm [released]
+    layerwise_decay: AtLeastZero = 0.9  # [released]
+    patch_embed_lr_mult: AtLeastZero = 0.2  # [released]
+    clip: AboveZero = 3.0  # largest gradient norm [released]
     clip_scope: Literal["module", "global"] = "module"  # `module`: backbone and heads each for itself [released]
-    freeze_last_layer_frac: float = 0.01  # of the run: the prototypes stand still [released]
-    freeze_backbone_frac: float = 0.0  # of the run: heads alone learn, for a backbone that was trained elsewhere
+    freeze_last_layer_frac: Share = 0.01  # of the run: the prototypes stand still [released]
+    freeze_backbone_frac: Share = 0.0  # of the run: heads alone learn, for a backbone that was trained elsewhere
 
     @property
     def lr(self) -> float:
@@ -169,38 +160,38 @@ class OptimConfig:
         return self.base_lr * (self.batch_size / 1024) ** 0.5
 
     def __post_init__(self):
-        _require(self.batch_size >= 2, "optim.batch_size", ">= 2 (KoLeo needs a neighbour)", self.batch_size)
+        super().__post_init__()
         good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0 and self.batch_size > self.accumulate
-        _require(good, "optim.accumulate", f"a smaller divisor of batch_size {self.batch_size}", self.accumulate)
-        _require(self.base_lr > 0, "optim.base_lr", "> 0", self.base_lr)
-        for name in ("warmup_frac", "freeze_last_layer_frac", "freeze_backbone_frac"):
-            _require(0 <= getattr(self, name) <= 1, f"optim.{name}", "between 0 and 1", getattr(self, name))
+        require(good, "optim.accumulate", f"a smaller divisor of batch_size {self.batch_size}", self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Stage):
+    stage = "distill"
     teacher: str = ""  # a frozen network that teaches: a finished run, or weights; "": the student's own average
     targets: Literal["heads", "features"] = "heads"  # the paper's losses, or the tokens of a teacher without heads
-    teacher_width: int = 0  # D of that teacher's tokens
+    teacher_width: Count = 0  # D of that teacher's tokens
     prototypes: Literal["teacher", "fresh"] = "teacher"  # which ones the student's heads begin with
+
+    def __post_init__(self):
+        super().__post_init__()
+        taught = self.teacher != "" or self.targets == "heads"
+        require(taught, "distill.targets", "'heads' without a teacher", self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    steps: int = 125_000  # optimizer updates
-    seed: int = 0
+class RunSettings(Stage):
+    stage = "run"
+    steps: Positive = 125_000  # optimizer updates
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"  # auto: cuda, then mps, then cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native; losses are fp32
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with torchrun: each process has all weights, or its share of each
-    checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 2
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    knn_every: int = 1000  # steps between online k-NN readings
-    workers: int = 0  # processes that decode and crop; 0: in line
-
-    def __post_init__(self):
-        for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "knn_every"):
-            _require(getattr(self, name) >= 1, f"run.{name}", ">= 1", getattr(self, name))
+    checkpoint_every: Positive = 1000  # steps
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 10  # steps between lines of metrics.jsonl
+    knn_every: Positive = 1000  # steps between online k-NN readings
+    workers: Count = 0  # processes that decode and crop; 0: in line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,15 +211,10 @@ class RunConfig:
     def __post_init__(self):
         patch, colours = self.vit.patch_size, self.data.channels == 3
         for name, side in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
-            _require(side % patch == 0, f"crops.{name}", f"a multiple of vit.patch_size {patch} px", f"{side} px")
+            require(side % patch == 0, f"crops.{name}", f"a multiple of vit.patch_size {patch} px", f"{side} px")
         for name in ("saturation", "hue", "grayscale_probability"):
             value = getattr(self.crops, name)
-            _require(colours or value == 0, f"crops.{name}", "0 where data.channels is not 3", value)
-
-
-def _require(good: bool, name: str, expected: str, got: Any) -> None:
-    if not good:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+            require(colours or value == 0, f"crops.{name}", "0 where data.channels is not 3", value)
 
 
 def _scenes_cpu() -> RunConfig:
@@ -365,25 +351,28 @@ def override(config: RunConfig, changes: str | list[str]) -> RunConfig:
 
 def _parse(key: str, text: str, wanted: Any) -> Any:
     try:
-        value = ast.literal_eval(text)
+        value = text if wanted is str else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    converted, good = _convert(value, wanted)
+        value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
+    converted, good = convert(value, wanted)
     if not good:
         raise ValueError(f"{key}: expected {_words(wanted)}, got {text!r}")
     return converted
 
 
-def _convert(value: Any, wanted: Any) -> tuple[Any, bool]:
+def convert(value: Any, wanted: Any) -> tuple[Any, bool]:
+    """A value of JSON or of a text as a field of this type holds it, and whether it can."""
     origin, options = get_origin(wanted), get_args(wanted)
     if origin is Literal:
         return value, value in options and not isinstance(value, bool)
     if origin is Union or origin is type(int | None):
-        return next((found for found in (_convert(value, option) for option in options) if found[1]), (value, False))
+        return next((found for found in (convert(value, option) for option in options) if found[1]), (value, False))
     if origin is tuple:
+        if isinstance(value, (tuple, list)) and options[-1] is ...:
+            options = options[:1] * len(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(options):
             return value, False
-        parts = [_convert(v, option) for v, option in zip(value, options, strict=True)]
+        parts = [convert(v, option) for v, option in zip(value, options, strict=True)]
         return tuple(p[0] for p in parts), all(p[1] for p in parts)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value), True
@@ -393,6 +382,8 @@ def _convert(value: Any, wanted: Any) -> tuple[Any, bool]:
 def _words(wanted: Any) -> str:
     if get_origin(wanted) is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(wanted))
+    if get_origin(wanted) is Union:
+        return " | ".join(_words(option) for option in get_args(wanted)).replace("NoneType", "None")
     return wanted.__name__ if isinstance(wanted, type) else str(wanted)
 
 
@@ -402,19 +393,27 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(text: str) -> RunConfig:
-    """The config of a run folder. Raises ValueError when it has fields that this version does not know."""
+    """The config of a run folder.
+
+    Raises:
+        ValueError: not JSON, fields that this version does not know, or values that it cannot take.
+    """
     raw, default = json.loads(text), RunConfig()
+    require(isinstance(raw, dict), "config", "a dictionary of stages", raw)
     stages, unknown = {}, set(raw) - {f.name for f in fields(default)}
     if unknown:
         raise ValueError(f"config has unknown stages {sorted(unknown)}")
     for name, value in raw.items():
-        if not isinstance(value, dict):
+        if name == "preset":
             stages[name] = value
             continue
+        require(isinstance(value, dict), f"config stage {name!r}", "a dictionary of fields", value)
         known = get_type_hints(type(getattr(default, name)))
         unknown = set(value) - set(known)
         if unknown:
             raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-        stages[name] = type(getattr(default, name))(**values)
+        values = {key: convert(v, known[key]) for key, v in value.items()}
+        for key, (converted, good) in values.items():
+            require(good, f"{name}.{key}", _words(known[key]), repr(converted))
+        stages[name] = type(getattr(default, name))(**{key: converted for key, (converted, _) in values.items()})
     return RunConfig(**stages)

@@ -7,6 +7,7 @@ cut back to the checkpoint on resume, so that no step is told twice.
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -28,7 +29,9 @@ from minidino.config import RunConfig, from_json, to_json
 
 PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
 BEFORE = ("pixels", "curation")  # what may stand in a run folder before the run
-RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html", "guard.json", "teacher.json")
+NOTES = ("guard.json", "teacher.json", "environment.json")  # written before config.json, which makes the folder a run
+RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html", "guard.json", "teacher.json",
+           "pictures.json")  # fmt: skip
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -112,8 +115,13 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "seed": seed,
         "commit": _commit(),
         "versions": versions,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
     }
+
+
+def command() -> list[str]:
+    """How this process was called."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _machine(device: torch.device) -> str:
@@ -194,10 +202,7 @@ class Run:
             FileExistsError: the folder holds something that is not a run.
         """
         run = cls(folder)
-        # a kill may have left a half-written file
-        strangers = [path for path in run.folder.glob("*") if path.name not in BEFORE and path.suffix != ".tmp"]
-        if strangers and not run.config_path.exists():
-            raise FileExistsError(f"{run.folder} is not empty and not a run folder; choose another with --out")
+        run.expect_room()
         left = [path for _, path in run.saved()] + [run.folder / name for name in RESULTS]
         for path in [run.metrics_path, *left]:
             path.unlink(missing_ok=True)
@@ -205,23 +210,60 @@ class Run:
             run.save(0, first, 1)
         for name, said in (notes or {}).items():
             write_atomically(run.folder / name, json.dumps(said, indent=1).encode())
+        text = json.dumps(environment(config.run.seed, device), indent=1)
+        write_atomically(run.folder / "environment.json", text.encode())
         write_atomically(run.config_path, to_json(config).encode())
-        run.write_environment(config, device)
         return run
+
+    def expect_room(self) -> None:
+        """Raise FileExistsError where something else lives here; what a kill left of a beginning does not."""
+        begun = {"checkpoints"} if all(step == 0 for step, _ in self.saved()) else set()
+        known = {*BEFORE, *NOTES, *begun}
+        strangers = [path for path in self.folder.glob("*") if path.name not in known and path.suffix != ".tmp"]
+        if strangers and not self.config_path.exists():
+            raise FileExistsError(f"{self.folder} is not empty and not a run folder; choose another with --out")
 
     @property
     def config_path(self) -> Path:
         return self.folder / "config.json"
 
     def config(self) -> RunConfig:
-        """Raises FileNotFoundError when the folder is not a run."""
+        """Raises FileNotFoundError when the folder is not a run, ValueError when its config is damaged."""
         if not self.config_path.exists():
             raise FileNotFoundError(f"{self.folder} is not a run folder: it has no config.json")
-        return from_json(self.config_path.read_text())
+        try:
+            return from_json(self.config_path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.config_path}: {error}") from error
 
-    def write_environment(self, config: RunConfig, device: torch.device) -> None:
-        text = json.dumps(environment(config.run.seed, device), indent=1)
-        write_atomically(self.folder / "environment.json", text.encode())
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no other process learn in this folder meanwhile, where the system has locks.
+
+        Raises:
+            FileExistsError: another process holds it.
+        """
+        with open(self.config_path) as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(f"another process learns in {self.folder}: wait, or stop it first") from None
+            except (ImportError, OSError):  # Windows; a file system without locks
+                pass
+            yield
+
+    def compare_pictures(self, pixels: Any) -> None:
+        """Note which pictures are learned from; warn where a run goes on with others than it began with."""
+        names = repr(pixels.files).encode("utf-8", "surrogateescape")
+        now = {"n": len(pixels.files), "sha256": hashlib.sha256(names + pixels.sizes.tobytes()).hexdigest()}
+        path = self.folder / "pictures.json"
+        then = json.loads(path.read_text()) if path.exists() else now
+        if then != now:
+            warnings.warn(f"{self.folder} began with {then['n']} pictures and goes on with {now['n']}, some of them others: "
+                          "it sees not what it would have seen, and may learn from held-out ones", stacklevel=2)  # fmt: skip
+        write_atomically(path, json.dumps(now).encode())
 
     # -- metrics: one JSON object a line
 
@@ -251,7 +293,8 @@ class Run:
     def saved(self) -> list[tuple[int, Path]]:
         """(step, file) of the whole checkpoints, oldest first."""
         files = sorted(self.checkpoints.glob("step_*.pt"))
-        return [(int(file.stem.removeprefix("step_")), file) for file in files]
+        steps = [(file.stem.removeprefix("step_"), file) for file in files]
+        return [(int(step), file) for step, file in steps if step.isdecimal()]
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
         """Write the state before `step`; forget all but the newest `keep`, and what a kill left half-written."""

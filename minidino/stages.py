@@ -8,7 +8,8 @@ Each stage leaves a run folder with metrics, checkpoints, weights and heads, and
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
 from pathlib import Path
@@ -20,12 +21,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minidino.config import RunConfig, difference, override
-from minidino.distributed import first_goes_first, is_first, wait, whole
+from minidino.distributed import first_goes_first, is_first, my_rows, wait, whole
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
-from minidino.learning.adapt import adapted, going_on, start_adapted, start_from
+from minidino.learning.adapt import adapted, expect_same_network, going_on, start_adapted, start_from
 from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
 from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
@@ -90,6 +91,8 @@ class Learner:
     run: Run
     config: RunConfig
     state: State
+    notes: dict[str, Any] = field(default_factory=dict)  # what its folder shall hold from the start
+    fresh: bool = True  # it begins with new weights
 
 
 def pretrain(
@@ -105,8 +108,10 @@ def pretrain(
         state: start from this instead of fresh weights. Then guard.json says whether k-NN has gained by it.
     """
     keep_freed_memory()
-    learner = reopen(folder) if resume else enrol(config, folder, state)
+    learner = reopen(folder) if resume else candidate(config, folder, state)
     world = world or _opened(learner.config, learner.run.folder)
+    if not resume:
+        enrol(learner)
     learn([learner], world)
     give_back_memory()
     return learner.run, world
@@ -117,20 +122,26 @@ def _opened(config: RunConfig, folder: Path) -> World:
         return open_world(config, folder / "pixels")
 
 
-def enrol(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
-    """A new run; an impossible config leaves the folder as it was."""
+def candidate(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
+    """Who is to begin in a folder, which stays as it was: a config that is impossible here leaves nothing behind."""
+    Run(folder).expect_room()
+    my_rows(config.optim.batch_size, config.optim.accumulate)
     device, notes = pick_device(config.run.device), {}
     if config.distill.teacher:
         frozen = frozen or frozen_teacher(config, device)
         notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": frozen.sha256}
     if state is None:
-        first, state = None, begin(config, device, frozen)
-    else:
-        first, notes[GUARD], state.frozen = state.save(), {}, frozen
+        return Learner(Run(folder), config, begin(config, device, frozen), notes)
+    state.frozen = frozen
+    return Learner(Run(folder), config, state, notes | {GUARD: {}}, fresh=False)
+
+
+def enrol(learner: Learner) -> None:
+    """Make a folder the run of its candidate."""
+    config, first = learner.config, None if learner.fresh else learner.state.save()
     if is_first():
-        Run.create(folder, config, device, first, notes)
+        Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
     wait()
-    return Learner(Run(folder), config, state)
 
 
 def begin(config: RunConfig, device: torch.device, frozen: Frozen | None) -> State:
@@ -164,12 +175,21 @@ def _expect_same_teacher(run: Run, sha256: str) -> None:
 
 def learn(learners: Sequence[Learner], world: World) -> None:
     """Take runs to their end, in step and on the same batches; what each measures goes to its folder."""
+    with ExitStack() as held:
+        for learner in learners if is_first() else ():
+            held.enter_context(learner.run.held())
+        _learn(learners, world)
+
+
+def _learn(learners: Sequence[Learner], world: World) -> None:
     config, step = learners[0].config, learners[0].state.step
     watch = OnlineKnn(world, config.crops.global_size)
+    keep = max(config.run.keep_checkpoints, min(len(learners), 2))  # several may have reached different steps
     for learner in learners:
         spread(learner.config, learner.state)
         if is_first():
             learner.run.cut_records(step)
+            learner.run.compare_pictures(world.lessons)
         weigh(learner, watch, "before")
     stream = batches(config, world.lessons, pick_device(config.run.device), step)
     learning = [
@@ -181,7 +201,7 @@ def learn(learners: Sequence[Learner], world: World) -> None:
               disable=not is_first()) as bar:  # fmt: skip
         for records in zip(*learning, strict=True):
             for learner, record in zip(learners, records, strict=True):
-                note(learner, record, watch)
+                note(learner, record, watch, keep)
             bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
             bar.update(size)
     frozen = learners[0].state.frozen
@@ -192,8 +212,8 @@ def learn(learners: Sequence[Learner], world: World) -> None:
         finish(learner)
 
 
-def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
-    """Write down what a step told, and save where it is time to."""
+def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn", keep: int) -> None:
+    """Write down what a step told, and save where it is time to; so many checkpoints are kept."""
     run, settings, state = learner.run, learner.config.run, learner.state
     done = state.step == settings.steps
     if watch.ready and (state.step % settings.knn_every == 0 or done):
@@ -203,7 +223,7 @@ def note(learner: Learner, record: dict[str, Any], watch: "OnlineKnn") -> None:
     if state.step % settings.checkpoint_every == 0 or done:
         saved = state.save()
         if is_first():
-            run.save(state.step, saved, settings.keep_checkpoints)
+            run.save(state.step, saved, keep)
 
 
 def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
@@ -266,9 +286,11 @@ def adapt(
         changes: "key=value" texts, on top of the config of the phase.
         fit_memory: fewer images a step, as `adapt.fitting_batch` says.
     Raises:
-        ValueError: the source has not reached its last step, or the config is impossible.
+        ValueError: the source has not reached its last step, or the config is impossible, or another network's.
     """
-    config = override(adapted(Run(source).config(), size, steps, fit_memory), list(changes))
+    plan = adapted(Run(source).config(), size, steps, fit_memory)
+    config = override(plan, list(changes))
+    expect_same_network(plan, config)
     device = pick_device(config.run.device)
     return pretrain(config, folder, state=start_adapted(config, device, last_state(Run(source), device)))
 
@@ -295,23 +317,28 @@ def distill(
         resume: go on with what was begun, all from the newest step that they have in common.
         world: images that are open already.
     Raises:
-        FileNotFoundError, ValueError: the teacher cannot teach these students; says why.
+        FileNotFoundError, ValueError: the teacher cannot teach these students; says why. One student given twice.
     """
     keep_freed_memory()
+    if len(set(students)) < len(students):
+        raise ValueError(f"expected different students, got {', '.join(students)}")
     if imitate is None:
         plans = [distilled(Run(source).config(), source, student, steps) for student in students]
     else:
-        plans = [imitating(imitate, source, student, steps) for student in students]
+        plans = [imitating(imitate, source, student, steps, changes) for student in students]
     plans = [override(plan, list(changes)) for plan in plans]
     folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
 
+    world = world or _opened(plans[0], folder)
     begun = [resume and Run(place).config_path.exists() for place in folders]
     wait()
 
     def open_learner(plan: RunConfig, place: Path, begun: bool) -> Learner:
         if not begun:
-            return enrol(plan, place, frozen=frozen)
+            learner = candidate(plan, place, frozen=frozen)
+            enrol(learner)
+            return learner
         if changed := difference(Run(place).config(), plan):
             raise ValueError(f"{place} was begun with other settings: {changed}; give them again or choose another --out")
         return reopen(place, frozen=frozen)
@@ -319,7 +346,6 @@ def distill(
     learners = [open_learner(*each) for each in zip(plans, folders, begun, strict=True)]
     while len(reached := {learner.state.step for learner in learners}) > 1:
         learners = [reopen(place, min(reached), frozen) for place in folders]
-    world = world or _opened(plans[0], folder)
     learn(learners, world)
     give_back_memory()
     return [learner.run for learner in learners], world

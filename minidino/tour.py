@@ -52,6 +52,7 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         What results.json holds.
     """
     folder, begun = Path(out), time.perf_counter()
+    expect_own(folder)
     keep_freed_memory()
     config = preset("scenes-cpu" if data is None else "imagenette-cpu")
     if data is not None:
@@ -79,6 +80,14 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     say(f"{folder / 'report.html'} and results.json are written; {results['minutes']} minutes, "
         f"{results['peak_memory_mb']} MiB at most")  # fmt: skip
     return results
+
+
+def expect_own(folder: Path) -> None:
+    """Raise FileExistsError where another command has its run: a tour begins anew, and would take that away."""
+    path = folder / "environment.json"
+    made_by = json.loads(path.read_text()).get("command", []) if path.exists() else []
+    if other := {"train", "adapt", "distill", "chain"} & set(made_by[1:2]):
+        raise FileExistsError(f"{folder} holds a run of minidino {other.pop()}; choose another with --out")
 
 
 def learn_from_a_pool(

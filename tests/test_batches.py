@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from minidino.config import CropConfig, MaskConfig, override, preset
-from minidino.images.batches import Batch, batch_indices, batches, collate, crop_laws, largest_block, make_batch
+from minidino.images.batches import (
+    Batch,
+    batch_indices,
+    batches,
+    collate,
+    crop_laws,
+    largest_block,
+    make_batch,
+    repeats,
+)
 from minidino.images.pixels import Pixels
 
 CPU = torch.device("cpu")
@@ -191,3 +200,15 @@ def test_masks_follow_their_config(pixels):
     every = next(batches(small("masks.probability=1", "masks.ratio=(0.3, 0.5)"), pixels, CPU))
     shares = every.masks.float().mean(-1)
     assert shares.min() >= 2 / 16 and shares.max() <= 0.5  # a target of 4 to 8 patches, at times missed
+
+
+def test_an_image_that_comes_twice_in_a_batch_is_cut_anew(pixels):
+    assert repeats(torch.tensor([4, 0, 4, 4, 0])).tolist() == [0, 0, 1, 2, 1]
+    few = pixels.select(range(5))
+    batch = next(batches(small("optim.batch_size=8"), few, CPU))
+    twice = [(i, j) for i in range(8) for j in range(i) if batch.index[i] == batch.index[j]]
+    assert len(twice) >= 3
+    for i, j in twice:
+        assert not torch.equal(batch.crops_global[:, i], batch.crops_global[:, j])
+    once = make_batch(small("optim.batch_size=8"), 0, *few.batch(batch.index[:1]), batch.index[:1])
+    assert torch.equal(once.crops_global[:, 0], batch.crops_global[:, 0])  # the first is cut as ever

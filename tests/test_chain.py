@@ -90,7 +90,7 @@ def test_another_chain_does_not_go_on_in_the_folder(whole):
     [
         ({"adapt_size": 50}, "crops.global_size: expected a multiple of vit.patch_size 8 px, got 50 px"),
         ({"students": ["vit_huge"]}, "student: expected one of vit_tiny"),
-        ({"students": []}, "students: expected at least one"),
+        ({"students": []}, "students, tasks: expected at least one of each"),
         ({"tasks": ["knn", "guess"]}, "tasks: expected some of knn, .*, got guess"),
         ({"distill_changes": ["vit.dept=3"]}, "keys are vit.name"),
         ({"size_px": 3}, "expected fields of adapt_changes, .*, got size_px"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from minidino.config import PRESETS, OptimConfig, RunConfig, difference, flatten, from_json, override, preset, to_json
 from minidino.learning.teacher import build_student
 from minidino.learning.train import schedules
+from minidino.ranges import ranges_of
+from minidino.runs import Run
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -247,3 +250,51 @@ def test_published_batches_in_images():
     assert preset("vitl16-short").optim.batch_size * preset("vitl16-short").run.steps == 256_000_000
     assert preset("vitl14-lvd").optim.batch_size * preset("vitl14-lvd").run.steps == 1_920_000_000
     assert math.isclose(RunConfig().optim.lr, preset("vitl16-short").optim.lr)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optim.clip=0", "optim.clip=-1", "teacher.patch_temp=0", "loss.ibot=-1", "loss.koleo=-0.1", "vit.width=0", "vit.depth=0",
+     "heads.ibot_n_prototypes=1", "heads.hidden_dim=0", "heads.n_layers=0", "vit.num_register_tokens=-1", "run.workers=-1",
+     "crops.jitter_probability=2", "crops.brightness=-1", "data.scene_seed=-1", f"run.seed={10**29}", "run.seed=-1",
+     "distill.targets=features"],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_by_name(change):
+    with pytest.raises(ValueError, match=f"^{change.split('=')[0]}: expected "):
+        override(preset("scenes-cpu"), change)
+
+
+def test_no_clipping_is_inf_and_texts_stay_texts():
+    assert override(preset("scenes-cpu"), "optim.clip=inf").optim.clip == float("inf")
+    assert override(preset("scenes-cpu"), "data.source=2024").data.source == "2024"
+
+
+def test_every_number_says_what_it_may_be():
+    """A number without a range may be anything, which hardly any may."""
+    free = set()
+    for name, stage in vars(RunConfig()).items():
+        hints = get_type_hints(type(stage)) if hasattr(stage, "stage") else {}
+        numbers = {key for key, hint in hints.items() if {int, float} & {hint, *get_args(hint)}}
+        free |= {f"{name}.{key}" for key in numbers - set(ranges_of(type(stage)))}
+    assert free == {"crops.global_scale", "crops.local_scale", "masks.ratio", "vit.interpolate_offset"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "expected a dictionary of stages"),
+        ("null", "expected a dictionary of stages"),
+        ('{"optim": 3}', "expected a dictionary of fields"),
+        ('{"run": {"steps": "6"}}', "run.steps: expected int, got '6'"),
+        ('{"run": {"steps": 4.0}}', "run.steps: expected int"),
+        ('{"crops": {"global_scale": 0.5}}', "crops.global_scale: expected"),
+        ('{"loss": {"targets": "foo"}}', "loss.targets: expected one of 'sinkhorn', 'centering', got 'foo'"),
+        ('{"data": {"stage": "x"}}', "unknown fields"),
+    ],
+)
+def test_a_damaged_config_is_refused_in_words(text, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        from_json(text)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: "):
+        Run(tmp_path).config()

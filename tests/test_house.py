@@ -17,7 +17,7 @@ from minidino.learning.losses import koleo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
-    config runs distributed engine
+    ranges config runs distributed engine
     images.scenes images.decode images.archives images.named images.datasets images.pixels
     images.resize images.crops images.masks images.batches images.attacks images.corruptions images.pools
     images.layouts images.pairs

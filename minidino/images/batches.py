@@ -87,7 +87,7 @@ def largest_block(masks: MaskConfig, side: int, patch_size: int) -> float:
 
 
 class _Steps(Dataset):
-    """Step -> padded pixels, sizes, indices of some rows of the batch: what a worker process prepares."""
+    """Step -> padded pixels, sizes, indices, repeats of some rows of the batch: what a worker process prepares."""
 
     def __init__(self, pixels: Pixels, batch_size: int, seed: int, start_step: int, n_steps: int, rows: Tensor):
         self.pixels, self.batch_size, self.seed = pixels, batch_size, seed
@@ -96,10 +96,11 @@ class _Steps(Dataset):
     def __len__(self) -> int:
         return self.n_steps
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
         step = self.start_step + i
-        index = batch_indices(len(self.pixels), self.batch_size, step, self.seed)[self.rows]
-        return step, *self.pixels.batch(index), index
+        whole = batch_indices(len(self.pixels), self.batch_size, step, self.seed)
+        index = whole[self.rows]
+        return step, *self.pixels.batch(index), index, repeats(whole)[self.rows]
 
 
 def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step: int = 0) -> Iterator[Batch]:
@@ -118,14 +119,26 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
     n_steps, settings = config.run.steps - start_step, config.run
     rows = my_rows(config.optim.batch_size, config.optim.accumulate)
     steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps, rows)
-    for step, images, sizes, index in DataLoader(steps, batch_size=None, num_workers=settings.workers):
-        yield make_batch(config, step, images.to(device, non_blocking=True), sizes, index)
+    for step, images, sizes, index, repeat in DataLoader(steps, batch_size=None, num_workers=settings.workers):
+        yield make_batch(config, step, images.to(device, non_blocking=True), sizes, index, repeat)
 
 
-def make_batch(config: RunConfig, step: int, images: Tensor, sizes: Tensor, index: Tensor) -> Batch:
-    """Cut and mask this process's images of one step, on the device where they are."""
+def repeats(index: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """How often each image of a batch has come before in it."""
+    return (index[:, None] == index).tril(-1).sum(1)
+
+
+def make_batch(
+    config: RunConfig, step: int, images: Tensor, sizes: Tensor, index: Tensor, repeat: Tensor | None = None
+) -> Batch:
+    """Cut and mask this process's images of one step, on the device where they are.
+
+    Args:
+        repeat: of each of these in the whole batch, as from `repeats`; None: `index` is the whole batch.
+    """
     *laws_global, law_local = crop_laws(config.crops)
-    seeds = [crop_seed(config.run.seed, step, int(i)) for i in index]
+    repeat = repeats(index) if repeat is None else repeat
+    seeds = [crop_seed(config.run.seed, step, *each) for each in zip(index.tolist(), repeat.tolist(), strict=True)]
     crops_global, crops_local = multi_crop(images, sizes, laws_global, law_local, config.crops.n_local, seeds)
     n_images = len(index) * n_processes()  # holes are shared out over the whole batch
     n_crops = len(laws_global) * n_images

@@ -78,9 +78,12 @@ def normalise(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
     return (images.float() / 255).sub_(mean).div_(std)
 
 
-def crop_seed(seed: int, step: int, index: int) -> int:
-    """Derive the seed of image `index` at `step`: workers, processes and batch mates have no say in it."""
-    text = f"{seed}/{step}/{index}".encode()
+def crop_seed(seed: int, step: int, index: int, repeat: int = 0) -> int:
+    """Derive the seed of image `index` at `step`: workers, processes and batch mates have no say in it.
+
+    A batch of few images may hold one twice: `repeat` counts those before, so that its crops are others.
+    """
+    text = f"{seed}/{step}/{index}{f'/{repeat}' if repeat else ''}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1  # 63 bits fit an int64
 
 
@@ -359,8 +362,7 @@ def hue(x: Float[Tensor, "n C s s"], shift: Factor) -> Float[Tensor, "n C s s"]:
 
         red' = clamp(2 red - middle - 6 shift chroma sign(green - blue), low, high)        green', blue' in a circle
 
-    low, middle and high are the channels in order, chroma is high - low; that is so up to a sixth of a turn. Without a
-    turn any number of channels stays as it is.
+    low, middle and high are the channels in order, chroma is high - low; that is so up to a sixth of a turn.
     """
     largest = abs(shift) if isinstance(shift, float) else shift.abs().max().item()
     n_turns = math.ceil(6 * largest - 1e-6)

@@ -21,12 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidino.config import RunConfig
+from minidino.config import RunConfig, difference
 from minidino.learning.objective import Center
 from minidino.learning.train import State, start
 from minidino.model.vit import VisionTransformer, interpolate_pos_embed
 from minidino.model.weights import load_weights
 
+NETWORK = {"data.channels", *(f"vit.{name}" for name in (
+    "name", "width", "depth", "heads", "patch_size", "num_register_tokens", "ffn"))}  # fmt: skip
 POSITIONS, KERNEL = "backbone.pos_embed", "patch_embed.proj.weight"
 
 
@@ -47,11 +49,18 @@ def adapted(config: RunConfig, size: int, steps: int, fit_memory: bool = False) 
         data=replace(config.data, short_side=grown(config.data.short_side)),
         crops=replace(crops, global_size=size, local_size=grown(crops.local_size)),
         loss=replace(config.loss, ibot_start_frac=0.0, ibot_full_frac=0.0),
-        optim=replace(config.optim, base_lr=config.optim.base_lr / 2),
+        optim=replace(config.optim, base_lr=config.optim.base_lr / 2, freeze_backbone_frac=0.0),
         run=replace(config.run, steps=steps),
     )
     batch_size = fitting_batch(config, larger) if fit_memory else config.optim.batch_size
     return replace(larger, optim=replace(larger.optim, batch_size=batch_size))
+
+
+def expect_same_network(before: RunConfig, after: RunConfig) -> None:
+    """Raise ValueError where the second config is of another network than the first: weights would not fit."""
+    other = [key for key in difference(before, after) if key in NETWORK or key.startswith("heads.")]
+    if other:
+        raise ValueError(f"a run goes on with the network as it is, and cannot change {', '.join(other)}")
 
 
 def fitting_batch(before: RunConfig, after: RunConfig) -> int:

@@ -14,6 +14,7 @@ Source: DINOv2 paper, section 5; it was not released. DINOv3's code agrees in wh
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minidino.config import DistillConfig, RunConfig, VitConfig
+from minidino.config import DistillConfig, RunConfig, VitConfig, override
 from minidino.learning.teacher import Frozen, Network, build_student
 from minidino.learning.train import State, start
 from minidino.model.vit import SIZES, VisionTransformer
@@ -62,23 +63,27 @@ def distilled(config: RunConfig, teacher: str | Path, student: str, steps: int) 
         config,
         vit=student_vit(student, config.vit),
         loss=replace(config.loss, ibot_start_frac=0.0, ibot_full_frac=0.0),  # its patches mean something from the start
+        optim=replace(config.optim, freeze_backbone_frac=0.0),  # the student's is fresh
         distill=DistillConfig(teacher=str(teacher)),
         run=replace(config.run, steps=steps),
     )
 
 
-def imitating(config: RunConfig, teacher: str | Path, student: str, steps: int) -> RunConfig:
+def imitating(
+    config: RunConfig, teacher: str | Path, student: str, steps: int, changes: Sequence[str] = ()
+) -> RunConfig:
     """The config of learning the tokens of any backbone: a run, or weights, with or without heads.
 
     Args:
         config: of data, crops and training; patches and positions follow the teacher.
+        changes: "key=value" texts; crops may fit the teacher's patches by them alone.
     """
     net = _backbone(str(teacher))
-    vit = replace(student_vit(student, config.vit), patch_size=net.patch_size)
+    followed = f"vit.patch_size={net.patch_size}", f"crops.local_size={net.patch_size}", "crops.n_local=0"
+    config = override(config, [*changes, *followed])
     return replace(
         config,
-        vit=vit,
-        crops=replace(config.crops, n_local=0),
+        vit=student_vit(student, config.vit),
         distill=DistillConfig(teacher=str(teacher), targets="features", teacher_width=net.width),
         run=replace(config.run, steps=steps),
     )

@@ -122,13 +122,18 @@ class _History:
         self.last_step = self.records[-1]["step"] if self.records else 0
         self.steps = config.get("run", {}).get("steps") or self.last_step
         self.settled = max(100, self.steps // 100)  # steps after which a run must have left its start
+        loss, n_local = config.get("loss", {}), config.get("crops", {}).get("n_local")
+        two_thirds = loss.get("dino_divisor") == "released" and n_local == 0
+        self.dino_weight = loss.get("dino", 1.0) * (2 / 3 if two_thirds else 1) or 1.0
         first_dino = self.early("dino")
         n_prototypes = config.get("heads", {}).get("n_prototypes")
         self.uniform = math.log(n_prototypes) if n_prototypes else first_dino or 1.0  # ln K
         self.clip = config.get("optim", {}).get("clip") or 3.0
 
     def series(self, key: str, after: int = 0) -> np.ndarray:
-        return np.array([r[key] for r in self.records if r.get(key) is not None and r["step"] >= after], dtype=float)
+        """What was recorded under this key; the DINO loss without its weight, in nats."""
+        values = [r[key] for r in self.records if r.get(key) is not None and r["step"] >= after]
+        return np.array(values, dtype=float) / (self.dino_weight if key == "dino" else 1.0)
 
     def early(self, key: str) -> float | None:
         """Median of the first five records."""

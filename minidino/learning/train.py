@@ -99,12 +99,19 @@ class State:
 
 
 def start(config: RunConfig, device: torch.device) -> State:
-    """A fresh student, its average and optimizer; the run's seed decides the weights. A frozen teacher comes later."""
-    resolve(config.loss.prototypes, device)  # these two raise what cannot run here before anything is built
+    """A fresh student, its average and optimizer; the run's seed decides the weights. A frozen teacher comes later.
+
+    Raises:
+        ValueError, NotImplementedError: what cannot run here, before anything is built.
+    """
+    resolve(config.loss.prototypes, device)
     resolve_attention(config.vit.attention, device)
+    precision = pick_precision(config.run.precision, device)
+    alone = config.run.parallel == "ddp" or n_processes() == 1
+    if not alone and (precision == "fp16" or config.optim.freeze_backbone_frac > 0):
+        raise ValueError("run.parallel: expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'")
     torch.manual_seed(config.run.seed)
     student = build_student(config).to(device).train()
-    precision = pick_precision(config.run.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return State(student, make_teacher(student), adamw(student, config.optim), scaler, precision)
 
@@ -119,7 +126,7 @@ def spread(config: RunConfig, state: State) -> None:
     """Let all processes learn this state together; alone, nothing changes. Each has the whole of it when it is called.
 
     Raises:
-        ValueError: the processes are at different steps, or the config is one that FSDP cannot run.
+        ValueError: the processes are at different steps.
     """
     if n_processes() == 1:
         return
@@ -129,8 +136,6 @@ def spread(config: RunConfig, state: State) -> None:
     if config.run.parallel == "ddp":
         state.ask_student = replicate(state.ask_student)
         return
-    if state.precision == "fp16" or config.optim.freeze_backbone_frac > 0:
-        raise ValueError("run.parallel: expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'")
     moments = state.optimizer.state_dict()
     for door in (state.ask_student, state.ask_teacher):
         shard(door, bf16=state.precision == "bf16")
