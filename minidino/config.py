@@ -103,8 +103,8 @@ class HeadConfig(Stage):
     n_layers: Positive = 3  # [released]
     weight_norm: bool = True  # [released]
     weight_g: Fidelity = "released"  # `released`: the prototypes' lengths train and decay; `paper`: fixed at 1 (DINO)
-    mlp_gain: float | None = None  # None: truncated normal 0.02 [released]; else Xavier normal with this gain
-    prototype_std: float | None = None  # None: torch's default [released]; large: prototypes hardly turn
+    mlp_gain: AboveZero | None = None  # None: truncated normal 0.02 [released]; else Xavier normal with this gain
+    prototype_std: AboveZero | None = None  # None: torch's default [released]; large: prototypes hardly turn
 
 
 @dataclass(frozen=True, kw_only=True)

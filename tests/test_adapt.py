@@ -173,3 +173,9 @@ def test_the_command_writes_a_run_beside_the_source(finished, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--base_lr=0.001"])
     assert "unrecognized arguments: --base_lr=0.001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["vit.depth=3", "heads.n_prototypes=32", "vit.patch_size=4"])
+def test_another_network_is_refused_in_words(finished, tmp_path, change):
+    with pytest.raises(ValueError, match=f"cannot change {change.split('=')[0]}"):
+        adapt(finished.folder, tmp_path / "other", 32, 2, [change])

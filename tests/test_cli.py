@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minidino.cli import main
+from minidino.cli import _interrupted, main
 from minidino.config import PRESETS, preset
 from minidino.runs import Run
 
@@ -57,8 +57,8 @@ def test_what_argparse_refuses(arguments, capsys):
         ("train run.device=tpu", "run.device: expected one of"),
         ("train data.source=nowhere", "nowhere"),
         ("train --resume nowhere", "nowhere is not a run folder"),
-        ("train --resume nowhere vit.depth=4", "exclude each other"),
-        ("train --resume nowhere --data photographs", "exclude each other"),
+        ("train --resume nowhere vit.depth=4", "give --resume RUN alone"),
+        ("train --resume nowhere --data photographs", "give --resume RUN alone"),
         ("train --data nowhere", "nowhere"),
         ("train --out full", "full is not empty and not a run folder"),
         ("tour --data nowhere", "nowhere"),
@@ -151,3 +151,13 @@ def test_train_prints_what_it_is_and_runs(capsys, monkeypatch):
         assert main(["train", "--out", "other", *sizes, f"{name}=triton"]) == 2
         assert "choose" in capsys.readouterr().err
     assert main(["doctor", "run"]) == 0
+
+
+def test_a_process_that_torchrun_replaced_goes_on_with_its_own_run_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minidino.distributed.restarted", lambda: True)
+    there = Run.create(tmp_path / "run", preset("scenes-cpu"), torch.device("cpu"))
+    assert _interrupted(there.folder)  # the same command
+    monkeypatch.setattr("sys.argv", ["minidino", "train", "--out", "run", "run.steps=50"])
+    assert not _interrupted(there.folder)
+    assert main(["train", "--out", str(there.folder), "run.steps=50"]) == 2
+    assert "holds a run" in capsys.readouterr().err

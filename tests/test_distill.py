@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from minidino import stages
 from minidino.cli import main
-from minidino.config import difference, override, preset
+from minidino.config import PRESETS, difference, override, preset
 from minidino.images.batches import batches
+from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, student_vit
 from minidino.learning.losses import sinkhorn_knopp, token_loss
 from minidino.learning.objective import imitation_losses, student_losses, token_targets
@@ -372,3 +373,37 @@ def test_the_phase_at_a_higher_resolution_is_guarded_and_keeps_its_frozen_teache
     assert {"before", "after", "verdict"} <= guard_of(run).keys()
     assert json.loads((run.folder / "teacher.json").read_text())["teacher"] == str(teacher.folder)
     assert guard_of(teacher) == {}
+
+
+def test_a_student_and_a_higher_resolution_do_not_inherit_a_frozen_backbone():
+    config = tiny("optim.freeze_backbone_frac=0.2")
+    assert distilled(config, "teacher", SMALL, 3).optim.freeze_backbone_frac == 0
+    assert adapted(config, 48, 3).optim.freeze_backbone_frac == 0
+
+
+def test_a_teacher_with_patches_of_14_px_is_imitated_by_any_preset(tmp_path):
+    vit = build_vit("vit_tiny", width=64, depth=1, heads=1, patch_size=14, img_size=56)
+    weights = export_weights(vit, tmp_path / "theirs.pth", "hub")
+    for name in PRESETS:
+        config = imitating(preset(name), weights, SMALL, 3, ["crops.global_size=56"])
+        assert (config.vit.patch_size, config.crops.global_size, config.crops.n_local) == (14, 56, 0)
+
+
+def test_weights_with_patches_of_14_px_go_on_with_crops_that_fit_them_alone(tmp_path):
+    vit = build_vit("vit_tiny", width=64, depth=1, heads=1, patch_size=14, img_size=28)
+    weights = export_weights(vit, tmp_path / "theirs.safetensors", "hub")
+    changes = [change for change in TINY if not change.startswith(("vit.", "crops."))]
+    command = ["train", "--weights", str(weights), "--out", str(tmp_path / "run"), *changes, "crops.global_size=28"]
+    assert main([*command, "crops.local_size=14"]) in (0, 1)  # 1: k-NN fell
+    assert Run(tmp_path / "run").config().vit.patch_size == 14
+
+
+def test_one_student_given_twice_is_refused(teacher, world, tmp_path):
+    with pytest.raises(ValueError, match="expected different students"):
+        distill(teacher.folder, tmp_path / "twice", [SMALL, SMALL], 2, world=world)
+
+
+def test_several_students_keep_the_step_before_the_last(teacher, world, tmp_path):
+    runs, _ = distill(teacher.folder, tmp_path / "two", [SMALL, SMALLER], 3, ["run.checkpoint_every=1",
+                                                                            "run.keep_checkpoints=1"], world=world)  # fmt: skip
+    assert [[step for step, _ in run.saved()] for run in runs] == [[2, 3], [2, 3]]

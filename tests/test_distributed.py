@@ -201,7 +201,7 @@ def test_fsdp_says_what_it_cannot_run(monkeypatch, change):
     monkeypatch.setattr(train, "n_processes", lambda: 2)
     config = tiny("run.parallel=fsdp", change)
     with pytest.raises(ValueError, match="expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'"):
-        train.spread(config, train.start(config, torch.device("cpu")))
+        train.start(config, torch.device("cpu"))
 
 
 def test_processes_at_different_steps_do_not_start(monkeypatch):

@@ -237,3 +237,13 @@ def test_prescription_is_numbered_and_fits_the_terminal():
     for number, finding in enumerate(findings, 1):
         assert f"{number}. [{finding.severity}] {finding.title}" in squeezed
         assert finding.evidence in squeezed and finding.advice in squeezed
+
+
+@pytest.mark.parametrize("loss, n_local", [({"dino": 0.5}, 2), ({"dino_divisor": "released"}, 0)])
+def test_a_weighted_loss_is_compared_with_ln_k_without_its_weight(loss, n_local):
+    weight = 0.5 if "dino" in loss else 2 / 3
+    records = [{"step": step, "dino": weight * LN_K, "teacher_entropy": LN_K} for step in range(0, 1800, 10)]
+    plain = [record | {"dino": LN_K} for record in records]
+    config = CONFIG | {"loss": {"dino": 1.0} | loss, "crops": {"n_local": n_local}}
+    weighted, unweighted = (doctor.diagnose(*each)[0].title for each in ((records, config), (plain, CONFIG)))
+    assert weighted == unweighted and "ollapse" in weighted

@@ -14,9 +14,9 @@ from minidino.evaluate import evaluate
 from minidino.images.pools import Pool
 from minidino.images.scenes import KINDS
 from minidino.judge import BASELINES, judge, patch_truth
-from minidino.runs import Run
+from minidino.runs import Run, pick_device
 from minidino.stages import open_world, pretrain, some
-from minidino.tour import draw, found_copies, report, shrink, tour
+from minidino.tour import draw, expect_own, found_copies, report, shrink, tour
 
 PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn", "sizes")
 SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_every=1", "run.knn_every=3",
@@ -130,3 +130,13 @@ def test_some_rows_are_spread_evenly():
     assert some(10, 3).tolist() == [0, 4, 9]
     assert some(3, 10).tolist() == [0, 1, 2]
     assert len(KINDS) == 10
+
+
+def test_a_tour_does_not_take_the_place_of_another_commands_run(tmp_path):
+    run = Run.create(tmp_path / "mine", preset("scenes-cpu"), pick_device("cpu"))
+    path = run.folder / "environment.json"
+    path.write_text(json.dumps({"command": ["minidino", "train", "--out", "mine"]}))
+    with pytest.raises(FileExistsError, match="holds a run of minidino train"):
+        tour(out=run.folder)
+    path.write_text(json.dumps({"command": ["minidino", "tour"]}))
+    expect_own(run.folder)
