@@ -25,6 +25,7 @@ BENCHMARKS = {
     "step": {"step"},
     "ablations": {"parts"},
     "compute": {"compute"},
+    "batch_size": {"batch-size"},
     "margins": {"margins"},
     "plan": {"plan", "plan-measured"},
 }

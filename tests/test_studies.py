@@ -97,3 +97,41 @@ def test_a_goal_counts_from_when_it_is_first_reached(study):
     imagenette = study("imagenette")
     told = {"seconds": [60.0, 120.0, 180.0], "knn": [0.79, 0.86, 0.80]}
     assert imagenette.reached(told) == {"0.80": 2.0, "0.85": 2.0, "0.90": None}
+
+
+def test_batches_of_all_sizes_are_learned_judged_and_drawn(study, monkeypatch, tmp_path):
+    batch_size, ablations = study("batch_size"), study("ablations")
+    for module in (batch_size, ablations):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    ablations.world.cache_clear()
+    tiny = [change for change in TINY if "batch_size" not in change]
+    of, ours = batch_size.config_of, ablations.config_of
+    monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(ours(name, seed, 2), TINY))
+    monkeypatch.setattr(batch_size, "IMAGES", 16)
+    monkeypatch.setattr(batch_size, "ROWS", {"64": (8, "learning rate", ()), "16-queue": (4, batch_size.QUEUED, ()),
+                                             "64-parts": (8, "parts", ("optim.accumulate=2",))})  # fmt: skip
+    monkeypatch.setattr(batch_size, "config_of", lambda name, seed: override(of(name, seed), tiny))
+    batch_size.learn(2, [])
+    batch_size.judge(2)
+    found = json.loads((tmp_path / "batch-size.json").read_text())
+    assert [(row["batch_size"], len(row["runs"])) for row in found["rows"].values()] == [(8, 2), (4, 2), (8, 2)]
+    assert found["beside_the_preset"]["64"]["knn"] == {"gain": 0.0, "standard_error": 0.0}
+    assert found["rows"]["64-parts"]["mib"] < found["rows"]["64"]["mib"]
+    assert "| 4 | 4 | learning rate, momentum, a queue" in batch_size.tables()["batch-size"]
+    ablations.world.cache_clear()
+
+
+def test_a_queue_balances_the_rows_of_the_steps_before_too(study):
+    batch_size = study("batch_size")
+    from minidino.learning import train
+    from minidino.learning.losses import sinkhorn_knopp
+    from minidino.learning.objective import TeacherLogits
+
+    steps = [torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    plain = train.make_targets
+    with batch_size.queued(9):
+        told = [train.make_targets(TeacherLogits(step, None), (0.1, 0.2))[0].dino for step in steps]
+    assert train.make_targets is plain
+    torch.testing.assert_close(told[0], plain(TeacherLogits(steps[0], None), 0.1)[0].dino)
+    rows = torch.cat([step.flatten(0, 1) for step in steps])[-15:]  # nine of the steps before, six of the last
+    torch.testing.assert_close(told[3].flatten(0, 1), sinkhorn_knopp(rows, 0.1)[-6:])
