@@ -129,7 +129,7 @@ def make_plan(
     """
     usual, usual_gpus = WHERE.get(config.preset, ELSEWHERE)
     device = device or usual
-    gpus = gpus or (usual_gpus if device == usual else 1)
+    gpus = (usual_gpus if device == usual else 1) if gpus is None else gpus
     _check(config, gpus, device, limit)
     s, o, w, n_parts = sizes_of(config, device), config.optim, config.loss, config.optim.accumulate
     masked = expected_masked(2 * o.batch_size, s.n_patches, config.masks.probability, config.masks.ratio)

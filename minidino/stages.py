@@ -7,6 +7,7 @@ Each stage leaves a run folder with metrics, checkpoints, weights and heads, and
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class World:
 def open_world(config: RunConfig, folder: Path) -> World:
     """The images of a config: drawn, or decoded once into `folder`.
 
-    Photographs without a validation part are split 4 : 1 by their position in the sorted list.
+    Photographs without a training or a validation part are split 4 : 1 by their position in the sorted list.
     """
     data = config.data
     load = partial(load_pixels, short_side=data.short_side, channels=data.channels)
@@ -72,16 +73,25 @@ def open_world(config: RunConfig, folder: Path) -> World:
         pixels = [Pixels.from_array(s.images, s.labels, list(KINDS)) for s in (scenes, test)]
         return World("drawn scenes", *pixels, scenes, test, pool)
     images = open_images(data.source)
-    parts = [np.flatnonzero(images.splits == name) for name in ("train", "val")]
-    if not len(parts[0]):
-        rows = np.setdiff1d(np.arange(len(images)), parts[1])
-        parts = [rows, parts[1]] if len(parts[1]) else [rows[rows % 5 != 0], rows[rows % 5 == 0]]
-    train_pixels, test_pixels = (
-        load(images.select(rows), folder=folder / name) if len(rows) else None
-        for name, rows in zip(("train", "val"), parts, strict=True)
-    )
+    train, val = _parts(images.splits)
+    train_pixels, test_pixels = load(images.select(train), folder=folder / "train"), None
+    try:
+        test_pixels = load(images.select(val), folder=folder / "val") if len(val) else None
+    except ValueError as error:  # not one decodes: that is no reason not to learn
+        warnings.warn(f"nothing to judge with: {error}", stacklevel=2)
     labelled = test_pixels is not None and (test_pixels.labels >= 0).any() and (train_pixels.labels >= 0).any()
     return World(images.name, train_pixels, test_pixels if labelled else None, pool=pool)
+
+
+def _parts(splits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are learned from, and which are held out."""
+    train, val = (np.flatnonzero(splits == name) for name in ("train", "val"))
+    train = train if len(train) else np.flatnonzero(splits != "val")
+    if len(train) and len(val):
+        return train, val
+    rows = train if len(train) else val
+    held_out = (np.arange(len(rows)) % 5 == 0) & (len(rows) > 1)
+    return rows[~held_out], rows[held_out]
 
 
 @dataclass(frozen=True)

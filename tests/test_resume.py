@@ -420,3 +420,34 @@ def test_a_file_among_the_checkpoints_that_is_none_is_left_alone(saved):
     (saved.checkpoints / "step_best.pt").write_bytes(b"mine")
     saved.save(15, {"step": 15}, keep=1)
     assert [step for step, _ in saved.saved()] == [15] and (saved.checkpoints / "step_best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        ([""] * 7, [1, 2, 3, 4, 6], [0, 5]),
+        (["train"] * 7, [1, 2, 3, 4, 6], [0, 5]),
+        (["val"] * 6, [1, 2, 3, 4], [0, 5]),
+        ([""], [0], []),
+        (["train", "val"], [0], [1]),
+        (["", "val", "train", ""], [2], [1]),
+        (["", "val", "", ""], [0, 2, 3], [1]),
+    ],
+)
+def test_what_is_held_out_of_photographs(splits, train, val):
+    parts = stages._parts(np.array(splits))
+    assert [part.tolist() for part in parts] == [train, val]
+
+
+def test_a_validation_part_that_cannot_be_read_does_not_stop_learning(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "photographs"
+    for part in ("train", "val"):
+        (folder / part / "a").mkdir(parents=True)
+    for i, image in enumerate(draw_scenes(8, 32, seed=3).images):
+        Image.fromarray(image).save(folder / "train" / "a" / f"{i}.png")
+    (folder / "val" / "a" / "cut.png").write_bytes(b"\x89PNG")
+    with pytest.warns(UserWarning, match="nothing to judge with: none of the 1 files"):
+        run, world = pretrain(tiny(f"data.source={folder}", "run.steps=1"), tmp_path / "run")
+    assert world.test is None and len(world.train) == 8 and len(run.records()) == 1
+    assert "cut.png" in (tmp_path / "run" / "pixels" / "val" / "quarantine.csv").read_text()
