@@ -8,7 +8,7 @@ JOBS ?= 2# test processes side by side, each with one thread
 TOUR := $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test notebooks book clean
+.PHONY: help tour test gpu notebooks book clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -22,6 +22,10 @@ test: .venv/.stamp-test ## run all tests, and every notebook against its stored 
 	@$(if $(NOTEBOOKS),echo "make: comparing the notebooks with their stored outputs")
 	@$(if $(NOTEBOOKS),OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope \
 		--no-loadscope-reorder --nbval --nbval-current-env $(NOTEBOOKS))
+
+gpu: .venv/.stamp-test ## on a machine with a CUDA GPU: the tests that are skipped without one, and memcheck of the kernels
+	@$(BIN)/python -m pytest -m gpu tests
+	@$(BIN)/python benchmarks/memcheck.py run
 
 notebooks: .venv/.stamp-test ## run every notebook again and store its outputs; nothing else writes them
 	@$(if $(NOTEBOOKS),echo "make: running $(words $(NOTEBOOKS)) notebooks",echo "make: there are no notebooks yet")

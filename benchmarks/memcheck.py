@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def main() -> None:
     if parser.parse_args().what == "small":
         small_runs()
         return
+    if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
+        sys.exit("memcheck needs a CUDA GPU, and compute-sanitizer of NVIDIA's CUDA toolkit on the PATH")
     command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, __file__, "small"]
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
