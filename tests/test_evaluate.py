@@ -153,6 +153,16 @@ def test_descriptions_are_computed_once(run, tmp_path):
     assert torch.equal(told.maps(images, "last")[:, :64], first) and told.maps(images, "last").shape[1] == 128
 
 
+@pytest.mark.parametrize("untold", [{"heads": 4}, {"interpolate_offset": 0.0}, {"interpolate_antialias": True}])
+def test_networks_of_the_same_tensors_that_see_otherwise_share_no_descriptions(untold, tmp_path):
+    vits = [build_vit("vit_tiny", **{"width": 32, "heads": 2, "depth": 1, "patch_size": 8, "img_size": 32, **how})
+            for how in ({}, untold)]  # fmt: skip
+    vits[1].load_state_dict(vits[0].state_dict())
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    rows = [Cache(tmp_path).whole(network("net", vit.eval()), "two", 48, lambda: images)["cls_blocks"] for vit in vits]
+    assert not np.allclose(*rows, atol=1e-6)
+
+
 def test_weights_alone_are_judged_beside_the_same_network_untrained(run, tmp_path):
     torch.manual_seed(5)
     vit, again = (build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2) for _ in range(2))
