@@ -17,7 +17,9 @@ from minidino.images.scenes import MASK_CLASSES, draw_scenes
 from minidino.model.vit import build_vit
 from minidino.model.weights import save_backbone
 from minidino.probes.features import state_hash
-from minidino.probes.linear import linear_probe
+from minidino.probes.grid import linear_grid
+from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
+from minidino.probes.logistic import logistic_regression, low_shot
 from minidino.probes.retrieval import leave_one_out
 from minidino.questions import open_groups, open_landmarks, open_question
 from minidino.stages import pretrain
@@ -199,7 +201,8 @@ def test_pictures_of_a_ground_truth_are_found_by_the_fullest_name(tmp_path):
         assert found.queries["whole"].pixels.files == ["view.0.png"]
         return found.database.pixels.files
 
-    assert files("b/1", "a/1.png", "view.1", "x", "b/x.jpeg") == ["b/1.png", "a/1.png", "view.1.png", "x.jpg", "b/x.png"]
+    assert files("b/1", "a/1.png", "view.1", "x", "b/x") == ["b/1.png", "a/1.png", "view.1.png", "x.jpg", "b/x.png"]
+    assert files("other/view.1.jpeg") == ["view.1.png"]
     with pytest.raises(ValueError, match="^1 may be a/1.png or b/1.png"):
         files("1")
     with pytest.raises(ValueError, match="lacks 1 pictures of .* such as view"):
@@ -263,6 +266,40 @@ def test_what_patches_know_without_a_network():
     assert not inside[0].any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_network_gets_no_score(value):
+    x, y = torch.randn(40, 6), torch.arange(40) % 2
+    x[:, 0] = 9 * y
+    broken, depth = x.clone(), torch.rand(8, 5) + 1
+    broken[3, 2] = value
+    for train, test in ((broken, x), (x, broken)):
+        rows, cut = (train, y, test, y), (train.view(8, 5, 6), test.view(8, 5, 6))
+        blocks = [{"cls_blocks": part[:, None], "mean_patch": part} for part in (train, test)]
+        for probe in (
+            lambda: linear_probe(*rows, epochs=1),
+            lambda: linear_grid(blocks[0], y, blocks[1], y, blocks=(1,), epochs=1),
+            lambda: logistic_regression(*rows, cs=(1.0,)),
+            lambda: low_shot(*rows, ns=(1,)),
+            lambda: patch_probe(cut[0], y.view(8, 5), cut[1], y.view(8, 5), 2),
+            lambda: patch_depth_probe(cut[0], depth, cut[1], depth),
+        ):
+            with pytest.raises(ValueError, match="the features hold NaN or infinity: the network that made them is"):
+                probe()
+    unknown = torch.where(torch.arange(40) == 3, -1, y)  # what does not count does no harm
+    assert logistic_regression(broken, unknown, x, y, cs=(1.0,))["accuracy"] == 1
+
+
+@pytest.mark.parametrize("task", ["linear", "robustness"])
+def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32)
+    vit.norm.weight.data[3] = torch.nan
+    save_backbone(vit, tmp_path / "w.safetensors")
+    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    assert main(["probe", "w.safetensors", "--task", task, "--data", data, "--size", "32"]) == 2
+    assert "minidino probe: the features hold NaN or infinity" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -306,7 +343,7 @@ def test_every_groups_file_counts_and_a_mark_at_its_begin_does_not(tmp_path):
             Image.new("RGB", (32, 32)).save(tmp_path / folder / name)
         (tmp_path / folder / "groups.csv").write_text(text, encoding="utf-8")
     found = open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
-    assert dict(zip(found.pixels.files, found.groups, strict=True)) == {"a/1.png": "cup", "a/2.png": "", "b/1.png": "cup"}
+    assert (found.pixels.files, found.groups) == (["a/1.png", "a/2.png", "b/1.png"], ["cup", "", "cup"])
     (tmp_path / "groups.csv").write_text("file,group\nb/1.png,saucer\n")
     with pytest.raises(ValueError, match="b/1.png has another group in another groups.csv"):
         open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
@@ -328,7 +365,8 @@ def test_depth_in_another_unit_is_asked_for_by_its_unit(run, tmp_path, monkeypat
         for kind in ("images", "depth"):
             (tmp_path / "kitti" / kind / split).mkdir(parents=True)
         for i in range(n):
-            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"kitti/images/{split}/{i}.png")
+            picture = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"kitti/images/{split}/{i}.png")
             metres = generator.uniform(5, 60, (32, 32))
             Image.fromarray((256 * metres).astype(np.uint16)).save(tmp_path / f"kitti/depth/{split}/{i}.png")
     ask = ["probe", str(run), "--task", "depth", "--data", str(tmp_path / "kitti"), "--out", str(tmp_path / "out")]

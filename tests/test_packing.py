@@ -163,7 +163,9 @@ def test_packed_wants_a_mask_per_group():
         tiny().forward_packed([], [])
 
 
-@pytest.mark.parametrize("shape, dtype", [((2, 1), torch.bool), ((1, 4), torch.bool), ((4,), torch.bool), ((2, 4), torch.long)])
+@pytest.mark.parametrize(
+    "shape, dtype", [((2, 1), torch.bool), ((1, 4), torch.bool), ((4,), torch.bool), ((2, 4), torch.long)]
+)
 def test_masks_of_another_shape_or_type_are_never_spread(shape, dtype):
     embed = inspect.unwrap(VisionTransformer.embed)  # in the tests, annotations would refuse some of them first
     with pytest.raises(ValueError, match=r"expected masks \(B, N\) = \(2, 4\) of bool, got"):

@@ -302,8 +302,8 @@ def test_heads_are_given_told_or_64_wide_and_else_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"hidden_size": 192, "num_attention_heads": 3}', b'{"vit": {"name": "vit_small"}}', b'{"num_attention_heads": 6}',
-     b'{"vit": {"name": ["vit_small"]}}', b"[1]", b"null", b"{", b"\xff\xfe{"],
+    [b'{"hidden_size": 192, "num_attention_heads": 3}', b'{"vit": {"name": "vit_small"}}',
+     b'{"num_attention_heads": 6}', b'{"vit": {"name": ["vit_small"]}}', b"[1]", b"null", b"{", b"\xff\xfe{"],
 )  # fmt: skip
 def test_a_config_of_something_else_is_left_aside_and_that_is_said(content, tmp_path):
     torch.save(tiny(0, width=768, heads=12, depth=1).state_dict(), tmp_path / "w.pth")

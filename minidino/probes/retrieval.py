@@ -214,15 +214,15 @@ def read_ground_truth(path: str | Path) -> GroundTruth:
     "imlist": [...], "qimlist": [...]}: the contents of the official gnd_*.pkl; "hard", "junk" and "bbx" may be absent.
 
     Raises:
-        ValueError: a pickle (the error says how to convert it), no such JSON, or rows that do not exist; names the file.
+        ValueError: a pickle (the error says how to convert it), no such JSON, or rows that do not exist.
     """
     raw = Path(path).read_bytes()
     if raw[:1] == b"\x80" or str(path).endswith((".pkl", ".pickle")):
         raise ValueError(f"{path} is a pickle, and {CONVERT}")
     try:
         content = json.loads(raw)
-        gnd, files, query_files = (_list(content[key], of) for key, of in (("gnd", dict), ("imlist", str), ("qimlist", str)))
-        queries = [_query(entry, len(files)) for entry in gnd]
+        files, query_files = (_list(content[key], str) for key in ("imlist", "qimlist"))
+        queries = [_query(entry, len(files)) for entry in _list(content["gnd"], dict)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected JSON with gnd, imlist and qimlist, got {error!r}") from error
     if len(queries) != len(query_files):
