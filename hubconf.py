@@ -6,7 +6,7 @@
 
 from pathlib import Path as _Path
 
-dependencies = ["jaxtyping", "safetensors", "torch", "tqdm"]
+dependencies = ["PIL", "jaxtyping", "numpy", "safetensors", "torch", "tqdm"]
 
 
 def _official(name):

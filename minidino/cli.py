@@ -257,7 +257,7 @@ def _probe(stages) -> None:
 
         o = options
         size = o.size and (tuple(o.size) if len(o.size) > 1 else o.size[0])
-        found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth)
+        found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth, depth_unit=o.depth_unit)
         print(f"{found['row']}\n{found['report']}")
 
     tasks = ("knn", "linear", "logreg", "finetune", "robustness", "retrieval", "segmentation", "depth", "dpt")
@@ -272,6 +272,8 @@ def _probe(stages) -> None:
     parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[], help="the same of what "
                         "nobody trained, or of the network before its first step; may be given again")  # fmt: skip
     parser.add_argument("--truth", metavar="JSON", help="queries for retrieval, as of Revisited Oxford and Paris")
+    parser.add_argument("--depth-unit", type=float, metavar="M", help="metres per unit of the depth files; without it "
+                        "integers are millimetres, floats metres")  # fmt: skip
     parser.add_argument("--out", help="folder of results.json, figure.png, report.html (default runs/probe-DATA-TASK)")
 
 

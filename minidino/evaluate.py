@@ -77,10 +77,11 @@ def ask_knn(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answer
     found = {}
     for subject in subjects:
         bank, labels, queries, truth = data.rows(subject)
-        ks = [k for k in (10, 20, 100, 200) if k <= len(bank)] or [1]
+        ks = [k for k in (10, 20, 100, 200) if k <= (labels >= 0).sum()] or [1]
         by_k = knn_accuracy(bank, labels, queries, truth, ks)
-        found[subject.name] = {"accuracy": by_k.get(20, by_k[ks[0]]), "by_k": by_k}
-    _bars(found, data, folder, "k-NN top-1, k = 20")
+        k = 20 if 20 in by_k else ks[0]
+        found[subject.name] = {"accuracy": by_k[k], "k": k, "by_k": by_k}
+    _bars(found, data, folder, f"k-NN top-1, k = {k}")
     return found
 
 
@@ -103,7 +104,7 @@ def ask_logistic(subjects: Sequence[Subject], data: Labelled, folder: Path) -> A
     found = {}
     for subject in subjects:
         rows = data.rows(subject)
-        fewest = int(np.bincount(rows[1][rows[1] >= 0]).min())
+        fewest = np.unique(rows[1][rows[1] >= 0], return_counts=True)[1].min()  # of the classes that occur
         few = low_shot(*rows, ns=[n for n in SHOTS if n <= fewest])
         found[subject.name] = logistic_regression(*rows) | {"low_shot": few}
         del found[subject.name]["model"]
@@ -141,8 +142,10 @@ def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) ->
     for answer in found.values():
         answer["accuracy"] = float(np.mean(list(answer["corrupted"].values())))
     errors = {who: {name: [1 - x for x in xs] for name, xs in a["corrupted"].items()} for who, a in found.items()}
+    baseline = errors[subjects[-1].name]
+    comparable = all(sum(xs) > 0 for xs in baseline.values())  # nothing is so and so many times as bad as no error
     for who, answer in found.items():  # each against the last baseline: 1 is as bad
-        answer["mce"] = mean_corruption_error(errors[who], errors[subjects[-1].name])["mce"]
+        answer["mce"] = mean_corruption_error(errors[who], baseline)["mce"] if comparable else None
     pictures.severity_curves({name: a["corrupted"] for name, a in found.items()}, folder / "figure.png")
     return found
 
@@ -158,7 +161,8 @@ def _bars(found: Answers, data: Labelled, folder: Path, metric: str) -> None:
 
 
 def ask_retrieval(subjects: Sequence[Subject], data: Grouped | Landmarks, folder: Path) -> Answers:
-    """mAP with every picture of a group as a query, or by the three protocols, with and without cutting queries out."""
+    """mAP with every picture of a group as a query, or by the protocols that have positives, with and without cutting
+    queries out."""
     found: Answers = {}
     for subject in subjects:
         if isinstance(data, Grouped):
@@ -176,7 +180,9 @@ def _by_protocol(subject: Subject, data: Landmarks) -> dict[str, Any]:
     bank = data.database.tokens(subject)
     for how, queries in data.queries.items():
         near = similarity(queries.tokens(subject), bank)
-        for protocol in PROTOCOLS:
+        for protocol, (positives, _) in PROTOCOLS.items():
+            if protocol != "medium" and not any(getattr(query, name) for query in data.truth for name in positives):
+                continue  # without hard entries there is easy and medium
             answer[f"{protocol}, {how} queries"] = mean_average_precision(near, data.truth, protocol)["map"]
     return answer | {"map": answer["medium, cropped queries"]}
 
@@ -293,6 +299,7 @@ def evaluate(
     out: str | Path | None = None,
     truth: str | None = None,
     cache: str | Path = "runs/features",
+    depth_unit: float | None = None,
 ) -> dict[str, Any]:
     """Ask one question about frozen features, and write down the answer.
 
@@ -306,11 +313,13 @@ def evaluate(
         out: folder of results.json, figure.png and report.html; None: runs/probe-DATA-TASK.
         truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.
         cache: where descriptions are kept; all tasks share them.
+        depth_unit: metres per unit of the files of depth and dpt; None: millimetres for integers, metres for floats.
     Returns:
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
     Raises:
-        ValueError: another task; pictures that lack labels, groups or pairs; weights without data; a network of other
-            channels than three, which robustness and the tasks of pixels cannot ask.
+        ValueError: another task; pictures that lack labels, groups or pairs; weights without data; a size below 1 px; a
+            network of other channels than three, which robustness and the tasks of pixels cannot ask; features that are
+            not finite.
     """
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
@@ -321,7 +330,8 @@ def evaluate(
     channels = subjects[0].vit.patch_embed.proj.in_channels
     if channels != 3 and (task == "robustness" or question.data in ("segmentation", "depth")):
         raise ValueError(f"{task} is asked with pictures of red, green and blue: {source} sees {channels} channels")
-    opened, about = open_question(question.data, data, size, truth, config, Cache(Path(cache)), channels)
+    store = Cache(Path(cache))
+    opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
     folder.mkdir(parents=True, exist_ok=True)
     answers = question.ask(subjects, opened, folder)

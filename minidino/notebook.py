@@ -175,21 +175,24 @@ def budget(minutes: float) -> Callable[[], None]:
 
 
 def _close(got: Any, expected: Any) -> bool:
-    """The same shape and the same numbers but for rounding; words and the like must be equal."""
+    """The same shape and the same numbers but for rounding; integers, words and the like must be equal."""
     if isinstance(expected, (tuple, list)) and isinstance(got, (tuple, list)):
         return len(got) == len(expected) and all(map(_close, got, expected))
     try:
         a, b = _numbers(got), _numbers(expected)
     except (TypeError, ValueError):
         return bool(got == expected)
+    if b.dtype.kind in "biu":
+        return np.array_equal(a, b)
     return a.shape == b.shape and np.allclose(a, b, RTOL, ATOL, equal_nan=True)
 
 
 def _numbers(value: Any) -> np.ndarray:
-    """Tensors, arrays and plain numbers as float64. Raises for everything else."""
+    """Tensors, arrays and plain numbers as an array: integers as they are, others as float64. Raises for all else."""
     if isinstance(value, str):
         raise TypeError("words are no numbers")
-    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(np.float64)
+    array = np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
+    return array if array.dtype.kind in "biu" else array.astype(np.float64)
 
 
 def _short(value: Any) -> str:

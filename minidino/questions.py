@@ -4,6 +4,7 @@
 """
 
 import csv
+import hashlib
 import io
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidino.config import CropConfig, RunConfig
-from minidino.images.datasets import ImageSet, open_images
+from minidino.images.datasets import IMAGE_SUFFIXES, ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
@@ -89,19 +90,19 @@ class Landmarks:
 
 
 def open_landmarks(path: str, truth: str, size: int, cache: Cache, channels: int = 3) -> Landmarks:
-    """The pictures that a ground-truth file names, by their names without folder and suffix.
+    """The pictures that a ground-truth file names, as in the folder, without suffix, or without folder as well.
 
     Raises:
-        ValueError: a picture that is not there or cannot be read.
+        ValueError: a picture that is not there or cannot be read, or a name that several have.
     """
     images, known = open_images(path), read_ground_truth(truth)
-    number = {Path(name).stem: i for i, name in enumerate(images.files)}
-    absent = [name for name in known.files + known.query_files if Path(name).stem not in number]
+    number = _rows_of(known.files + known.query_files, images.files)
+    absent = [name for name in known.files + known.query_files if name not in number]
     if absent:
         raise ValueError(f"{images.name} lacks {len(absent)} pictures of {truth}, such as {absent[0]}")
     loaded = []
     for names in (known.files, known.query_files):
-        pixels = load_pixels(images.select([number[Path(name).stem] for name in names]), 2 * size, channels=channels)
+        pixels = load_pixels(images.select([number[name] for name in names]), 2 * size, channels=channels)
         if len(pixels) < len(names):
             raise ValueError(f"{len(names) - len(pixels)} of {len(names)} pictures of {truth} cannot be read")
         loaded.append(pixels)
@@ -111,16 +112,44 @@ def open_landmarks(path: str, truth: str, size: int, cache: Cache, channels: int
     return Landmarks(Described(pixels=loaded[0], **about), queries, known.queries)
 
 
+def _rows_of(names: list[str], files: list[str]) -> dict[str, int]:
+    """Which file each name means: the one called so, or so but for the suffix, or so but for suffix and folder."""
+    ways = str, _without_suffix, lambda name: Path(_without_suffix(name)).name
+    called: list[dict[str, list[int]]] = [{} for _ in ways]
+    for i, file in enumerate(files):
+        for way, rows in zip(ways, called, strict=True):
+            rows.setdefault(way(file), []).append(i)
+    found = {}
+    for name in names:
+        fitting = next((rows[way(name)] for way, rows in zip(ways, called, strict=True) if way(name) in rows), [])
+        if len(fitting) > 1:
+            raise ValueError(f"{name} may be {' or '.join(files[i] for i in fitting[:2])}: name it with its folder")
+        found |= {name: i for i in fitting}
+    return found
+
+
+def _without_suffix(name: str) -> str:
+    """A name without the suffix of a picture; what else stands behind a dot belongs to it."""
+    return str(Path(name).with_suffix("")) if name.lower().endswith((*IMAGE_SUFFIXES, ".npy")) else name
+
+
 def open_groups(path: str, size: int, cache: Cache, channels: int = 3) -> Grouped:
-    """Pictures with a groups.csv (columns file and group) among them, or a folder for each thing.
+    """Pictures with a groups.csv (columns file and group) among them, or several, or a folder for each thing.
 
     Raises:
-        ValueError: neither; a groups.csv without these columns, or that names pictures which are not there.
+        ValueError: neither; a groups.csv that is no text or lacks these columns, or that names pictures which are not
+            there; two of them that put one picture into two groups.
     """
     images = open_images(path)
     listed = [i for i, name in enumerate(images.files) if name.rsplit("/", 1)[-1] == "groups.csv"]
     if listed:
-        groups = _read_groups(images, listed[0])
+        groups: dict[str, str] = {}
+        for i in listed:
+            more = _read_groups(images, i)
+            split = [name for name in groups.keys() & more.keys() if groups[name] != more[name]]
+            if split:
+                raise ValueError(f"{images.files[i]}: {min(split)} has another group in another groups.csv")
+            groups |= more
         images = images.select([i for i, name in enumerate(images.files) if name in groups])
     elif (images.labels >= 0).any():
         groups = {f: images.classes[k] if k >= 0 else "" for f, k in zip(images.files, images.labels, strict=True)}
@@ -133,7 +162,10 @@ def open_groups(path: str, size: int, cache: Cache, channels: int = 3) -> Groupe
 
 def _read_groups(images: ImageSet, index: int) -> dict[str, str]:
     folder = images.files[index].removesuffix("groups.csv")
-    rows = list(csv.DictReader(io.StringIO(images.read(index).decode())))
+    try:
+        rows = list(csv.DictReader(io.StringIO(images.read(index).decode("utf-8-sig"))))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{images.files[index]}: expected text in UTF-8, got {error}") from error
     if not rows or not {"file", "group"} <= rows[0].keys():
         raise ValueError(f"{images.files[index]}: expected columns file and group")
     groups = {folder + row["file"]: row["group"] for row in rows}
@@ -166,11 +198,11 @@ class Dense:
 
 
 def _open_dense(
-    kind: str, data: str, size: Size | None, config: RunConfig | None, cache: Cache
+    kind: str, data: str, size: Size | None, config: RunConfig | None, cache: Cache, depth_unit: float | None
 ) -> tuple[Dense, dict[str, Any]]:
     drawn = config.data if config else RunConfig().data
     few = min(drawn.n_scenes, MOST_SCENES), min(drawn.n_test_scenes, MOST_SCENES // 4)
-    pairs = open_pairs(data, kind, n_scenes=few, seed=drawn.scene_seed)
+    pairs = open_pairs(data, kind, depth_unit_m=depth_unit, n_scenes=few, seed=drawn.scene_seed)
     if pairs.layout == "scenes" and size is None and config:
         size = config.crops.global_size
     size = (size, size) if isinstance(size, int) else size
@@ -192,20 +224,23 @@ def open_question(
     config: RunConfig | None,
     cache: Cache,
     channels: int = 3,
+    depth_unit: float | None = None,
 ) -> tuple[Labelled | Grouped | Landmarks | Dense, dict[str, Any]]:
     """Open the pictures for one kind of question.
 
     Args:
         kind: "labelled", "grouped", "segmentation" or "depth".
-        data, size, truth: as for `minidino.evaluate.evaluate`.
+        data, size, truth, depth_unit: as for `minidino.evaluate.evaluate`.
         config: of the run that is asked; None: there is only a weights file.
         channels: of the pictures.
     Returns:
         The pictures, and what to say about them: names, counts, size.
     """
     data = data or config.data.source
+    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+        raise ValueError(f"expected a size of at least 1 px, got {size}")
     if kind in ("segmentation", "depth"):
-        return _open_dense(kind, data, size, config, cache)
+        return _open_dense(kind, data, size, config, cache, depth_unit)
     if isinstance(size, tuple):
         raise ValueError(f"whole pictures are looked at in squares: expected one number of px, got {size}")
     size = size or (config.crops.global_size if config else 224)
@@ -217,7 +252,9 @@ def open_question(
     config = config or RunConfig(crops=CropConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0))  # of no use here
     short_side = max(size, config.data.short_side)
     source = replace(config.data, source=data, pool="", short_side=short_side, channels=channels)
-    world = open_world(replace(config, data=source), cache.folder / f"pixels-{Path(data).stem}-{source.short_side}")
+    place = hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:8]  # of two folders with one name
+    store = cache.folder / f"pixels-{Path(data).stem}-{place}-{source.short_side}"
+    world = open_world(replace(config, data=source), store)
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")
     about = {"data": world.name, "n_train": len(world.train), "n_test": len(world.test), "size_px": size}

@@ -65,7 +65,8 @@ def network(name: str, vit: VisionTransformer, progress: bool = True) -> Subject
             blocks, how = taps(vit.depth, reading), {"norm": False, "class_token": True}
         return feature_maps(vit, images, blocks, dtype=torch.float16, progress=progress, **how)
 
-    return Subject(name, features.state_hash(vit), whole, maps, vit)
+    untold = f"{vit.heads} heads, positions {vit.interpolate_offset} {vit.interpolate_antialias}"  # by any tensor
+    return Subject(name, f"{features.state_hash(vit)}, {untold}", whole, maps, vit)
 
 
 def placed(subject: Subject) -> Subject:

@@ -167,6 +167,9 @@ def test_errors_are_means_over_pictures():
     expected = np.mean(rows, axis=0)
     assert [found[k] for k in ("rmse", "abs_rel", "log10", "delta1")] == pytest.approx(expected.tolist(), rel=1e-6)
     assert found["n_images"] == 2 and found["n_valid"] == (target > 0).sum()
+    target[1] = math.inf  # nor is this a distance
+    assert depth.depth_errors(prediction, target) == found
+    target[1] = 0
     perfect = depth.depth_errors(target.clamp_min(1), target.clamp_min(1).numpy(), target.numpy() > 0)
     assert (perfect["rmse"], perfect["abs_rel"], perfect["log10"], perfect["delta1"]) == (0, 0, 0, 1)
 
@@ -179,6 +182,7 @@ def test_errors_are_means_over_pictures():
         ({"prediction": torch.full((1, 2, 2), math.inf)}, "4 predictions are not"),
         ({"prediction": torch.zeros(1, 2, 2)}, "4 predictions are not"),
         ({"target": torch.zeros(1, 2, 2), "valid": torch.ones(1, 2, 2)}, "above 0 m"),
+        ({"target": torch.full((1, 2, 2), math.inf), "valid": torch.ones(1, 2, 2)}, "above 0 m"),
         ({"target": torch.ones(1, 2, 3)}, "of one shape"),
         ({"prediction": torch.ones(2, 2), "target": torch.ones(2, 2)}, r"\(n, H, W\)"),
     ],

@@ -10,15 +10,18 @@ import torch
 from PIL import Image
 
 from minidino import evaluate as evaluate_module
+from minidino.cli import main
 from minidino.config import override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.images.scenes import MASK_CLASSES, draw_scenes
 from minidino.model.vit import build_vit
 from minidino.model.weights import save_backbone
 from minidino.probes.features import state_hash
-from minidino.probes.linear import linear_probe
+from minidino.probes.grid import linear_grid
+from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
+from minidino.probes.logistic import logistic_regression, low_shot
 from minidino.probes.retrieval import leave_one_out
-from minidino.questions import open_groups, open_question
+from minidino.questions import open_groups, open_landmarks, open_question
 from minidino.stages import pretrain
 from minidino.subjects import Cache, network, patch_pixels, placed, positions, subjects_of, thumbnail
 
@@ -117,6 +120,45 @@ def test_robustness_counts_every_corruption_and_compares_with_the_last_baseline(
     assert answers["colours"]["mce"] == pytest.approx(1) and answers["trained"]["mce"] > 0
 
 
+def painted(folder, **colors):
+    """Noisy pictures of one colour in folders "split_class", eight each."""
+    generator = np.random.default_rng(0)
+    for name, color in colors.items():
+        place = folder / name.replace("_", "/")
+        place.mkdir(parents=True)
+        for i in range(8):
+            noisy = generator.integers(0, 30, (32, 32, 3)) + np.array(color)
+            Image.fromarray(noisy.astype(np.uint8)).save(place / f"{i}.png")
+    return str(folder)
+
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+
+
+def test_a_baseline_without_an_error_leaves_no_mce(run, tmp_path, monkeypatch):
+    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    monkeypatch.setattr(evaluate_module, "CORRUPTIONS", {"contrast": None, "pixelate": None})
+    monkeypatch.setattr(evaluate_module, "corrupt", lambda images, name, severity, seed: images)
+    found = evaluate(run, "robustness", data, baselines=("pixels",), out=tmp_path / "out", cache=tmp_path / "c")
+    assert found["answers"]["colours"]["accuracy"] == 1
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [answer["mce"] for answer in stored["answers"].values()] == [None] * 3
+
+
+def test_few_shots_are_drawn_of_the_classes_that_occur(run, tmp_path):
+    data = painted(tmp_path / "set", train_a=RED, train_c=BLUE, val_a=RED, val_b=GREEN, val_c=BLUE)
+    found = evaluate(run, "logreg", data, out=tmp_path / "out", cache=tmp_path / "c")
+    assert list(found["answers"]["trained"]["low_shot"]) == [1]
+
+
+def test_the_number_of_voters_is_the_one_that_was_used(run, tmp_path, monkeypatch):
+    said, draw = [], evaluate_module.pictures.baselines_bar
+    monkeypatch.setattr(evaluate_module.pictures, "baselines_bar", lambda *told: said.append(told[2]) or draw(*told))
+    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    found = evaluate(run, "knn", data, out=tmp_path / "out", cache=tmp_path / "c")
+    assert found["answers"]["trained"]["k"] == 10 and said == ["k-NN top-1, k = 10"]
+
+
 def test_retrieval_searches_among_all_others(run, things, tmp_path):
     found = evaluate(run, "retrieval", str(things), baselines=("pixels",), out=tmp_path / "out", cache=tmp_path / "c")
     assert found["answers"]["pixels"]["n_queries"] == 5 and found["n_test"] == 8  # the broken one is left out
@@ -133,9 +175,38 @@ def test_retrieval_by_a_ground_truth_file_cuts_queries_out_or_not(run, things, t
     answer = found["answers"]["trained"]
     assert len(answer) == 7 and answer["map"] == answer["medium, cropped queries"]
     assert answer["medium, cropped queries"] != answer["medium, whole queries"]
+    easy = [{"easy": [1]}, {"easy": [3]}]
+    truth.write_text(json.dumps({"gnd": easy, "imlist": [str(i) for i in range(8)], "qimlist": ["0", "2"]}))
+    found = evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
+    answer = found["answers"]["trained"]
+    assert set(answer) == {"map", *(f"{p}, {q} queries" for p in ("easy", "medium") for q in ("cropped", "whole"))}
+    truth.write_text(json.dumps({"gnd": [{"easy": []}] * 2, "imlist": ["0"], "qimlist": ["0", "2"]}))
+    with pytest.raises(ValueError, match="no query has a positive by protocol 'medium'"):
+        evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
     truth.write_text(json.dumps({"gnd": gnd, "imlist": ["absent"] * 8, "qimlist": ["0", "2"]}))
     with pytest.raises(ValueError, match="lacks 8 pictures of .* such as absent"):
         evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
+
+
+def test_pictures_of_a_ground_truth_are_found_by_the_fullest_name(tmp_path):
+    scenes = iter(draw_scenes(6, 48, 3).images)
+    for name in ("a/1.png", "b/1.png", "view.0.png", "view.1.png", "b/x.png", "x.jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(next(scenes)).save(tmp_path / "set" / name)
+
+    def files(*names):
+        gnd = {"gnd": [{"easy": [0]}], "imlist": list(names), "qimlist": ["view.0"]}
+        (tmp_path / "gnd.json").write_text(json.dumps(gnd))
+        found = open_landmarks(str(tmp_path / "set"), str(tmp_path / "gnd.json"), 48, Cache(tmp_path / "c"))
+        assert found.queries["whole"].pixels.files == ["view.0.png"]
+        return found.database.pixels.files
+
+    assert files("b/1", "a/1.png", "view.1", "x", "b/x") == ["b/1.png", "a/1.png", "view.1.png", "x.jpg", "b/x.png"]
+    assert files("other/view.1.jpeg") == ["view.1.png"]
+    with pytest.raises(ValueError, match="^1 may be a/1.png or b/1.png"):
+        files("1")
+    with pytest.raises(ValueError, match="lacks 1 pictures of .* such as view"):
+        files("view")
 
 
 def test_descriptions_are_computed_once(run, tmp_path):
@@ -151,6 +222,16 @@ def test_descriptions_are_computed_once(run, tmp_path):
     told = placed(subject)
     assert torch.equal(cache.maps(told, "two", images, "last"), told.maps(images, "last"))
     assert torch.equal(told.maps(images, "last")[:, :64], first) and told.maps(images, "last").shape[1] == 128
+
+
+@pytest.mark.parametrize("untold", [{"heads": 4}, {"interpolate_offset": 0.0}, {"interpolate_antialias": True}])
+def test_networks_of_the_same_tensors_that_see_otherwise_share_no_descriptions(untold, tmp_path):
+    vits = [build_vit("vit_tiny", **{"width": 32, "heads": 2, "depth": 1, "patch_size": 8, "img_size": 32, **how})
+            for how in ({}, untold)]  # fmt: skip
+    vits[1].load_state_dict(vits[0].state_dict())
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    rows = [Cache(tmp_path).whole(network("net", vit.eval()), "two", 48, lambda: images)["cls_blocks"] for vit in vits]
+    assert not np.allclose(*rows, atol=1e-6)
 
 
 def test_weights_alone_are_judged_beside_the_same_network_untrained(run, tmp_path):
@@ -185,12 +266,48 @@ def test_what_patches_know_without_a_network():
     assert not inside[0].any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_network_gets_no_score(value):
+    x, y = torch.randn(40, 6), torch.arange(40) % 2
+    x[:, 0] = 9 * y
+    broken, depth = x.clone(), torch.rand(8, 5) + 1
+    broken[3, 2] = value
+    for train, test in ((broken, x), (x, broken)):
+        rows, cut = (train, y, test, y), (train.view(8, 5, 6), test.view(8, 5, 6))
+        blocks = [{"cls_blocks": part[:, None], "mean_patch": part} for part in (train, test)]
+        for probe in (
+            lambda: linear_probe(*rows, epochs=1),
+            lambda: linear_grid(blocks[0], y, blocks[1], y, blocks=(1,), epochs=1),
+            lambda: logistic_regression(*rows, cs=(1.0,)),
+            lambda: low_shot(*rows, ns=(1,)),
+            lambda: patch_probe(cut[0], y.view(8, 5), cut[1], y.view(8, 5), 2),
+            lambda: patch_depth_probe(cut[0], depth, cut[1], depth),
+        ):
+            with pytest.raises(ValueError, match="the features hold NaN or infinity: the network that made them is"):
+                probe()
+    unknown = torch.where(torch.arange(40) == 3, -1, y)  # what does not count does no harm
+    assert logistic_regression(broken, unknown, x, y, cs=(1.0,))["accuracy"] == 1
+
+
+@pytest.mark.parametrize("task", ["linear", "robustness"])
+def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32)
+    vit.norm.weight.data[3] = torch.nan
+    save_backbone(vit, tmp_path / "w.safetensors")
+    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    assert main(["probe", "w.safetensors", "--task", task, "--data", data, "--size", "32"]) == 2
+    assert "minidino probe: the features hold NaN or infinity" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (dict(task="taste"), "expected a task of knn, linear"),
         (dict(baselines=("oracle",)), "expected baselines random or pixels"),
         (dict(size=(32, 48)), "looked at in squares"),
+        (dict(size=0), "a size of at least 1 px, got 0"),
+        (dict(task="depth", size=(48, -48)), "a size of at least 1 px"),
         (dict(task="retrieval"), "no file or folder scenes"),
     ],
 )
@@ -214,6 +331,48 @@ def test_a_groups_file_that_lies_is_refused(tmp_path):
     (tmp_path / "groups.csv").unlink()
     with pytest.raises(ValueError, match="no groups.csv"):
         open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+    (tmp_path / "groups.csv").write_bytes("file,group\na.png,Café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="^groups.csv: expected text in UTF-8"):
+        open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+
+
+def test_every_groups_file_counts_and_a_mark_at_its_begin_does_not(tmp_path):
+    for folder, text in (("a", "file,group\n1.png,cup\n2.png,\n"), ("b", "\ufefffile,group\n1.png,cup\n")):
+        (tmp_path / folder).mkdir()
+        for name in ("1.png", "2.png"):
+            Image.new("RGB", (32, 32)).save(tmp_path / folder / name)
+        (tmp_path / folder / "groups.csv").write_text(text, encoding="utf-8")
+    found = open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+    assert (found.pixels.files, found.groups) == (["a/1.png", "a/2.png", "b/1.png"], ["cup", "", "cup"])
+    (tmp_path / "groups.csv").write_text("file,group\nb/1.png,saucer\n")
+    with pytest.raises(ValueError, match="b/1.png has another group in another groups.csv"):
+        open_groups(str(tmp_path), 32, Cache(tmp_path / "c"))
+
+
+def test_sets_whose_folders_share_a_name_share_no_pixels(tmp_path):
+    for i, place in enumerate(("first", "second")):
+        for j, image in enumerate(draw_scenes(4, 32, i).images):
+            (tmp_path / place / "set" / str(j % 2)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / place / "set" / str(j % 2) / f"{j}.png")
+        open_question("labelled", str(tmp_path / place / "set"), 32, None, None, Cache(tmp_path / "c"))
+    assert len(list((tmp_path / "c").glob("pixels-set-*-*"))) == 2
+
+
+def test_depth_in_another_unit_is_asked_for_by_its_unit(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 4), ("val", 2)):
+        for kind in ("images", "depth"):
+            (tmp_path / "kitti" / kind / split).mkdir(parents=True)
+        for i in range(n):
+            picture = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"kitti/images/{split}/{i}.png")
+            metres = generator.uniform(5, 60, (32, 32))
+            Image.fromarray((256 * metres).astype(np.uint16)).save(tmp_path / f"kitti/depth/{split}/{i}.png")
+    ask = ["probe", str(run), "--task", "depth", "--data", str(tmp_path / "kitti"), "--out", str(tmp_path / "out")]
+    assert main([*ask, "--depth-unit", str(1 / 256)]) == 0
+    answer = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]["trained"]
+    assert answer["max_depth_m"] == 60 and 5 < answer["constant"]["rmse"] < 30
 
 
 def test_a_network_of_few_blocks_is_read_from_those_it_has():

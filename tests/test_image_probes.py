@@ -353,9 +353,19 @@ def test_ground_truth_comes_from_json_and_never_from_a_pickle(tmp_path):
         ({"gnd": []}, "imlist"),
         (content | {"qimlist": ["p"]}, "2 entries in gnd, but 1 names"),
         (content | {"imlist": ["x"]}, "the database has 1"),
+        ([1], "list indices"),
+        (content | {"gnd": {"0": {"easy": [0]}}}, "a list of dict"),
+        (content | {"gnd": ["easy"] * 2}, "a list of dict"),
+        (content | {"imlist": "xyz"}, "a list of str, got xyz"),
+        (content | {"imlist": [1, 2, 3]}, "a list of str"),
+        (content | {"gnd": [{"easy": "0"}] * 2}, "a list of int, got 0"),
+        (content | {"gnd": [{"easy": [0.5]}] * 2}, "a list of int"),
+        (content | {"gnd": [{"easy": [0], "hard": 1}] * 2}, "a list of int"),
+        (content | {"gnd": [{"easy": [0], "bbx": [1, 2, 3]}] * 2}, "a bbx of four numbers"),
+        (content | {"gnd": [{"easy": [0], "bbx": [1, 2, 3, "4"]}] * 2}, "a list of float"),
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"^{path}: .*{words}"):
             retrieval.read_ground_truth(path)
 
 

@@ -1,6 +1,7 @@
 """Crops of many sizes in one pass: attention, packing and stochastic depth."""
 
 import importlib.util
+import inspect
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from minidino.model.attention import attention, attention_weights, resolve, suits_triton
 from minidino.model.layers import DROP_PATH, drop_path_subset
-from minidino.model.vit import build_vit
+from minidino.model.vit import VisionTransformer, build_vit
 
 LENGTHS = [3, 5, 5, 1, 3, 3, 7]  # equal ones apart and together, one token, odd sizes
 
@@ -158,6 +159,17 @@ def test_packed_wants_a_mask_per_group():
     images, _ = crops()
     with pytest.raises(ValueError, match="4 groups, 1 masks"):
         tiny().forward_packed(images, [None])
+    with pytest.raises(ValueError, match="at least one group of images"):
+        tiny().forward_packed([], [])
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((2, 1), torch.bool), ((1, 4), torch.bool), ((4,), torch.bool), ((2, 4), torch.long)]
+)
+def test_masks_of_another_shape_or_type_are_never_spread(shape, dtype):
+    embed = inspect.unwrap(VisionTransformer.embed)  # in the tests, annotations would refuse some of them first
+    with pytest.raises(ValueError, match=r"expected masks \(B, N\) = \(2, 4\) of bool, got"):
+        embed(tiny(), torch.randn(2, 3, 8, 8).double(), torch.ones(shape, dtype=dtype))
 
 
 GROUPS = [(6, 3), (1, 2), (5, 4)]

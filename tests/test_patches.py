@@ -1,5 +1,6 @@
 """Patch features in numbers: against scikit-learn, loops from the formulas, and all permutations."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -8,8 +9,12 @@ import torch
 from sklearn.decomposition import PCA
 
 from minidino.images.crops import normalise
+from minidino.images.pixels import Pixels
 from minidino.model.vit import build_vit
 from minidino.probes import patches
+from minidino.probes.dense import feature_maps
+from minidino.probes.features import extract
+from minidino.probes.grid import augmented_features
 from minidino.probes.patches import Matches, attention_to, foreground_pca, match_patches, thinned_matches, token_norms
 
 
@@ -282,3 +287,20 @@ def test_features_of_half_precision_are_understood():
     features, truth = things()
     found = foreground_pca(torch.from_numpy(features).bfloat16(), (5, 6))
     np.testing.assert_array_equal(found.mask, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_half_precision_are_shown_pixels_of_theirs(dtype):
+    sizes = {"width": 16, "depth": 4, "heads": 2, "patch_size": 4, "img_size": 8}
+    vit = build_vit("vit_tiny", **sizes, num_register_tokens=1).eval()
+    half = copy.deepcopy(vit).to(dtype)
+    images = torch.randint(0, 256, (2, 3, 8, 16), dtype=torch.uint8)
+    stored = Pixels.from_array(images.permute(0, 2, 3, 1).numpy(), [0, 1], ["a", "b"])
+    for look in (
+        lambda net: extract(net, images, progress=False, blocks=4)["cls_blocks"],
+        lambda net: feature_maps(net, images, 2, progress=False),
+        lambda net: torch.from_numpy(token_norms(net, images)["patch"]),
+        lambda net: attention_to(net, images),
+        lambda net: next(augmented_features(net, stored, 8, 2, 2))[0]["mean_patch"],
+    ):
+        torch.testing.assert_close(look(half).double(), look(vit).double(), atol=0.05, rtol=0.05)

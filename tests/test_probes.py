@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minidino.model.vit import build_vit
-from minidino.probes import features, knn, linear
+from minidino.probes import features, knn, linear, logistic
 
 
 class StubTokens(NamedTuple):
@@ -128,6 +132,18 @@ def test_store_keeps_the_old_features_when_the_new_computation_fails(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_store_sweeps_away_what_dead_writers_left(tmp_path):
+    writer = subprocess.Popen([sys.executable, "-c", ""])
+    writer.wait()
+    dead, alive = (tmp_path / f"other-0123.{pid}.unfinished" for pid in (writer.pid, os.getppid()))
+    for age, kept in ((0, [dead, alive]), (7200, [alive])):  # a dead one may live on another machine
+        for folder in (dead, alive):
+            folder.mkdir(exist_ok=True)
+            os.utime(folder, (time.time() - age,) * 2)
+        features.FeatureStore(tmp_path).get(features.feature_key("w", f"d{age}", 8), lambda: {"cls": torch.ones(1)})
+        assert [folder for folder in (dead, alive) if folder.exists()] == kept
+
+
 # ---------------------------------------------------------------- untrained descriptors
 
 
@@ -225,6 +241,18 @@ def test_knn_says_what_is_wrong():
         knn.neighbours(x, x[:, :3], 1)
     with pytest.raises(ValueError, match="a label for each"):
         knn.knn_accuracy(x, y[:5], x, y, ks=(1,))
+    words = np.array(["cat", "dog"])[y]
+    for labels in (words, words.tolist(), words.astype(object)):
+        for probe in (knn.knn_accuracy, linear.linear_probe, logistic.logistic_regression, logistic.low_shot):
+            with pytest.raises(ValueError, match="labels as the numbers of classes.*got .'(cat|dog)"):
+                probe(x, labels, x, labels)
+
+
+def test_voters_count_classes_and_not_the_largest_label():
+    x, y = blobs(60, 3, 5, 0.5)
+    numbers = torch.tensor([7, 10**9, 10**12])
+    found = knn.knn_predict(x[:30], numbers[y[:30]], x[30:], 5)
+    assert torch.equal(found, numbers[knn.knn_predict(x[:30], y[:30], x[30:], 5)])
 
 
 # ---------------------------------------------------------------- linear probes

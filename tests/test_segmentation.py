@@ -221,6 +221,12 @@ def test_one_picture_of_one_class_is_enough():
     assert found["miou"] == found["accuracy"] == 1.0
 
 
+def test_classes_of_one_name_keep_a_row_each():
+    train = coloured(4)
+    found = segmentation.linear_segmentation(*train, *train, CLASSES, 2, patch_size=8, classes=["a", "b", "a"])
+    assert list(found["table"]) == ["a (0)", "b", "a (2)"] and list(found["table"].values()) == found["iou"]
+
+
 # ---------------------------------------------------------------- labels that travel
 
 

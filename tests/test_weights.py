@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import json
 import os
 import re
 
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer as TimmViT
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DPTConfig,
+    DPTForDepthEstimation,
+)
 
 from minidino.config import override, preset
 from minidino.learning.teacher import build_backbone
@@ -52,7 +62,14 @@ def exported(state):
     return {"teacher": {f"backbone.{k}": x for k, x in state.items()} | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}
 
 
+def prefixed(prefix):
+    """As wrappers of torch save it: torch.compile, DDP, FSDP; the head beside it is left behind."""
+    return lambda state: {f"{prefix}{k}": x for k, x in state.items()} | {"module.fc.weight": 0, "epoch": 3}
+
+
 LAYOUTS = {"hub": dict, "chunked": chunked, "exported": exported, "training": training}
+LAYOUTS |= {prefix: prefixed(prefix) for prefix in ("_orig_mod.", "module.", "module.backbone.", "module._orig_mod.",
+            "_fsdp_wrapped_module.", "teacher.backbone._orig_mod.")}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -109,6 +126,36 @@ def test_hugging_face_layouts(registers, ffn, tmp_path):
         assert torch.equal(vit.mask_token, theirs.embeddings.mask_token)
 
 
+SIZE = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=24, patch_size=8)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_backbone_inside_a_model_of_hugging_face_is_found(registers, tmp_path):
+    if registers:
+        theirs = Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(**SIZE, num_register_tokens=4))
+    else:
+        theirs = Dinov2ForImageClassification(Dinov2Config(**SIZE))
+    theirs.eval().save_pretrained(tmp_path)
+    inner = theirs.dinov2_with_registers if registers else theirs.dinov2
+    vit = backbone_of(tmp_path).eval()
+    assert vit.heads == 3
+    torch.testing.assert_close(vit(IMAGES), inner(IMAGES).pooler_output, rtol=0, atol=1e-5)
+
+
+def test_the_heads_of_a_backbone_under_a_decoder_are_its_own(tmp_path):
+    config = DPTConfig(
+        backbone_config=Dinov2Config(**SIZE, out_indices=[1, 2, 3, 4], reshape_hidden_states=False), hidden_size=48,
+        neck_hidden_sizes=[4, 4, 4, 4], reassemble_factors=[4, 2, 1, 0.5], fusion_hidden_size=4,
+    )  # fmt: skip
+    theirs = DPTForDepthEstimation(config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_attention_heads"] == 12  # of no backbone
+    vit = backbone_of(tmp_path)
+    assert vit.heads == 3
+    expected = theirs.backbone(IMAGES, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(vit.forward_features(IMAGES).x_prenorm, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_timm_layouts(registers, ffn):
@@ -127,11 +174,14 @@ def test_timm_layouts(registers, ffn):
 
 
 def test_another_grid_is_resized_and_said():
-    source, target = tiny(0), tiny(1, img_size=40)
-    with pytest.warns(UserWarning, match="resized from 3 x 3 to 5 x 5"):
-        load_weights(target, source.state_dict())
-    assert torch.equal(target.pos_embed, interpolate_pos_embed(source.pos_embed, (5, 5), offset=0.0))
-    assert torch.equal(target.norm.weight, source.norm.weight)
+    images = torch.randn(2, 3, 40, 40)
+    for stretch in (dict(), dict(interpolate_offset=0.0, interpolate_antialias=True)):
+        source, target = tiny(0, **stretch), tiny(1, img_size=40, **stretch)
+        with pytest.warns(UserWarning, match="resized from 3 x 3 to 5 x 5"):
+            load_weights(target, source.state_dict())
+        how = source.interpolate_offset, source.interpolate_antialias
+        assert torch.equal(target.pos_embed, interpolate_pos_embed(source.pos_embed, (5, 5), *how))
+        assert torch.equal(target(images), source(images))  # as it is stretched at run time
 
 
 @pytest.mark.parametrize(
@@ -248,6 +298,19 @@ def test_heads_are_given_told_or_64_wide_and_else_asked_for(tmp_path):
     assert vit.interpolate_antialias and vit.blocks[0].attn.impl == "reference"
     with pytest.raises(ValueError, match="got keys blocks"):
         backbone_of({"blocks.0.norm1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"hidden_size": 192, "num_attention_heads": 3}', b'{"vit": {"name": "vit_small"}}',
+     b'{"num_attention_heads": 6}', b'{"vit": {"name": ["vit_small"]}}', b"[1]", b"null", b"{", b"\xff\xfe{"],
+)  # fmt: skip
+def test_a_config_of_something_else_is_left_aside_and_that_is_said(content, tmp_path):
+    torch.save(tiny(0, width=768, heads=12, depth=1).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.warns(UserWarning, match="config.json tells of no backbone 768 wide"):
+        vit = backbone_of(tmp_path / "w.pth")
+    assert vit.heads == 12 and vit.interpolate_offset == 0.1
 
 
 # ---------------------------------------------------------------------------------------------- official, by name

@@ -19,7 +19,9 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 NESTED_UNDER = ("teacher", "model", "state_dict")
-PREFIXES = ("teacher.backbone.", "backbone.")  # the first that occurs is the backbone, all else is left behind
+WRAPPERS = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|module)\."  # of torch.compile, FSDP and DDP
+# the first that occurs is the backbone, all else is left behind
+PREFIXES = ("teacher.backbone.", "backbone.", "dinov2.", "dinov2_with_registers.")
 
 # Our name for each piece of a foreign key, in this order; what no rule touches is the same everywhere.
 RENAMES = (
@@ -85,7 +87,7 @@ def _unwrap(source: Mapping) -> State:
     for name in NESTED_UNDER:
         if isinstance(source.get(name), Mapping):
             return _unwrap(source[name])
-    clean = {str(key).replace("_fsdp_wrapped_module.", ""): x for key, x in source.items() if isinstance(x, Tensor)}
+    clean = {re.sub(WRAPPERS, "", str(key)): x for key, x in source.items() if isinstance(x, Tensor)}
     for prefix in PREFIXES:
         inside = {key.removeprefix(prefix): x for key, x in clean.items() if key.startswith(prefix)}
         if inside:

@@ -220,6 +220,9 @@ class VisionTransformer(nn.Module):
         """Tokens before the first block: [cls | registers | patches]; masked patches are the mask token."""
         patches = self.patch_embed(images)  # (B, N, D)
         if masks is not None:
+            if masks.shape != patches.shape[:2] or masks.dtype != torch.bool:
+                expected = f"expected masks (B, N) = {tuple(patches.shape[:2])} of bool"
+                raise ValueError(f"{expected}, got {tuple(masks.shape)} of {masks.dtype}")
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         pos = interpolate_pos_embed(self.pos_embed, grid, self.interpolate_offset, self.interpolate_antialias)
@@ -237,7 +240,8 @@ class VisionTransformer(nn.Module):
         Returns:
             One Tokens per group; equal to `forward_features` of each group alone when nothing is dropped.
         Raises:
-            ValueError: a side that is not a multiple of the patch size, or not one mask (or None) per group.
+            ValueError: a side that is not a multiple of the patch size, no group, not one mask (or None) per group, or
+                a mask of another shape or type.
         Source: official dinov2/layers/block.py (b8931f7), NestedTensorBlock.forward_nested.
         """
         x, groups = self._pack(images, masks)
@@ -301,6 +305,8 @@ class VisionTransformer(nn.Module):
 
     def _pack(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Groups]:
         """Embed each group and lay all crops end to end: (sum of B*T, D)."""
+        if len(images) == 0:
+            raise ValueError("expected at least one group of images, got none")
         if len(images) != len(masks):
             raise ValueError(f"expected a mask or None per group, got {len(images)} groups, {len(masks)} masks")
         tokens = [self.embed(x, mask) for x, mask in zip(images, masks)]

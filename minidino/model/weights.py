@@ -47,7 +47,8 @@ def load_weights(vit: VisionTransformer, source: Source, cache: str | Path | Non
 
     The outputs are those of the model the weights come from, up to how it stretches positions to another grid: official
     models without registers use interpolate_offset=0.1; Hugging Face (without registers) asks by size, offset 0.0; timm
-    and all register models add interpolate_antialias=True.
+    and all register models add interpolate_antialias=True. Positions stored for another grid than that of the backbone
+    are stretched once, here, as the backbone would stretch them while it runs.
 
     Args:
         vit: a backbone of the right sizes; it is changed in place.
@@ -72,9 +73,8 @@ def load_weights(vit: VisionTransformer, source: Source, cache: str | Path | Non
     if stored != wanted:
         said = f"position embedding resized from {stored} x {stored} to {wanted} x {wanted} patches"
         warnings.warn(said, stacklevel=2)
-        state["pos_embed"] = interpolate_pos_embed(
-            state["pos_embed"], (wanted, wanted), offset=0.0, antialias=vit.interpolate_antialias
-        )
+        how = vit.interpolate_offset, vit.interpolate_antialias
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], (wanted, wanted), *how)
     _check_fit(vit.state_dict(), state)
     vit.load_state_dict(state)
     return vit
@@ -86,8 +86,8 @@ def backbone_of(
     """A backbone of the sizes that the weights themselves tell, filled with them.
 
     No tensor tells the number of heads. It is, in this order: the argument; what a .safetensors file of this package
-    says of itself; the config.json beside the file (Hugging Face, or a run of this package); one for every 64
-    channels, as published.
+    says of itself; the config.json beside the file (Hugging Face, or a run of this package), where it tells the width
+    of these weights; one for every 64 channels, as published.
 
     Args:
         source, cache: as for `load_weights`.
@@ -98,11 +98,13 @@ def backbone_of(
         FileNotFoundError, OSError: as `load_weights`.
         ValueError: as `load_weights`; or the width is no multiple of 64 and nothing tells the heads.
     Warns:
-        UserWarning: the heads were guessed, at a width that was never published; or as `load_weights`.
+        UserWarning: the heads were guessed, at a width that was never published; the config.json beside the file is of
+            something else; or as `load_weights`.
     """
     source = _located(source, cache)
     state = _backbone_state(source)
-    sizes, told = describe(state), {} if isinstance(source, Mapping) else _told(source)
+    sizes = describe(state)
+    told = {} if isinstance(source, Mapping) else _told(source, sizes["width"])
     registers, side = sizes["registers"], math.isqrt(state["pos_embed"].shape[1] - 1)
     published = {"interpolate_offset": 0.0 if registers else 0.1, "interpolate_antialias": bool(registers)}
     told["heads"] = heads or told.get("heads") or _guess_heads(sizes["width"])
@@ -173,8 +175,9 @@ def _backbone_state(source: Path | Mapping) -> State:
     return state
 
 
-def _told(path: Path) -> dict[str, int | float | bool | None]:
-    """What a file says of itself, or the config.json beside it, in the words of build_vit; {} when nothing does."""
+def _told(path: Path, width: int) -> dict[str, int | float | bool | None]:
+    """What a file says of itself, or the config.json beside it of a backbone this wide, in the words of build_vit; {}
+    when nothing does."""
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -183,12 +186,22 @@ def _told(path: Path) -> dict[str, int | float | bool | None]:
             return json.loads(said["build_vit"])
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     config = home / "config.json"
-    said = json.loads(config.read_text()) if config.is_file() else {}
-    if isinstance(said.get("vit"), dict):  # a run of this package
-        said = said["vit"]
-        heads = said.get("heads") or SIZES.get(said.get("name"), (0, 0, None))[2]
-    else:  # Hugging Face
-        heads = said.get("num_attention_heads")
+    if not config.is_file():
+        return {}
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        said = None
+    for part in ("vit", "backbone_config"):  # of a run of this package; of a Hugging Face model around a backbone
+        if isinstance(said, dict) and isinstance(said.get(part), dict):
+            said = said[part]
+    if not isinstance(said, dict):
+        said = {}
+    named_width, _, named_heads, _ = SIZES.get(str(said.get("name")), (None,) * 4)
+    if (said.get("width") or said.get("hidden_size") or named_width) != width:
+        warnings.warn(f"{config} tells of no backbone {width} wide, as these weights are: left aside", stacklevel=3)
+        return {}
+    heads = said.get("heads") or said.get("num_attention_heads") or named_heads
     return {"heads": heads, **{key: said[key] for key in STRETCH if key in said}}
 
 

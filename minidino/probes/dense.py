@@ -18,8 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidino.images.crops import normalise
-from minidino.probes.features import expect_pixels, frozen
+from minidino.probes.features import as_seen, expect_pixels, frozen
 
 Rows = Tensor | np.ndarray
 
@@ -61,13 +60,13 @@ def feature_maps(
     Source: DINOv2 paper, section 7.4; official dinov2/hub/depthers.py, eval/depth/models/decode_heads/linear_head.py.
     """
     expect_pixels(images)
-    device, depth = next(vit.parameters()).device, len(vit.blocks)
+    depth = len(vit.blocks)
     taps = blocks if isinstance(blocks, int) else sorted({i + depth if i < 0 else i for i in blocks})
     border = borders(images.shape[2:], vit.patch_size)
     found = []
     with frozen(vit), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
-            batch = F.pad(normalise(batch.to(device)), border)
+            batch = F.pad(as_seen(vit, batch), border)
             layers = vit.get_intermediate_layers(batch, taps, reshape=True, return_class_token=True, norm=norm)
             parts = [(p, c[:, :, None, None].expand_as(p)) if class_token else (p,) for p, c in layers]
             found.append(torch.cat([x for part in parts for x in part], 1).to("cpu", dtype))

@@ -171,7 +171,7 @@ def depth_errors(prediction: Rows, target: Rows, valid: Rows | None = None) -> d
 
     Args:
         prediction, target: (n, H, W) metres.
-        valid: bool, which pixels count; None: those with a target above 0.
+        valid: bool, which pixels count; None: those with a target above 0 that is finite.
     Returns:
         "rmse" (metres), "abs_rel" |p - t| / t, "log10" |log10 p - log10 t|, "delta1" the share within a factor of
         1.25; "n_valid" pixels and "n_images" that have any: pictures without are left out of the means.
@@ -181,14 +181,14 @@ def depth_errors(prediction: Rows, target: Rows, valid: Rows | None = None) -> d
     Differs: no crop of the border (published: Eigen's for NYU, Garg's for KITTI); give `valid` for that.
     """
     prediction, target = (torch.as_tensor(x).detach().cpu() for x in (prediction, target))
-    valid = target > 0 if valid is None else torch.as_tensor(valid).cpu().bool()
+    valid = (target > 0) & target.isfinite() if valid is None else torch.as_tensor(valid).cpu().bool()
     if not prediction.shape == target.shape == valid.shape or target.ndim != 3:
         shapes = [tuple(x.shape) for x in (prediction, target, valid)]
         raise ValueError(f"expected prediction, target and valid of one shape (n, H, W), got {shapes}")
     if not valid.any():
         raise ValueError("no valid pixel in any picture: nothing to judge")
     wrong = ~((prediction[valid] > 0) & prediction[valid].isfinite())
-    if wrong.any() or not (target[valid] > 0).all():
+    if wrong.any() or not ((target[valid] > 0) & target[valid].isfinite()).all():
         raise ValueError(f"expected valid depth above 0 m and finite; {int(wrong.sum())} predictions are not")
     pictures = zip(prediction, target, valid, strict=True)
     rows = [_errors_of(p[v].double(), t[v].double()) for p, t, v in pictures if v.any()]

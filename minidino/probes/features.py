@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,11 +61,10 @@ def extract(
     Differs: float32 throughout; the official extraction runs under fp16 autocast.
     """
     expect_pixels(images)
-    device = next(vit.parameters()).device
     found: list[dict[str, Tensor]] = []
     with tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
         for batch in images.split(batch_size):
-            found.append(look(vit, normalise(batch.to(device)), blocks, patches))
+            found.append(look(vit, as_seen(vit, batch), blocks, patches))
             bar.update(len(batch))
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
@@ -88,6 +88,12 @@ def look(
     if blocks > 1:
         found["cls_blocks"] = torch.stack(cls, dim=1).float().cpu()  # (B, blocks, D)
     return found
+
+
+def as_seen(vit: nn.Module, images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
+    """Pixels as a network takes them: normalised, on its device, of its type."""
+    weight = next(vit.parameters())
+    return normalise(images.to(weight.device)).to(weight.dtype)
 
 
 def dense_patches(
@@ -191,6 +197,8 @@ class FeatureStore:
         return made.get("key") == key and all(sizes[name] == made["arrays"][name]["bytes"] for name in sizes)
 
     def _write(self, place: Path, key: str, arrays: dict[str, Tensor]) -> None:
+        for left in filter(_abandoned, self.folder.glob("*.*.unfinished")):
+            shutil.rmtree(left, ignore_errors=True)
         unfinished = place.with_name(f"{place.name}.{os.getpid()}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -203,6 +211,18 @@ class FeatureStore:
         (unfinished / "made.json").write_text(json.dumps(made, indent=1))
         shutil.rmtree(place, ignore_errors=True)
         unfinished.rename(place)
+
+
+def _abandoned(unfinished: Path) -> bool:
+    """Is its writer dead? One on another machine, which shares the folder, would have written within the hour."""
+    try:
+        idle = time.time() - unfinished.stat().st_mtime
+        os.kill(int(unfinished.name.split(".")[-2]), 0)  # asks, and does nothing
+    except ProcessLookupError:
+        return idle > 3600
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 # ---------------------------------------------------------------- descriptors that nobody trained

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.probes.features import look
+from minidino.probes.knn import class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
     Rows,
@@ -154,7 +155,7 @@ def cached_features(
     Raises:
         ValueError: no labelled row.
     """
-    y = as_tensor(y).long()
+    y = class_numbers(y).cpu()
     known = (y >= 0).nonzero()[:, 0]
     if len(known) == 0:
         raise ValueError("no row has a label of 0 or more: nothing to learn from")
@@ -188,7 +189,7 @@ def augmented_features(
         ValueError: no labelled picture.
     """
     for crops, labels in labelled_crops(pixels, size, batch_size, seed, scale, next(vit.parameters()).device):
-        yield look(vit, crops, blocks), labels
+        yield look(vit, crops.to(next(vit.parameters()).dtype), blocks), labels
 
 
 def labelled_crops(

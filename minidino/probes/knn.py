@@ -44,6 +44,15 @@ def _unit_rows(x: Rows, name: str) -> Float[Tensor, "n D"]:
     return F.normalize(x, dim=1)
 
 
+def class_numbers(y: Rows) -> Int[Tensor, "*n"]:
+    """Labels as a tensor of integers. Raises ValueError for what is no number, such as words."""
+    y = y.detach() if isinstance(y, Tensor) else np.array(y)
+    if isinstance(y, np.ndarray) and y.dtype.kind not in "biuf":
+        few = y.ravel()[:3].tolist()
+        raise ValueError(f"expected labels as the numbers of classes, below 0 where unknown, got {few}")
+    return torch.as_tensor(y).long()
+
+
 def _vote(
     similarity: Float[Tensor, "n k"], labels: Int[Tensor, "n k"], n_classes: int, temperature: float
 ) -> Int[Tensor, "n"]:
@@ -89,10 +98,10 @@ def knn_accuracy(
     Returns:
         {k: top-1 fraction}.
     Raises:
-        ValueError: a k is larger than the bank, or the lengths do not fit.
+        ValueError: a k is larger than the bank, the lengths do not fit, or labels are no numbers.
     Source: DINOv2 paper, section 7; official dinov2/eval/knn.py.
     """
-    test_y = torch.as_tensor(test_y).long()
+    test_y = class_numbers(test_y)
     if len(test_y) != len(test_x):
         raise ValueError(f"expected a label for each of {len(test_x)} queries, got {len(test_y)}")
     known = test_y >= 0
@@ -105,12 +114,11 @@ def knn_accuracy(
 def _predictions(
     train_x: Rows, train_y: Rows, test_x: Rows, ks: Sequence[int], temperature: float
 ) -> dict[int, Int[Tensor, "n"]]:
-    train_y = torch.as_tensor(train_y).long()
+    train_y = class_numbers(train_y)
     if len(train_y) != len(train_x):
         raise ValueError(f"expected a label for each of {len(train_x)} rows of the bank, got {len(train_y)}")
     known = train_y >= 0
     similarity, index = neighbours(train_x[known.cpu()], test_x, max(ks))
-    labels = train_y[known].to(index.device)
-    n_classes = int(labels.max()) + 1
+    classes, labels = train_y[known].to(index.device).unique(return_inverse=True)  # however large their numbers are
     labels = labels[index]  # (n, k), nearest first
-    return {k: _vote(similarity[:, :k], labels[:, :k], n_classes, temperature) for k in ks}
+    return {k: classes[_vote(similarity[:, :k], labels[:, :k], len(classes), temperature)] for k in ks}

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
+from minidino.probes.knn import class_numbers
 from minidino.probes.segmentation import mean_iou
 
 Rows = Tensor | np.ndarray
@@ -48,7 +49,7 @@ def linear_probe(
     Returns:
         "accuracy" top-1 fraction on the test rows, "best_lr", and "table" {lr: top-1 fraction on the held-out rows}.
     Raises:
-        ValueError: fewer than two labelled training rows, or no labelled test row.
+        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite.
     Source: DINOv2 paper, section 7; official dinov2/eval/linear.py (the 13 learning rates, optimizer, schedule).
     Differs: the rate is chosen on held-out training rows, not on the test rows; features are standardised with the
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
@@ -240,7 +241,7 @@ def _with_depth(patches: Rows, depth: Rows) -> tuple[Float[Tensor, "n D"], Float
     valid = torch.isfinite(depth) & (depth > 0)
     if not valid.any():
         raise ValueError("no patch has a depth above 0 m: nothing to learn from or to judge")
-    return x[valid], depth[valid].double().log()
+    return _finite(x[valid]), depth[valid].double().log()
 
 
 # ---------------------------------------------------------------- rows
@@ -252,11 +253,18 @@ def as_tensor(x: Rows) -> Tensor:
 
 
 def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:
-    """The rows with a label of 0 or more."""
-    x, y = as_tensor(x).float(), as_tensor(y).long()
+    """The rows with a label of 0 or more. Raises ValueError for labels that are no numbers, and features not finite."""
+    x, y = as_tensor(x).float(), class_numbers(y).cpu()
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"expected features (n, D) and labels (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
-    return x[y >= 0], y[y >= 0]
+    return _finite(x[y >= 0]), y[y >= 0]
+
+
+def _finite(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    """The same, or a ValueError: no head learns anything from what is no number."""
+    if not torch.isfinite(x).all():
+        raise ValueError("the features hold NaN or infinity: the network that made them is broken")
+    return x
 
 
 def _patch_rows(patches: Rows, values: Rows) -> tuple[Float[Tensor, "nN D"], Tensor]:

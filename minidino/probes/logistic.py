@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from torch import Tensor
 
-from minidino.probes.knn import knn_predict
+from minidino.probes.knn import class_numbers, knn_predict
 from minidino.probes.linear import Rows, as_tensor, held_out, labelled
 
 PUBLISHED_CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
@@ -48,7 +48,7 @@ def logistic_path(
     Returns:
         One model for each C, in their order.
     Raises:
-        ValueError: no labelled row, or a C that is not above 0.
+        ValueError: no labelled row, features that are not finite, or a C that is not above 0.
     Source: official dinov2/eval/log_regression.py (b8931f7).
     Differs: scipy's L-BFGS in float64 instead of cuML's; features are first centred, turned to their principal axes
         and measured in the curvature of each axis, which changes the road and not the answer.
@@ -145,7 +145,7 @@ def logistic_regression(
         "accuracy" top-1 fraction on the test rows, "mean_class_accuracy" the mean over the classes of the test rows,
         "best_c", "table" {C: top-1 fraction on the held-out rows}, and "model": the LogisticModel that was judged.
     Raises:
-        ValueError: fewer than two labelled training rows, or no labelled test row.
+        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite.
     Source: DINOv2 paper, section 7.2 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
     Differs: see `logistic_path`.
     """
@@ -182,7 +182,7 @@ def few_per_class(y: Rows, n: int, seed: int = 0) -> Int[Tensor, "m"]:
     Raises:
         ValueError: n below 1, no labelled row, or a class with fewer than n rows.
     """
-    y = as_tensor(y).long()
+    y = class_numbers(y).cpu()
     classes, counts = y[y >= 0].unique(return_counts=True)
     if n < 1 or len(classes) == 0:
         raise ValueError(f"expected n of 1 or more and labels of 0 or more, got n = {n} and {len(classes)} classes")

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from minidino.images.crops import normalise
 from minidino.model.vit import VisionTransformer
-from minidino.probes.features import expect_pixels, frozen
+from minidino.probes.features import as_seen, expect_pixels, frozen
 
 Array = np.ndarray | Tensor
 PUBLISHED_OUTLIER = 150.0  # length of a token before the last norm, ViT-L and ViT-g
@@ -242,9 +241,9 @@ def token_norms(
     Source: Darcet et al., Vision Transformers Need Registers, section 2; issues 293 and 373 of facebookresearch/dinov2.
     """
     expect_pixels(images)
-    device, n_registers = next(vit.parameters()).device, vit.num_register_tokens
+    n_registers = vit.num_register_tokens
     with frozen(vit):
-        tokens = (vit.forward_features(normalise(batch.to(device))).x_prenorm for batch in images.split(batch_size))
+        tokens = (vit.forward_features(as_seen(vit, batch)).x_prenorm for batch in images.split(batch_size))
         lengths = np.concatenate([np.linalg.norm(_float64(batch), axis=-1) for batch in tokens])  # (n, T)
     return {"cls": lengths[:, 0], "registers": lengths[:, 1 : 1 + n_registers], "patch": lengths[:, 1 + n_registers :]}
 
@@ -310,7 +309,7 @@ def attention_to(
     if not -vit.depth <= block < vit.depth or not 0 <= token < n_tokens:
         raise ValueError(f"expected a block below {vit.depth} and a token below {n_tokens}, got {block} and {token}")
     with frozen(vit):
-        maps = vit.attention_maps(normalise(images.to(next(vit.parameters()).device)), block)  # (n, h, T, T)
+        maps = vit.attention_maps(as_seen(vit, images), block)  # (n, h, T, T)
     return maps[:, :, token, -math.prod(grid) :].unflatten(-1, grid).float().cpu()
 
 

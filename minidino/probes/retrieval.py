@@ -8,7 +8,7 @@ import json
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -221,9 +221,9 @@ def read_ground_truth(path: str | Path) -> GroundTruth:
         raise ValueError(f"{path} is a pickle, and {CONVERT}")
     try:
         content = json.loads(raw)
-        files, query_files = list(content["imlist"]), list(content["qimlist"])
-        queries = [_query(entry, len(files)) for entry in content["gnd"]]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        files, query_files = (_list(content[key], str) for key in ("imlist", "qimlist"))
+        queries = [_query(entry, len(files)) for entry in _list(content["gnd"], dict)]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected JSON with gnd, imlist and qimlist, got {error!r}") from error
     if len(queries) != len(query_files):
         raise ValueError(f"{path}: {len(queries)} entries in gnd, but {len(query_files)} names in qimlist")
@@ -232,9 +232,19 @@ def read_ground_truth(path: str | Path) -> GroundTruth:
 
 def _query(entry: dict, n: int) -> Query:
     box = entry.get("bbx")
-    query = Query(entry["easy"], entry.get("hard", ()), entry.get("junk", ()), None if box is None else tuple(box))
+    rows = (_list(entry[name] if name == "easy" else entry.get(name, []), int) for name in ("easy", "hard", "junk"))
+    query = Query(*rows, None if box is None else tuple(_list(box, float, int)))
+    if box is not None and len(box) != 4:
+        raise ValueError(f"expected a bbx of four numbers, got {box}")
     _marked(query, ("easy", "hard", "junk"), n)
     return query
+
+
+def _list(value: Any, *kinds: type) -> list:
+    """The same. Raises TypeError for what is no list, or not of these kinds alone."""
+    if not isinstance(value, list) or any(type(x) not in kinds for x in value):
+        raise TypeError(f"expected a list of {kinds[0].__name__}, got {str(value)[:80]}")
+    return value
 
 
 # ---------------------------------------------------------------- the pictures of the queries

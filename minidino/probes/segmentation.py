@@ -208,7 +208,7 @@ def linear_segmentation(
         seed: draws weights, batches and pixels.
         pixels: per picture and step in training (`train_head`); scores always count every pixel.
         patch_size: side of a patch in px where pictures were padded; None: maps span the masks exactly.
-        classes: names for the table; None numbers them.
+        classes: names for the table; None numbers them, as it does those that have one name.
     Returns:
         What `mean_iou` returns, and "table" {class: IoU}, "commonest": the same scores for naming everything by the
         commonest training class, "head": the trained LinearHead.
@@ -233,6 +233,7 @@ def linear_segmentation(
     commonest = torch.bincount(labels[labels >= 0].long(), minlength=n_classes).argmax()
     constant = scores(confusion(commonest.expand(test_masks.shape), test_masks, n_classes))
     names = classes or [f"class {i}" for i in range(n_classes)]
+    names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
     table = dict(zip(names, found["iou"], strict=True))
     return {**found, "table": table, "commonest": constant, "head": head}
 
