@@ -363,10 +363,14 @@ def row(data: str, task: str, answers: Answers) -> str:
 
 def _report(found: dict[str, Any], folder: Path) -> None:
     task = TASKS[found["task"]]
+    first = next(iter(found["answers"].values()))
     numbers = [("features", task.unit), *((name, a[task.score]) for name, a in found["answers"].items())]
+    if "linear" in first:  # of fine-tuning and decoders the question is what they add to it
+        linear = [a["linear"] for a in found["answers"].values()]
+        beside = ["a linear head", *(x[task.score] if isinstance(x, dict) else x for x in linear)]
+        numbers = [(*row, number) for row, number in zip(numbers, beside, strict=True)]
     words = f"{found['data']}, {found['size_px']} px, {'more' if task.up else 'less'} is better."
     sections = [Section(found["task"], words, folder / "figure.png", numbers)]
-    first = next(iter(found["answers"].values()))
     if "table" in first and found["task"] == "segmentation":
         rows = [("class", "IoU"), *first["table"].items()]
         sections.append(Section("Class by class", "Intersection over union.", table=rows))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from functools import partial
 
 import numpy as np
@@ -87,6 +88,8 @@ def test_a_decoder_is_asked_of_networks_alone_and_beside_a_linear_head(run, tmp_
         assert np.isfinite(answer["rmse"]) and answer["rmse"] != answer["linear"]["rmse"]
     linear = four_blocks["answers"]["trained"]["four_blocks"]
     assert found["answers"]["trained"]["linear"]["rmse"] == linear["rmse"]
+    page = Path(found["report"]).read_text()
+    assert "a linear head" in page and f"{linear['rmse']:.3f}" in page
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
 
 
@@ -108,6 +111,7 @@ def test_networks_are_fine_tuned_beside_a_linear_head(run, tmp_path, monkeypatch
         assert (n_train, n_test, size) == (120, 60, config.crops.global_size)
         data, _ = open_question("labelled", None, None, None, config, Cache(run.parent / "features"))
         assert answer["linear"] == linear_probe(*data.rows(subject), epochs=10)["accuracy"]
+    assert "a linear head" in Path(found["report"]).read_text()
     assert np.asarray(Image.open(tmp_path / "o" / "figure.png")).std() > 5
 
 
