@@ -4,9 +4,10 @@
     python benchmarks/batch_size.py judge [--seeds 3]                 those that are there under the same probes
     python benchmarks/batch_size.py draw                              the README's table of the stored result
 
-The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; every run sees 32,000 images. What is changed
-with the batch: the learning rate alone, by the square root as everywhere; the teacher's momentum too, so that it forgets after as
-many images; a queue of earlier teacher logits, as SwAV has for small batches; or the memory alone, a batch of 64 computed in parts.
+The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; a run sees 32,000 images, or the
+preset's 96,000. What is changed with the batch: the learning rate alone, by the square root as everywhere; the teacher's
+momentum too, so that it forgets after as many images; a queue of earlier teacher logits, as SwAV has for small batches;
+or the memory alone, a batch of 64 computed in parts.
 Results: data/results/batch-size.json.
 """
 
@@ -14,7 +15,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -29,7 +30,7 @@ from minidino.plan import make_plan
 from minidino.runs import Run
 from minidino.scaling import Device
 
-IMAGES, USUAL = 32_000, 64
+FEW, MANY, USUAL = 32_000, 96_000, 64  # images of a run; of a batch
 QUEUE = 96  # rows of class tokens; with the 32 of a batch of 16 as many as a batch of 64 has
 
 
@@ -40,19 +41,30 @@ def forgets_as_slowly(batch_size: int) -> str:
 
 RATE, MOMENTUM = "learning rate", "learning rate, momentum"
 QUEUED = f"{MOMENTUM}, a queue of {QUEUE} rows"
-ROWS: dict[str, tuple[int, str, tuple[str, ...]]] = {  # batch, what was changed with it, fields of the config
-    **{f"{n}": (n, RATE, ()) for n in (8, 16, 32, USUAL, 128, 256)},
-    **{f"{n}-momentum": (n, MOMENTUM, (forgets_as_slowly(n),)) for n in (8, 16, 256)},
-    "16-queue": (16, QUEUED, (forgets_as_slowly(16),)),
-    "64-parts": (USUAL, "nothing; computed in 4 parts", ("optim.accumulate=4",)),
+
+
+class Row(NamedTuple):
+    batch_size: int
+    changed: str  # with the batch
+    fields: tuple[str, ...] = ()  # of the config
+    images: int = FEW
+
+
+ROWS = {
+    **{f"{n}": Row(n, RATE) for n in (8, 16, 32, USUAL, 128, 256)},
+    **{f"{n}-momentum": Row(n, MOMENTUM, (forgets_as_slowly(n),)) for n in (8, 16, 256)},
+    "16-queue": Row(16, QUEUED, (forgets_as_slowly(16),)),
+    "64-parts": Row(USUAL, "nothing; computed in 4 parts", ("optim.accumulate=4",)),
+    **{f"{n}-long": Row(n, RATE, images=MANY) for n in (32, USUAL)},
 }
 
 
 def config_of(name: str, seed: int) -> RunConfig:
-    batch_size, _, changes = ROWS[name]
-    steps = IMAGES // batch_size
+    batch_size, _, changes, images = ROWS[name]
+    steps = images // batch_size
     run = (f"run.steps={steps}", f"run.seed={seed}", f"run.knn_every={steps}", "run.keep_checkpoints=1")
-    return override(preset("scenes-cpu"), [*run, f"data.scene_seed={REPORTING}", f"optim.batch_size={batch_size}", *changes])
+    data = f"data.scene_seed={REPORTING}", f"optim.batch_size={batch_size}"
+    return override(preset("scenes-cpu"), [*run, *data, *changes])
 
 
 @contextmanager
@@ -77,7 +89,7 @@ def queued(n_rows: int) -> Iterator[None]:
 
 def network(name: str, seed: int) -> Run:
     """The run of one row; one that was killed begins anew, for it has lost its queue."""
-    with queued(QUEUE) if ROWS[name][1] == QUEUED else nullcontext():
+    with queued(QUEUE) if ROWS[name].changed == QUEUED else nullcontext():
         return learned(config_of(name, seed), RUNS / f"batch-{name}-{seed}", world())
 
 
@@ -94,12 +106,13 @@ def learn(seeds: int, only: list[str]) -> None:
 
 def judge(seeds: int) -> None:
     rows = {}
-    for name, (batch_size, changed, fields) in ROWS.items():
+    for name, row in ROWS.items():
         runs = [reading(network(name, seed), world()) | {"seed": seed} for seed in range(seeds)]
-        rows[name] = {"batch_size": batch_size, "changed": changed, "fields": fields, "mib": step_mib(name), "runs": runs,
-                      "summary": {key: spread([run[key] for run in runs]) for key in READINGS}}  # fmt: skip
-    beside = {name: {key: paired(row["runs"], rows[str(USUAL)]["runs"], key) for key in READINGS} for name, row in rows.items()}
-    store("batch-size", {"images": IMAGES, "world": REPORTING, "rows": rows, "beside_the_preset": beside})
+        summary = {key: spread([run[key] for run in runs]) for key in READINGS}
+        rows[name] = row._asdict() | {"mib": step_mib(name), "runs": runs, "summary": summary}
+    usual = {row.images: rows[name]["runs"] for name, row in ROWS.items() if row[:3] == (USUAL, RATE, ())}
+    beside = {name: {key: paired(row["runs"], usual[row["images"]], key) for key in READINGS} for name, row in rows.items()}
+    store("batch-size", {"world": REPORTING, "rows": rows, "beside_batches_of_64": beside})
 
 
 # ---------------------------------------------------------------- the README
@@ -107,15 +120,15 @@ def judge(seeds: int) -> None:
 
 def tables() -> dict[str, str]:
     found = json.loads((RESULTS / "batch-size.json").read_text())
-    lines = [f"| batch | steps | changed with it | MiB of a step | {' | '.join(READINGS.values())} |",
-             "|---" * (len(READINGS) + 4) + "|"]  # fmt: skip
+    lines = [f"| images | batch | steps | changed with it | MiB of a step | {' | '.join(READINGS.values())} |",
+             "|---" * (len(READINGS) + 5) + "|"]  # fmt: skip
     for row in found["rows"].values():
         cells = [f"{s['mean']:.3f} ± {s['sd']:.3f}" for s in (row["summary"][key] for key in READINGS)]
-        steps = found["images"] // row["batch_size"]
-        lines.append(f"| {row['batch_size']} | {steps:,} | {row['changed']} | {row['mib']:,.0f} | {' | '.join(cells)} |")
-    n = len(found["rows"][str(USUAL)]["runs"])
-    lines += ["", f"{found['images']:,} images each, 2,000 held-out scenes, mean ± standard deviation over {n} seeds; memory by "
-              f"formula, in float32. {made_on(found)}"]  # fmt: skip
+        size, steps = row["batch_size"], row["images"] // row["batch_size"]
+        about = f"{row['images']:,} | {size} | {steps:,} | {row['changed']} | {row['mib']:,.0f}"
+        lines.append(f"| {about} | {' | '.join(cells)} |")
+    n = len(next(iter(found["rows"].values()))["runs"])
+    lines += ["", f"2,000 held-out scenes, mean ± standard deviation over {n} seeds; memory by formula. {made_on(found)}"]
     return {"batch-size": "\n".join(lines)}
 
 

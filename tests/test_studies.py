@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,17 +108,18 @@ def test_batches_of_all_sizes_are_learned_judged_and_drawn(study, monkeypatch, t
     tiny = [change for change in TINY if "batch_size" not in change]
     of, ours = batch_size.config_of, ablations.config_of
     monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(ours(name, seed, 2), TINY))
-    monkeypatch.setattr(batch_size, "IMAGES", 16)
-    monkeypatch.setattr(batch_size, "ROWS", {"64": (8, "learning rate", ()), "16-queue": (4, batch_size.QUEUED, ()),
-                                             "64-parts": (8, "parts", ("optim.accumulate=2",))})  # fmt: skip
+    monkeypatch.setattr(batch_size, "USUAL", 8)
+    row = partial(batch_size.Row, images=16)
+    monkeypatch.setattr(batch_size, "ROWS", {"64": row(8, batch_size.RATE), "16-queue": row(4, batch_size.QUEUED),
+                                             "64-parts": row(8, "parts", ("optim.accumulate=2",))})  # fmt: skip
     monkeypatch.setattr(batch_size, "config_of", lambda name, seed: override(of(name, seed), tiny))
     batch_size.learn(2, [])
     batch_size.judge(2)
     found = json.loads((tmp_path / "batch-size.json").read_text())
     assert [(row["batch_size"], len(row["runs"])) for row in found["rows"].values()] == [(8, 2), (4, 2), (8, 2)]
-    assert found["beside_the_preset"]["64"]["knn"] == {"gain": 0.0, "standard_error": 0.0}
+    assert found["beside_batches_of_64"]["64"]["knn"] == {"gain": 0.0, "standard_error": 0.0}
     assert found["rows"]["64-parts"]["mib"] < found["rows"]["64"]["mib"]
-    assert "| 4 | 4 | learning rate, momentum, a queue" in batch_size.tables()["batch-size"]
+    assert "| 16 | 4 | 4 | learning rate, momentum, a queue" in batch_size.tables()["batch-size"]
     ablations.world.cache_clear()
 
 
