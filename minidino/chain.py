@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from minidino import pictures
-from minidino.config import RunConfig, convert, override, preset
+from minidino.config import RunConfig, convert, override, preset, words_of
 from minidino.evaluate import TASKS, evaluate
 from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
@@ -48,7 +48,7 @@ class Chain(Stage):
     def __post_init__(self):
         for name, wanted in get_type_hints(Chain).items():
             good = convert(getattr(self, name), wanted)[1]
-            require(good, f"chain.{name}", str(wanted), repr(getattr(self, name)))
+            require(good, f"chain.{name}", words_of(wanted), repr(getattr(self, name)))
         super().__post_init__()
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")

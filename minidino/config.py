@@ -137,7 +137,7 @@ class TeacherConfig(Stage):
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Stage):
     stage = "optim"
-    batch_size: Annotated[int, Range(2)] = 2048  # images per update [released]
+    batch_size: Annotated[int, Range(2, unit="(KoLeo needs a neighbour)")] = 2048  # images per update [released]
     accumulate: Positive = 1  # the batch is computed in this many parts
     base_lr: AboveZero = 4e-3  # at batch 1024; AdamW [released]
     final_lr: AtLeastZero = 1e-6  # [released]
@@ -356,7 +356,7 @@ def _parse(key: str, text: str, wanted: Any) -> Any:
         value = {"true": True, "false": False, "none": None, "inf": math.inf}.get(text.lower(), text)
     converted, good = convert(value, wanted)
     if not good:
-        raise ValueError(f"{key}: expected {_words(wanted)}, got {text!r}")
+        raise ValueError(f"{key}: expected {words_of(wanted)}, got {text!r}")
     return converted
 
 
@@ -379,11 +379,12 @@ def convert(value: Any, wanted: Any) -> tuple[Any, bool]:
     return value, type(value) is wanted
 
 
-def _words(wanted: Any) -> str:
+def words_of(wanted: Any) -> str:
+    """A type as people write it."""
     if get_origin(wanted) is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(wanted))
     if get_origin(wanted) is Union:
-        return " | ".join(_words(option) for option in get_args(wanted)).replace("NoneType", "None")
+        return " | ".join(words_of(option) for option in get_args(wanted)).replace("NoneType", "None")
     return wanted.__name__ if isinstance(wanted, type) else str(wanted)
 
 
@@ -414,6 +415,6 @@ def from_json(text: str) -> RunConfig:
             raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")
         values = {key: convert(v, known[key]) for key, v in value.items()}
         for key, (converted, good) in values.items():
-            require(good, f"{name}.{key}", _words(known[key]), repr(converted))
+            require(good, f"{name}.{key}", words_of(known[key]), repr(converted))
         stages[name] = type(getattr(default, name))(**{key: converted for key, (converted, _) in values.items()})
     return RunConfig(**stages)

@@ -255,7 +255,7 @@ class Run:
             yield
 
     def compare_pictures(self, pixels: Any) -> None:
-        """Note which pictures are learned from; warn where a run goes on with others than it began with."""
+        """Note which pictures (of `images.pixels`) are learned from; warn where a run goes on with others than before."""
         names = repr(pixels.files).encode("utf-8", "surrogateescape")
         now = {"n": len(pixels.files), "sha256": hashlib.sha256(names + pixels.sizes.tobytes()).hexdigest()}
         path = self.folder / "pictures.json"
