@@ -255,14 +255,14 @@ class Run:
             yield
 
     def compare_pictures(self, pixels: Any) -> None:
-        """Note which pictures (of `images.pixels`) are learned from; warn where a run goes on with others than before."""
+        """Note which pictures, `Pixels`, are learned from; warn where a run goes on with others than it began with."""
         names = repr(pixels.files).encode("utf-8", "surrogateescape")
         now = {"n": len(pixels.files), "sha256": hashlib.sha256(names + pixels.sizes.tobytes()).hexdigest()}
         path = self.folder / "pictures.json"
         then = json.loads(path.read_text()) if path.exists() else now
         if then != now:
-            warnings.warn(f"{self.folder} began with {then['n']} pictures and goes on with {now['n']}, some of them others: "
-                          "it sees not what it would have seen, and may learn from held-out ones", stacklevel=2)  # fmt: skip
+            counts = f"{self.folder} began with {then['n']} pictures and goes on with {now['n']}, some of them others"
+            warnings.warn(f"{counts}: what it sees is another order, and may have been held out before", stacklevel=2)
         write_atomically(path, json.dumps(now).encode())
 
     # -- metrics: one JSON object a line
