@@ -264,10 +264,11 @@ def _pixels_key(images: ImageSet, short_side: int, channels: int) -> str:
     """A fingerprint of everything the stored pixels depend on."""
     digest = hashlib.sha256(repr((FORMAT_VERSION, short_side, images.classes)).encode())
     digest.update(f"{channels} channels".encode() if channels != 3 else b"")
-    changed: dict[str, int] = {}
+    changed: dict[str, tuple[int, bool]] = {}
     for name, place, label in zip(images.files, images.places, images.labels.tolist(), strict=True):
         if place.source not in changed:
-            changed[place.source] = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
+            time = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
+            changed[place.source] = time, os.access(place.source, os.R_OK)
         digest.update(repr((name, tuple(place), label, changed[place.source])).encode())
     return digest.hexdigest()
 
