@@ -1,6 +1,7 @@
 """What is done to pictures that travel, and the net that knows them again."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -214,10 +215,11 @@ def test_weights_that_a_full_disk_cut_are_learned_again(pool, tmp_path, share):
 def test_two_at_once_do_not_spoil_each_other(pool, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as another process that is at work
-        with pytest.raises(BlockingIOError, match=f"another curate is at work in {tmp_path / 'out'}"):
-            curate(pool, tmp_path / "out", copy_steps=1)
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process that is at work
+    with pytest.raises(BlockingIOError, match=f"another curate is at work in {tmp_path / 'out'}"):
+        curate(pool, tmp_path / "out", copy_steps=1)
+    os.close(handle)
     assert curate(pool, tmp_path / "out", copy_steps=1).exists()
 
 

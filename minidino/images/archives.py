@@ -41,23 +41,31 @@ class Place(NamedTuple):
 
 def archive_members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
     """Name and place of every regular file of an archive; damage becomes one more entry, of kind "bad"."""
+    n_found = 0
     try:
-        with open(path, "rb") as file:
-            magic = file.read(6)
-        if magic.startswith(b"PK"):
-            yield from _zip_members(path)
-        elif magic.startswith(b"\x1f\x8b"):
-            plain, damage = _plain_tar(path, cache)
-            yield from _tar_members(plain)
-            if damage:
-                raise gzip.BadGzipFile(damage)
-        elif packer := next((UNSEEKABLE[start] for start in UNSEEKABLE if magic.startswith(start)), None):
-            raise tarfile.ReadError(f"packed with {packer}; pack it anew as .tar or .tar.gz")
-        else:
-            yield from _tar_members(path)
+        for n_found, member in enumerate(_members(path, cache), 1):
+            yield member
     except Exception as error:  # hostile archives make the standard library raise anything
-        words = NOT_NOW if isinstance(error, OSError) and error.errno else "not a readable archive"
+        words = "damaged archive" if n_found else "not a readable archive"
+        if isinstance(error, OSError) and error.errno:
+            words = NOT_NOW
         yield path.name, Place(str(path), "bad", 0, reason=f"{words}: {error}")
+
+
+def _members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"PK"):
+        yield from _zip_members(path)
+    elif magic.startswith(b"\x1f\x8b"):
+        plain, damage = _plain_tar(path, cache)
+        yield from _tar_members(plain)
+        if damage:
+            raise gzip.BadGzipFile(damage)
+    elif packer := next((UNSEEKABLE[start] for start in UNSEEKABLE if magic.startswith(start)), None):
+        raise tarfile.ReadError(f"packed with {packer}; pack it anew as .tar or .tar.gz")
+    else:
+        yield from _tar_members(path)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
@@ -94,7 +102,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Place]]:
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end, which is zeros
         end = archive.fileobj.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE)
         if len(end) < tarfile.BLOCKSIZE or any(end):
-            raise tarfile.ReadError(f"damaged or cut short at byte {archive.offset:,}, what follows is lost")
+            raise tarfile.ReadError(f"neither a file nor the end at byte {archive.offset:,}; what follows is lost")
 
 
 def _plain_tar(path: Path, cache: Path) -> tuple[Path, str]:
