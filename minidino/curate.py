@@ -83,8 +83,9 @@ def curate(
         raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
+    picked = pick_engine(engine)
     with _alone(Path(out)):
-        curation = Curation(pool, out, short_side, seed, say, engine=pick_engine(engine))
+        curation = Curation(pool, out, short_side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
         describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
