@@ -284,7 +284,7 @@ class Curation:
         self.reason[rows] = reason
 
     def _outside(self, source: str | Path, loss: str) -> tuple[str, Pixels]:
-        """A name for the files made of another set, and its decoded pictures; a word if some are lost, and the loss."""
+        """A name for the files made of another set, and its decoded pictures; tells how many are lost, and the loss."""
         name = f"{Path(source).stem}-{hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()[:8]}"
         images = open_images(source)
         pixels = load_pixels(images, self.short_side, self._path(name), self.progress, self.engine)

@@ -41,12 +41,13 @@ class Place(NamedTuple):
 
 def archive_members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
     """Name and place of every regular file of an archive; damage becomes one more entry, of kind "bad"."""
-    n_found = 0
+    found = False
     try:
-        for n_found, member in enumerate(_members(path, cache), 1):
+        for member in _members(path, cache):
+            found = True
             yield member
     except Exception as error:  # hostile archives make the standard library raise anything
-        words = "damaged archive" if n_found else "not a readable archive"
+        words = "damaged archive" if found else "not a readable archive"
         if isinstance(error, OSError) and error.errno:
             words = NOT_NOW
         yield path.name, Place(str(path), "bad", 0, reason=f"{words}: {error}")
