@@ -3,12 +3,15 @@
     pool -> CopyNet, trained on it -> curation/pipeline.py -> manifest.csv, funnel.png, walls, report.html
 """
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
@@ -74,28 +77,49 @@ def curate(
         Where the manifest is.
     Raises:
         ValueError: queries and a budget, one of them without features, or an engine that is not there.
+        BlockingIOError: another process is at work in the folder.
     """
     if queries is not None and budget is not None:
         raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
-    curation = Curation(pool, out, short_side, seed, say, engine=pick_engine(engine))
-    curation.drop_same()
-    distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-    describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
-    if copies:
-        copy_threshold = COPY if copy_threshold is None else copy_threshold
-        leak_threshold = LEAK if leak_threshold is None else leak_threshold
-    curation.drop_copies(describer, copy_threshold)
-    for protected in protect:
-        curation.drop_leaks(protected, leak_threshold)
-    if queries is not None:
-        curation.retrieve(queries, semantic_describer(features), n_neighbours, n_clusters)
-    elif budget is not None:
-        curation.balance(budget, semantic_describer(features))
-    manifest = curation.write()
-    draw(curation)
-    return manifest
+    picked = pick_engine(engine)
+    with _alone(Path(out)):
+        curation = Curation(pool, out, short_side, seed, say, engine=picked)
+        curation.drop_same()
+        distinct = curation.pixels.select(np.flatnonzero(curation.kept))
+        describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
+        if copies:
+            copy_threshold = COPY if copy_threshold is None else copy_threshold
+            leak_threshold = LEAK if leak_threshold is None else leak_threshold
+        curation.drop_copies(describer, copy_threshold)
+        for protected in protect:
+            curation.drop_leaks(protected, leak_threshold)
+        if queries is not None:
+            curation.retrieve(queries, semantic_describer(features), n_neighbours, n_clusters)
+        elif budget is not None:
+            curation.balance(budget, semantic_describer(features))
+        manifest = curation.write()
+        draw(curation)
+        return manifest
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder meanwhile; Windows, and some disks of a network, can lock no folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another curate is at work in {folder}") from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def trained_describer(
@@ -106,8 +130,8 @@ def trained_describer(
     torch.manual_seed(seed)
     descriptor = CopyDescriptor(CopyNet()).to(pick_device()).eval()
     describe = network(descriptor)
-    if path.exists():
-        descriptor.load_state_dict(load_file(path))
+    if weights := _stored(path):
+        descriptor.load_state_dict(weights)
     elif len(pixels) > 1:
         batch_size = min(COPY_BATCH, len(pixels))
         total, words = steps * batch_size, "learning to know copies"
@@ -120,6 +144,14 @@ def trained_describer(
         descriptor.whiten(torch.cat([describe(seen(pixels.select(part), COPY_SIZE, "copy")) for part in parts]))
         write_atomically(path, save({key: value.cpu().contiguous() for key, value in descriptor.state_dict().items()}))
     return Describer("copy", describe, COPY_SIZE, f"CopyNet {state_hash(descriptor)[:16]}")
+
+
+def _stored(path: Path) -> dict[str, torch.Tensor] | None:
+    """The weights that an earlier run wrote, where they are whole."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def copy_model(path: str | Path) -> Describer:
@@ -146,6 +178,8 @@ def draw(curation: Curation) -> None:
     sections = [Section("What was left", f"{funnel['files']:,} files of {curation.pool}; a line for each of them, with "
                         "its reason, stands in manifest.csv.", folder / "funnel.png",
                         [("stage", "pictures left"), *funnel.items()])]  # fmt: skip
+    if curation.careful:
+        sections.append(Section("Careful", "\n\n".join(curation.careful)))
     walls = {
         "Copies, each before the picture that was kept": ("copies.png", ("copy",)),
         "Too close to the examination": ("leaks.png", ("too close",)),

@@ -41,7 +41,7 @@ def figure_of(rows: int, columns: int, height: float, title: str, layout: str | 
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure, axes
 
 
@@ -337,7 +337,8 @@ def funnel(counts: dict[str, int], path: str | Path | None = None) -> dict:
     names, left = list(counts), np.array(list(counts.values()))
     title = f"{left[-1]:,} of {left[0]:,} files are left after {names[-1]!r}"
     figure, axes = figure_of(1, 1, 0.45 * len(names) + 1.2, title)
-    bars = axes[0, 0].barh(names, left, color=COLORS["trained"])
+    words = [name.replace("$", r"\$") for name in names]  # the name of a folder is no formula
+    bars = axes[0, 0].barh(words, left, color=COLORS["trained"])
     axes[0, 0].bar_label(bars, [f"{n:,}" for n in left], padding=4)
     axes[0, 0].set(xlabel="pictures left", xlim=(0, 1.12 * left[0]))
     axes[0, 0].invert_yaxis()

@@ -58,7 +58,7 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
         + "\n</body>\n</html>\n"
     )
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
+    unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
     unfinished.replace(path)
     return path
 

@@ -170,7 +170,7 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # words without a number would be lost
             error.filename = str(path)
         raise
 

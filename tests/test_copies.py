@@ -1,6 +1,7 @@
 """What is done to pictures that travel, and the net that knows them again."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,12 @@ def test_training_is_the_same_each_time_and_needs_two_pictures():
         next(train_copies(scenes_pixels(1), CopyNet(4, 8)))
 
 
+def test_pictures_that_are_all_flat_are_described_by_numbers(tmp_path):
+    pixels = Pixels.from_array(np.stack([np.full((48, 48, 3), c, dtype=np.uint8) for c in (0, 90)]), [0, 0], ["flat"])
+    describe = trained_describer(pixels, tmp_path, steps=1).describe
+    assert describe(pixels.whole(64)).isfinite().all()
+
+
 def test_a_describer_is_trained_once(tmp_path):
     first = trained_describer(scenes_pixels(), tmp_path, steps=2)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -179,6 +186,41 @@ def test_the_stage_leaves_manifest_pictures_and_report(pool, tmp_path):
     assert "again.bmp" not in open_images(manifest).files
     report = (tmp_path / "out" / "report.html").read_text()
     assert "same picture" in report and "pictures in a group" in report
+
+
+def test_names_may_be_anything_that_a_file_system_takes(pool, tmp_path, capsys):
+    exam = tmp_path / "test$\\frac$\udcff"
+    try:
+        shutil.copytree(pool, exam)
+    except OSError:
+        pytest.skip("needs a file system that takes any bytes for a name")
+    (exam / "cut.png").write_bytes(b"")
+    shutil.copy(pool / "00.png", exam / "\udcfe.png")
+    curate(exam, tmp_path / "out", protect=[exam], copy_steps=1)
+    assert r"unlike test$\frac$\udcff: " in capsys.readouterr().out
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert r"too close to test$\frac$\udcff" in report and "1 of 33 pictures of" in report
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_weights_that_a_full_disk_cut_are_learned_again(pool, tmp_path, share):
+    manifest = curate(pool, tmp_path / "out", copy_steps=1).read_bytes()
+    (path,) = (tmp_path / "out").glob("copies-*.safetensors")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert curate(pool, tmp_path / "out", copy_steps=1).read_bytes() == manifest
+    assert len(path.read_bytes()) == len(data)
+
+
+def test_two_at_once_do_not_spoil_each_other(pool, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process that is at work
+    with pytest.raises(BlockingIOError, match=f"another curate is at work in {tmp_path / 'out'}"):
+        curate(pool, tmp_path / "out", copy_steps=1)
+    os.close(handle)
+    assert curate(pool, tmp_path / "out", copy_steps=1).exists()
 
 
 @pytest.mark.parametrize(("copies", "leaks", "kept"), [("0.9999", "0.9999", 30), ("-1", "0.9999", 1), ("0.9999", "-1", 0)])

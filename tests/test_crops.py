@@ -116,6 +116,17 @@ def test_resize_agrees_with_pil_up_to_its_rounding(resize):
     torch.testing.assert_close(ours[0], expected, rtol=0, atol=2 / 255)
 
 
+@RESIZE
+def test_resize_is_that_of_pil_in_floats_where_much_is_clipped(resize):
+    page = 255 * torch.randint(0, 2, (60, 60), generator=generator()).float()  # black on white, as writing
+    ours = resize(page.expand(3, -1, -1).permute(1, 0, 2)[None] / 255, torch.tensor([[5.0, 3.0, 50.0, 50.0]]),
+                  torch.tensor([False]), 64)  # fmt: skip
+    cut = Image.fromarray(page.numpy()).crop((3, 5, 53, 55))
+    floats, eight_bits = (np.asarray(c.resize((64, 64), Image.Resampling.BICUBIC)) for c in (cut, cut.convert("L")))
+    assert (floats < -5).any() and np.abs(floats.clip(0, 255) - eight_bits).max() > 5  # clipped once, and twice
+    torch.testing.assert_close(ours[0, 0].numpy(), floats.clip(0, 255) / 255, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------- colour and focus
 
 

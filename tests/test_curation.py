@@ -1,7 +1,12 @@
 """The pipeline from a folder of files to its manifest, with descriptors that need no training."""
 
 import csv
+import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +131,31 @@ def test_a_manifest_opens_as_the_pictures_that_were_kept(curated):
     assert len(load_pixels(images, 48, progress=False)) == len(images)
 
 
+def test_a_manifest_that_went_through_a_spreadsheet_opens_or_says_why_not(curated, tmp_path):
+    text, manifest = curated[2].read_bytes(), tmp_path / "manifest.csv"
+    shutil.copy(curated[2].with_name("curation.json"), tmp_path)
+    manifest.write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert open_images(manifest).files == open_images(curated[2]).files
+    manifest.write_bytes(text.replace(b",", b";"))
+    with pytest.raises(ValueError, match="expected columns file and kept, got .'file;kept;"):
+        open_images(manifest)
+
+
+def test_a_folder_may_be_called_like_a_manifest(tmp_path):
+    assert open_images(folder_of(tmp_path / "x.csv", draw_scenes(2, 48, 0).images)).files == ["0.png", "1.png"]
+
+
+def test_the_manifest_of_a_named_set_names_the_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = folder_of(tmp_path / "files", draw_scenes(3, 48, 0).images)
+    shutil.make_archive(str(tmp_path / "cache" / "minidino" / "data" / "cifar10"), "zip", root)
+    rows = short_run("cifar10", tmp_path / "out")
+    monkeypatch.chdir(root)
+    kept = [name for name, row in rows.items() if row["kept"] == "1"]
+    assert open_images(tmp_path / "out" / "manifest.csv").files == kept
+
+
 def test_a_manifest_alone_is_refused(curated, tmp_path):
     alone = tmp_path / "manifest.csv"
     alone.write_bytes(curated[2].read_bytes())
@@ -172,6 +202,39 @@ def test_stages_are_not_repeated_and_a_changed_setting_is(pool, tmp_path):
     assert (tmp_path / "stages" / "copies.npz").stat().st_mtime_ns > before["copies.npz"]
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+@pytest.mark.parametrize("damaged", ["stages/same.npz", "stages/copies.npz", "stages/hash.npy", "stages/copy.npy",
+                                     "stages/hash.json", "pixels/pixels.json", "pixels/pixels.u8"])  # fmt: skip
+def test_what_a_full_disk_cut_is_made_again(damaged, share, tmp_path):
+    root = folder_of(tmp_path / "pool", draw_scenes(6, 48, 0).images)
+    whole = short_run(root, tmp_path / "out")
+    path = tmp_path / "out" / damaged
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert short_run(root, tmp_path / "out") == whole and path.read_bytes() == data
+
+
+def test_a_quarantine_that_is_gone_is_written_again(tmp_path):
+    root = folder_of(tmp_path / "pool", draw_scenes(2, 48, 0).images)
+    (root / "x.png").write_bytes(b"")
+    whole, path = short_run(root, tmp_path / "out"), tmp_path / "out" / "pixels" / "quarantine.csv"
+    for damage in (path.unlink, lambda: path.write_bytes(b"")):
+        damage()
+        assert short_run(root, tmp_path / "out") == whole and "x.png" in path.read_text()
+
+
+def test_what_a_kill_left_half_written_goes_and_what_is_being_written_stays(tmp_path):
+    root = folder_of(tmp_path / "pool", draw_scenes(2, 48, 0).images)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "pixels").mkdir()
+    litter = [tmp_path / "pixels" / f".pixels.u8.{pid}.tmp" for pid in (gone.pid, os.getppid())]
+    for path in litter:
+        path.touch()
+    load_pixels(open_images(root), 48, tmp_path / "pixels", progress=False)
+    assert [path.exists() for path in litter] == [False, True]
+
+
 def test_descriptors_go_on_where_they_were(tmp_path):
     scenes = draw_scenes(50, 32, 0)
     pixels = Pixels.from_array(scenes.images, scenes.labels, ["thing"] * 10)
@@ -215,6 +278,22 @@ def test_what_was_cut_out_of_the_examination_goes_and_says_which(tmp_path):
     rows = rows_of(curation.write())
     gone = {name: row["duplicate_of"] for name, row in rows.items() if row["reason"] == "too close to exam"}
     assert gone == {"corner.png": "@exam/24.png", "middle.png": "@exam/25.png", "end.png": "@exam/26.png"}
+
+
+def test_pictures_of_the_examination_that_protect_nothing_are_told(pool, tmp_path):
+    exam = folder_of(tmp_path / "exam", draw_scenes(1, 48, 9).images)
+    (exam / "labels.csv").write_text("0,cat")
+    for name in ("1.heic", "2.jpg"):
+        (exam / name).write_bytes(b"\xff\xd8 cut")
+    said = []
+    curation = Curation(pool["pool"], tmp_path / "out", short_side=48, say=said.append, progress=False)
+    curation.drop_same()
+    curation.drop_copies(COPY, 0.9)
+    curation.drop_leaks(exam, 0.9)
+    note = json.loads(curation.write().with_name("curation.json").read_bytes())
+    (words,) = note["careful"]
+    assert words.startswith("2 of 3 pictures of exam cannot be read and protect nothing: see ")
+    assert f"careful: {words}" in said and "2.jpg" in Path(words.split("see ")[1]).read_text()
 
 
 def test_pixels_can_be_asked_instead_of_a_threshold(pool, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import tarfile
 import urllib.error
 import zipfile
@@ -147,30 +148,42 @@ def test_quarantine_keeps_any_name(tmp_path):
         assert list(csv.DictReader(file)) == rows
 
 
-def test_names_that_climb_out_are_only_names(tmp_path):
-    images = open_images(write_tar(tmp_path / "x.tar", {"../../up.png": PNG, "/abs.png": PNG}), tmp_path / "cache")
-    assert images.files == ["../../up.png", "/abs.png"] and images.image(0).size == (8, 6)
-    assert not (tmp_path.parent.parent / "up.png").exists()
+@pytest.mark.parametrize("name", [".DS_Store", "LICENSE", "SHA256SUMS", "train.idx"])
+def test_what_lies_beside_archives_is_no_picture(name, tmp_path):
+    root = write_folder(tmp_path / "set", {name: b"\0\1"})
+    write_zip(root / "train.zip", {"a/0.png": PNG, "b/1.png": PNG})
+    images = open_images(root, tmp_path / "c")
+    assert len(images) == 3 and check_images(images, progress=False)["decoded"] == 2
+    write_folder(root, {"picture.npy": b""})  # but an archive among pictures is only a file
+    assert sorted(open_images(root, tmp_path / "c").files) == sorted([name, "picture.npy", "train.zip"])
 
 
-def test_damage_inside_archives_is_reported(tmp_path):
-    whole = write_zip(tmp_path / "x.zip", {"1.png": PNG, "2.png": PNG}).read_bytes()
-    at = whole.index(PNG) + 40
-    (tmp_path / "x.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    (row,) = check_images(open_images(tmp_path / "x.zip", tmp_path / "c"), progress=False)["quarantined"]
-    assert row["file"] == "1.png" and "checksum" in row["reason"]
-    for name, mode in (("cut.tar", "w"), ("cut.tar.gz", "w:gz")):
-        members = {f"{i}.png": png(noise(60, 60, i)) for i in range(4)}
-        data = write_tar(tmp_path / name, members, mode).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2])
-        checked = check_images(open_images(tmp_path / name, tmp_path / "c"), progress=False)
-        assert checked["decoded"] >= 1 and checked["quarantined"], name
-    shard = write_tar(tmp_path / "s.tar", {"a.png": PNG, "a.cls": b"7" * 900})
-    shard.write_bytes(shard.read_bytes()[:2048])  # cut inside the label
-    assert check_images(open_images(shard, tmp_path / "c"), progress=False)["decoded"] == 1
-    (tmp_path / "bad.zip").write_bytes(whole[:50])
-    with pytest.raises(ValueError, match="cannot be opened"):
-        open_images(tmp_path / "bad.zip", tmp_path / "c")
+def test_a_deeply_nested_json_is_no_label(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"a.png": PNG, "a.json": b"[" * 200_000})
+    assert open_images(shard, tmp_path / "c").labels.tolist() == [-1, -1]
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    shut, access, opened = set(), os.access, open
+
+    def guarded(file, *args, **kwargs):
+        if Path(file).name in shut:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in shut and access(path, mode))
+    plain = write_folder(tmp_path / "plain", {"1.png": PNG, "2.png": PNG})
+    packed = write_folder(tmp_path / "packed", {})
+    packed.mkdir()
+    write_zip(packed / "1.zip", {"1.png": PNG})
+    write_zip(packed / "2.zip", {"2.png": PNG})
+    for root, name in ((plain, "2.png"), (packed, "2.zip")):
+        out = tmp_path / f"{root.name} pixels"
+        shut.add(name)
+        assert len(load_pixels(open_images(root, tmp_path / "c"), 8, out, progress=False)) == 1
+        shut.clear()
+        assert len(load_pixels(open_images(root, tmp_path / "c"), 8, out, progress=False)) == 2
 
 
 def test_missing_and_empty_say_so(tmp_path):
@@ -201,6 +214,14 @@ def test_the_index_is_used_and_rebuilt(tmp_path, monkeypatch):
     (index,) = (tmp_path / "c").iterdir()  # and no temporary file is left
     index.write_text(index.read_text()[:-30])  # a torn index is not believed
     assert open_images(root, tmp_path / "c").files == ["0.png", "1.png"]
+
+
+def test_without_a_place_for_the_index_nothing_stops(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "x", {"1.png": PNG})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert open_images(root).files == ["1.png"] and len(list((tmp_path / "own" / "minidino").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "1.png"))  # no folder, so nothing can be written there
+    assert open_images(root).files == ["1.png"]
 
 
 # ------------------------------------------------------------------------------------------------ pixels

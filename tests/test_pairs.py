@@ -162,6 +162,15 @@ def test_depth_is_read_in_metres(tmp_path, cache):
     assert load_pairs(pairs, "train").targets.max() == 2000 / 256
 
 
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf, -1])
+def test_a_hole_in_a_depth_map_is_unknown(hole, tmp_path, cache):
+    depth = np.full((H, W), 3.5, dtype=np.float32)
+    depth[0] = hole
+    a_pair(tmp_path, "rgb/a.jpg", "depth/a.tif", depth)
+    loaded = load_pairs(open_pairs(tmp_path, "depth", cache_dir=cache), "train")
+    assert loaded.left_out == [] and np.array_equal(loaded.targets[0], np.where(depth == 3.5, depth, 0))
+
+
 @pytest.mark.parametrize("value, unit", [(40, None), (2000, 1.0)])
 def test_depth_in_another_unit_is_noticed(value, unit, tmp_path, cache):
     a_pair(tmp_path, "rgb/a.jpg", "depth/a.png", millimetres(value))
@@ -212,6 +221,13 @@ def test_an_index_that_names_what_is_not_there_is_refused(tmp_path, cache):
         open_pairs(tmp_path, cache_dir=cache)
 
 
+def test_an_index_with_an_empty_cell_is_refused(tmp_path, cache):
+    indexed(tmp_path)
+    (tmp_path / "set/index.csv").write_text("image,mask,split\nx/1.jpg,y/2.png,test\nx/1.jpg\n")
+    with pytest.raises(ValueError, match="set/index.csv: line 3 lacks its image or its mask"):
+        open_pairs(tmp_path, cache_dir=cache)
+
+
 def test_no_pairs_at_all(tmp_path, cache):
     write(tmp_path / "cats/a.jpg", picture())
     with pytest.raises(ValueError, match="no pairs for segmentation among the 1 files .* images/ beside masks/"):
@@ -233,6 +249,31 @@ def test_labels_out_of_range_are_named(tmp_path, cache):
     (tmp_path / "classes.txt").write_text("ground\nsky\n")
     with pytest.raises(ValueError, match=r"images/a.jpg: labels \[7\] are out of range; the 2 classes"):
         load_pairs(open_pairs(tmp_path, cache_dir=cache), "train")
+
+
+def test_numbers_that_cannot_be_classes_are_named(tmp_path, cache):
+    a_pair(tmp_path, "images/a.jpg", "masks/a.png", mask(0, 1))
+    a_pair(tmp_path, "images/b.jpg", "masks/b.tif", np.full((H, W), 0.5, dtype=np.float32))
+    loaded = load_pairs(open_pairs(tmp_path, cache_dir=cache), "train")
+    assert loaded.names == ["images/a.jpg"] and "expected integers" in loaded.left_out[0]["reason"]
+    write(tmp_path / "masks/b.tif", np.full((H, W), 2**31 - 1, dtype=np.int32))
+    with pytest.raises(ValueError, match="a mask holds 2,147,483,647: .* named in a classes.csv"):
+        open_pairs(tmp_path, cache_dir=cache)
+    (tmp_path / "masks/a.png").unlink()
+    for name in "ab":
+        write(tmp_path / f"masks/{name}.tif", np.full((H, W), -1, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"images/a.jpg: labels \[-1\] are out of range; the 0 classes"):
+        load_pairs(open_pairs(tmp_path, cache_dir=cache), "train")
+
+
+def test_a_turned_mask_lies_upon_its_turned_picture(tmp_path, cache):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    for name, values in (("images/a.png", picture()), ("masks/a.png", mask(*range(48)))):
+        write(tmp_path / name, values)
+        Image.fromarray(values).save(tmp_path / name, exif=turned)
+    loaded = load_pairs(open_pairs(tmp_path, cache_dir=cache), "train")
+    assert loaded.images.shape == (1, 3, W, H) and np.array_equal(loaded.targets[0], np.rot90(mask(*range(48)), -1))
 
 
 def test_another_size_is_fine_and_another_aspect_is_not(tmp_path, cache):

@@ -109,6 +109,13 @@ def test_a_title_is_a_sentence_about_the_numbers_and_goes_into_the_file(tmp_path
     assert Image.open(tmp_path / "funnel.png").info["Description"] == "50 of 200 files are left after 'chosen'"
 
 
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    from PIL import Image
+
+    pictures.funnel({"files": 200, r"unlike a$\frac$b": 50}, tmp_path / "funnel.png")
+    assert repr(r"unlike a$\frac$b") in Image.open(tmp_path / "funnel.png").info["Description"]
+
+
 def test_the_grid_of_a_linear_probe_shows_its_best(tmp_path):
     table = {"1 block": {1e-3: 0.5, 1e-1: 0.25}, "4 blocks": {1e-3: 0.625, 1e-2: 0.75}}
     found = pictures.grid_heatmap(table, tmp_path / "grid.png")

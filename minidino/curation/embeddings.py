@@ -163,6 +163,7 @@ def _done(path: Path, note: Path, key: str) -> tuple[int, int]:
     """Rows and bytes that are safely in the file and belong to this key."""
     try:
         told = json.loads(note.read_bytes())
-        return (told["done"], told["bytes"]) if told["key"] == key and path.exists() else (0, 0)
+        whole = told["key"] == key and path.stat().st_size >= told["bytes"]
+        return (told["done"], told["bytes"]) if whole else (0, 0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,7 +38,8 @@ from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.engine import LOCAL, Engine, spans
-from minidino.images.datasets import open_images
+from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
+from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.runs import atomic_path, write_atomically
 
@@ -62,6 +64,7 @@ class Curation:
     pixels: the decoded pictures; all row numbers count these.
     kept: (n,) bool, the pictures that are still in.
     funnel: {stage: pictures left}, in order.
+    careful: what somebody should look at, a sentence each.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class Curation:
         Raises:
             FileNotFoundError, ValueError: no file, or none that decodes.
         """
-        self.pool, self.folder, self.short_side, self.seed, self.say = pool, Path(folder), short_side, seed, say
+        self.pool, self.folder, self.short_side, self.seed = pool, Path(folder), short_side, seed
         self.progress, self.engine = progress, engine
+        self.say = lambda words: say(_printable(words))
         images = open_images(pool)
         self.files = images.files
         self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress, engine)
@@ -98,6 +102,7 @@ class Curation:
         self.duplicate_of, self.query = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
         self.similarity = np.full(n, np.nan)
         self.funnel: dict[str, int] = {"files": len(images)}
+        self.careful: list[str] = []
         self._key = f"{self.pixels.fingerprint()} {seed}"
         self._count("decoded")
 
@@ -141,8 +146,8 @@ class Curation:
         self.component[self._distinct] = self._groups.labels
         largest = np.bincount(self._groups.labels).max()
         if largest > max(SUSPICIOUS * len(rows), 10):
-            self.say(f"careful: {largest:,} of {len(rows):,} pictures are copies of one; if they are not, "
-                     f"{describer.made_by} cannot tell pictures apart: train it longer or give another")  # fmt: skip
+            self._warn(f"{largest:,} of {len(rows):,} pictures are copies of one; if they are not, {describer.made_by} "
+                       "cannot tell pictures apart: train it longer or give another")  # fmt: skip
         self._count("without copies")
 
     def drop_leaks(self, protected: str | Path, threshold: float | None = LEAK) -> None:
@@ -153,7 +158,7 @@ class Curation:
             threshold: cosine that is too close, as published. None: the describer only proposes, and too close is a
                 picture that agrees with one of the set when it is laid upon it.
         """
-        name, pixels = self._outside(protected)
+        name, pixels = self._outside(protected, "protect nothing")
         views = [self._embed(pixels, self._describer, "copy", f"copy-{name}-{i}", part) for i, part in enumerate(PARTS)]
         reference = np.concatenate(views)
 
@@ -189,7 +194,7 @@ class Curation:
         if not len(left):
             self._count("retrieved")
             return
-        name, pixels = self._outside(queries)
+        name, pixels = self._outside(queries, "ask for nothing")
         pool = self._embed(self.pixels.select(left), describer, "semantic", "semantic")
         query = self._embed(pixels, describer, "semantic", f"semantic-{name}")
 
@@ -236,8 +241,7 @@ class Curation:
     def write(self) -> Path:
         """Write manifest.csv, one row for each file of the pool, and curation.json beside it."""
         self.reason[self.kept & (self.reason == "")] = "distinct"
-        with open(self.folder / "pixels" / "quarantine.csv", newline="", errors="surrogateescape") as file:
-            bad = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+        bad = {row["file"]: row["reason"] for row in read_quarantine(self.folder / "pixels" / "quarantine.csv")}
         number = {name: row for row, name in enumerate(self.pixels.files)}
         text = io.StringIO(newline="")
         table = csv.writer(text)
@@ -246,7 +250,9 @@ class Curation:
             row = number.get(name)
             table.writerow([name, 0, f"quarantined: {bad[name]}", *[""] * 5] if row is None else self._row(row))
         path = self.folder / "manifest.csv"
-        note = {"pool": str(Path(self.pool).expanduser().resolve()), "funnel": self.funnel, "seed": self.seed}
+        named = str(self.pool) in dataset_names() and not Path(self.pool).exists()
+        pool = str(self.pool if named else Path(self.pool).expanduser().resolve())
+        note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
         write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())
         write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
         return path
@@ -277,10 +283,16 @@ class Curation:
         self.kept[gone], self.reason[gone] = False, otherwise
         self.reason[rows] = reason
 
-    def _outside(self, source: str | Path) -> tuple[str, Pixels]:
-        """A name for the files made of another set, and its decoded pictures."""
-        name = f"{Path(source).stem}-{hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]}"
-        return name, load_pixels(open_images(source), self.short_side, self._path(name), self.progress, self.engine)
+    def _outside(self, source: str | Path, loss: str) -> tuple[str, Pixels]:
+        """A name for the files made of another set, and its decoded pictures; tells how many are lost, and the loss."""
+        name = f"{Path(source).stem}-{hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()[:8]}"
+        images = open_images(source)
+        pixels = load_pixels(images, self.short_side, self._path(name), self.progress, self.engine)
+        meant = {file for file in images.files if not file.lower().endswith(SIDE_SUFFIXES)}
+        if lost := len(meant.difference(pixels.files)):
+            self._warn(f"{lost:,} of {len(meant):,} pictures of {Path(source).name} cannot be read and {loss}: see "
+                       f"{self._path(name) / 'quarantine.csv'}")  # fmt: skip
+        return name, pixels
 
     def _embed(
         self, pixels: Pixels, describer: Describer, kind: str, name: str, part: Part = WHOLE
@@ -292,7 +304,12 @@ class Curation:
     def _path(self, name: str) -> Path:
         return self.folder / "stages" / name
 
+    def _warn(self, words: str) -> None:
+        self.careful.append(words)
+        self.say(f"careful: {words}")
+
     def _count(self, stage: str) -> None:
+        stage = _printable(stage)
         self.funnel[stage] = int(self.kept.sum())
         self.say(f"{stage}: {self.funnel[stage]:,} of {self.funnel['files']:,}")
 
@@ -306,12 +323,17 @@ class Curation:
             with np.load(path) as stored:
                 if str(stored["key"]) == self._key:
                     return {key: stored[key] for key in stored.files if key != "key"}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             pass
         found = compute()
         with atomic_path(path) as beside, open(beside, "wb") as file:
             np.savez(file, key=self._key, **found)
         return found
+
+
+def _printable(words: str) -> str:
+    """With \\udcff for what a name may hold that is no UTF-8."""
+    return words.encode("utf-8", "backslashreplace").decode()
 
 
 def picture_quality(pixels: Pixels, engine: Engine = LOCAL) -> Float[np.ndarray, "n 2"]:

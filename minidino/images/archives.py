@@ -9,20 +9,22 @@ A compressed tar is the exception: it cannot be read at random and gets an unpac
 import gzip
 import hashlib
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from minidino.images.decode import BadImage
-from minidino.runs import atomic_path
+from minidino.runs import atomic_path, write_atomically
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 LARGEST_FILE = 1 << 29  # bytes; what is longer is no picture
+UNSEEKABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how files packed with it begin
+NOT_NOW = "cannot be opened now"  # how the reason begins where it lies with the system, not with the archive
 
 
 class Place(NamedTuple):
@@ -39,19 +41,32 @@ class Place(NamedTuple):
 
 def archive_members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
     """Name and place of every regular file of an archive; damage becomes one more entry, of kind "bad"."""
+    found = False
     try:
-        with open(path, "rb") as file:
-            magic = file.read(2)
-        if magic == b"PK":
-            yield from _zip_members(path)
-            return
-        plain = _plain_tar(path, cache) if magic == b"\x1f\x8b" else path
-        with tarfile.open(plain, "r:") as archive:
-            for member in archive:
-                if member.isreg():
-                    yield member.name, Place(str(plain), "tar", member.size, member.offset_data)
+        for member in _members(path, cache):
+            found = True
+            yield member
     except Exception as error:  # hostile archives make the standard library raise anything
-        yield path.name, Place(str(path), "bad", 0, reason=f"not a readable archive: {error}")
+        words = "damaged archive" if found else "not a readable archive"
+        if isinstance(error, OSError) and error.errno:
+            words = NOT_NOW
+        yield path.name, Place(str(path), "bad", 0, reason=f"{words}: {error}")
+
+
+def _members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"PK"):
+        yield from _zip_members(path)
+    elif magic.startswith(b"\x1f\x8b"):
+        plain, damage = _plain_tar(path, cache)
+        yield from _tar_members(plain)
+        if damage:
+            raise gzip.BadGzipFile(damage)
+    elif packer := next((UNSEEKABLE[start] for start in UNSEEKABLE if magic.startswith(start)), None):
+        raise tarfile.ReadError(f"packed with {packer}; pack it anew as .tar or .tar.gz")
+    else:
+        yield from _tar_members(path)
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
@@ -67,21 +82,48 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
             yield member.filename, Place(str(path), kind, *where, reason if kind == "bad" else "")
 
 
-def _plain_tar(path: Path, cache: Path) -> Path:
-    """The unpacked twin of a .tar.gz, in the cache: only that can be read at random."""
+def _tar_members(path: Path) -> Iterator[tuple[str, Place]]:
+    """The files of a tar, and the links to them; a tar that does not end as tars do raises an error after its last."""
+    placed: dict[str, Place] = {}
+    links = []
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.isreg():
+                place = Place(str(path), "tar", member.size, member.offset_data)
+                placed[posixpath.normpath(member.name)] = place
+                yield member.name, place
+            elif member.islnk():  # a hard link: the bytes lie with an earlier member
+                lost = Place(str(path), "bad", 0, reason=f"a link to {member.linkname!r}, which is not in the archive")
+                yield member.name, placed.get(posixpath.normpath(member.linkname), lost)
+            elif member.issym():  # perhaps to a later member
+                links.append((member.name, posixpath.join(posixpath.dirname(member.name), member.linkname)))
+        for name, target in links:  # one that leads to a folder, or out of the archive, names no file of it
+            if place := placed.get(posixpath.normpath(target)):
+                yield name, place
+        archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header for the end, which is zeros
+        end = archive.fileobj.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or any(end):
+            raise tarfile.ReadError(f"neither a file nor the end at byte {archive.offset:,}; what follows is lost")
+
+
+def _plain_tar(path: Path, cache: Path) -> tuple[Path, str]:
+    """The unpacked twin of a .tar.gz, in the cache: only that can be read at random. Second: damage met on the way."""
     status = path.stat()
     described = repr((str(path), status.st_size, status.st_mtime_ns))
     plain = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.tar"
+    damage = plain.with_suffix(".damage")
     if not plain.exists():
         with gzip.open(path) as packed:
             if not tarfile.is_tarfile(packed):
                 raise tarfile.ReadError("what is compressed in it is not a tar")
             packed.seek(0)
             with atomic_path(plain) as beside, open(beside, "wb") as file:
-                with suppress(EOFError, zlib.error):  # reading the tar will report a cut
-                    while block := packed.read1(1 << 20):  # read() would drop what precedes the cut
+                try:
+                    while block := packed.read1(1 << 20):  # read() would drop what precedes the damage
                         file.write(block)
-    return plain
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    write_atomically(damage, str(error).encode())
+    return plain, damage.read_text() if damage.exists() else ""
 
 
 def read_place(place: Place) -> bytes:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minidino.engine import LOCAL, Engine, spans
-from minidino.images.archives import ARCHIVE_SUFFIXES, Place, archive_members, read_place
+from minidino.images.archives import ARCHIVE_SUFFIXES, NOT_NOW, Place, archive_members, read_place
 from minidino.images.decode import BadImage, decode, decode_channels
 from minidino.images.named import dataset_names, download
 from minidino.runs import atomic_path, write_atomically
@@ -37,7 +38,7 @@ IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .pp
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
-FORMAT_VERSION = 1  # of the index and of pixels.json; raise it when their meaning changes
+FORMAT_VERSION = 2  # of the index and of pixels.json; raise it when their meaning changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +102,23 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
 
     Args:
         path: file or folder, or one of `dataset_names()`, which is downloaded first.
-        cache_dir: where the index is kept (default ~/.cache/minidino). It is rebuilt when a path, a size or a
-            modification time changes. A compressed tar is unpacked there to a plain one, once.
+        cache_dir: where the index is kept, if it can be written (default $XDG_CACHE_HOME/minidino, or else
+            ~/.cache/minidino). It is rebuilt when a path, a size or a modification time changes. A compressed tar is
+            unpacked there to a plain one, once.
         data_root: where named sets are downloaded to; default cache_dir/data.
     Raises:
         FileNotFoundError: nothing at that path, or an empty folder.
         ValueError: the archive cannot be read at all.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "minidino"
+    own = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = Path(cache_dir or f"{own}/minidino").expanduser()
     root = Path(path).expanduser()
     if not root.exists() and str(path) in dataset_names():
         root = download(str(path), data_root or cache / "data")
     if not root.exists():
         raise FileNotFoundError(f"no file or folder {root}; give a path, or one of {dataset_names()}")
     root = root.resolve()
-    if root.suffix == ".csv":
+    if root.suffix == ".csv" and root.is_file():
         return _open_manifest(root, cache_dir, data_root)
     found = _walk(root)
     if not found:
@@ -124,8 +127,9 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
     index = cache / f"index-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.jsonl"
     stored = _read_index(index, key)
     rows, classes = stored or _build_index(root, found, cache)
-    if not stored:
-        _write_index(index, key, rows, classes)
+    if not stored and not any(place.reason.startswith(NOT_NOW) for _, place, _, _ in rows):
+        with suppress(OSError):  # it only saves time
+            _write_index(index, key, rows, classes)
     number = {name: i for i, name in enumerate(classes)}
     return ImageSet(
         name=root.name,
@@ -143,10 +147,11 @@ def _open_manifest(path: Path, cache_dir: str | Path | None, data_root: str | Pa
     if not note.exists():
         raise FileNotFoundError(f"no {note}: a manifest is read together with the curation.json written beside it")
     images = open_images(json.loads(note.read_bytes())["pool"], cache_dir, data_root)
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"file", "kept"} <= rows[0].keys():
-        raise ValueError(f"{path} is no manifest: expected columns file and kept")
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # Excel puts a mark first
+        table = csv.DictReader(file)
+        rows, columns = list(table), table.fieldnames
+    if not {"file", "kept"} <= set(columns or ()):
+        raise ValueError(f"{path} is no manifest: expected columns file and kept, got {columns}")
     number = {name: i for i, name in enumerate(images.files)}
     kept = [row["file"] for row in rows if row["kept"] == "1"]
     lost = [name for name in kept if name not in number]
@@ -250,8 +255,8 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
     """One pass over folder and archives."""
     names = [name for name, _, _ in found]
     archives = [n for n in names if n.lower().endswith(ARCHIVE_SUFFIXES)] if root.is_dir() else names
-    others = [n for n in names if n not in archives and not n.lower().endswith(SIDE_SUFFIXES)]
-    if root.is_dir() and (others or any("/" in n for n in names)):
+    pictures = [n for n in names if n.lower().endswith((*IMAGE_SUFFIXES, ".npy"))]
+    if root.is_dir() and (pictures or any("/" in n for n in names)):
         archives = []  # an archive among pictures is just a file that is no picture
     files, places, owners = [], [], []
     for name, size, _ in found:
@@ -271,9 +276,23 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
         splits[i] = splits[i] or (hints[-1] if hints else "")
     if len(set(files)) < len(files):  # equal names in several archives: the archive's name tells them apart
         files = [f"{owner}/{name}" if owner else name for owner, name in zip(owners, files, strict=True)]
-    rows = sorted(zip(files, places, labels, splits, strict=True), key=lambda row: row[0])
+    rows = sorted(zip(_told_apart(files), places, labels, splits, strict=True), key=lambda row: row[0])
     known = {label for label in labels if label is not None}
     return rows, sorted(known, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """A name that one archive holds again gets a number: a.jpg, a#2.jpg, a#3.jpg."""
+    taken, numbers, found = set(names), {}, []
+    for name in names:
+        if name in numbers:
+            stem, suffix = os.path.splitext(name)
+            free = (new for i in numbers[name] if (new := f"{stem}#{i}{suffix}") not in taken)
+            found.append(next(free))
+        else:
+            numbers[name] = count(2)
+            found.append(name)
+    return found
 
 
 def _shard_labels(files: list[str], places: list[Place]) -> dict[int, str]:
@@ -300,7 +319,7 @@ def _label_in(data: bytes, suffix: str) -> str:
         return text
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     values = [record[name] for name in ("label", "cls", "class") if name in record] if isinstance(record, dict) else []
     return str(values[0]) if values and isinstance(values[0], int | str) else ""
@@ -351,6 +370,12 @@ def write_quarantine(path: str | Path, rows: list[dict[str, str]]) -> None:
     table.writeheader()
     table.writerows(rows)
     write_atomically(Path(path), text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_quarantine(path: str | Path) -> list[dict[str, str]]:
+    """What `write_quarantine` wrote."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 def decode_each(

@@ -2,6 +2,7 @@
 
     decode(data)              -> picture            of three channels
     decode_channels(data, C)  -> (H, W, C) uint8    of any other number, from arrays of numpy; 1: a picture in grey
+    decode_values(data)       -> numbers            as they stand in the file, for targets
 
 What is decided here, for every image file there is:
   - the format is told from the bytes, never from the name; only formats that Pillow decodes by itself (no Ghostscript);
@@ -18,6 +19,8 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -41,6 +44,7 @@ UPRIGHT = {  # EXIF orientation -> what brings the picture upright; 1 and whatev
 }
 SIGNATURES = (  # what a file that Pillow cannot open most likely is; the first match names it
     (rb"\x1f\x8b", "not an image: gzip data"),
+    (rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "not an image: bzip2, xz or zstd data; pack a tar anew as .tar or .tar.gz"),
     (rb"PK[\x03\x05]", "not an image: a zip archive"),
     (rb".{257}ustar", "not an image: a tar archive"),
     (rb"%PDF", "not an image: a PDF document"),
@@ -76,6 +80,28 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
     """
     if data.startswith(NUMPY):
         return Image.fromarray(_array(data, 3, max_pixels))
+    return _read(data, max_pixels, lambda image: _to_rgb(_upright(image)))
+
+
+def decode_values(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
+    """Turn the bytes of an image file into its numbers, upright and as they are: no palette, no scaling.
+
+    Returns:
+        (H, W), or (H, W, C) where a pixel has several.
+    Raises:
+        BadImage: as `decode`; a JPEG.
+    """
+
+    def values(image: Image.Image) -> np.ndarray:
+        if image.format == "JPEG":
+            raise BadImage("a JPEG blurs its values; a target must be PNG or another format without loss")
+        return np.asarray(_upright(image))
+
+    return _read(data, max_pixels, values)
+
+
+def _read(data: bytes, max_pixels: int, finish: Callable[[Image.Image], Any]) -> Any:
+    """What `finish` makes of the file as Pillow reads it; whatever is wrong with it becomes BadImage."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -91,7 +117,7 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
         if image.format == "PNG":
             _refuse_missing_rows(data)
         image.load()
-        return _to_rgb(_upright(image))
+        return finish(image)
     except BadImage:
         raise
     except Exception as error:  # as above

@@ -97,6 +97,8 @@ def _from_index(kind: str, files: Collection[str], read: Read) -> Found | None:
         rows = list(csv.DictReader(io.StringIO(read(index))))
         picture = next((c for c in ("rgb", "image") if rows and {c, column} <= rows[0].keys()), None)
         if picture:
+            if blank := [i for i, row in enumerate(rows, 2) if not (row[picture] and row[column])]:
+                raise ValueError(f"{index}: line {blank[0]} lacks its {picture} or its {column}")
             root = index.removesuffix("index.csv")
             splits = [(r.get("split") or "train").lower() for r in rows]
             pairs = [(root + r[picture], root + r[column], SPLITS.get(s, s)) for r, s in zip(rows, splits, strict=True)]

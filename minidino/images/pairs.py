@@ -7,7 +7,6 @@ The layouts of folders and archives that are recognised are those of layouts.py;
 0, 1, ... and -1 where a pixel does not count; distances become metres, and 0 where they are not known.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,13 +22,14 @@ from torch import Tensor
 from minidino.engine import LOCAL
 from minidino.images.archives import Place, read_place
 from minidino.images.datasets import open_images
-from minidino.images.decode import BadImage, decode
+from minidino.images.decode import BadImage, decode, decode_values
 from minidino.images.layouts import LAYOUTS, find_pairs
 from minidino.images.scenes import MASK_CLASSES, TEST_WORLD, draw_scenes
 
 KINDS = ("segmentation", "depth")
 NEAREST_M, FARTHEST_M = 0.05, 100.0  # a median depth outside of this is in another unit than assumed
 MILLIMETRE = 0.001
+MOST_CLASSES = 1 << 16  # that may go without names
 ASPECT_SLACK = 0.02  # share by which the aspects of a picture and its target may differ
 
 
@@ -145,14 +145,17 @@ def _seen_classes(targets: list[Place], ignored: tuple[int, ...]) -> tuple[dict[
 
     def values(place: Place) -> set[int]:
         try:
-            return set(np.unique(_values(read_place(place))).tolist())
+            return set(np.unique(_values(read_place(place), "segmentation")).tolist())
         except BadImage:  # loading will list it
             return set()
 
     seen = set().union(*_on_threads(values, targets))
     if seen == {0, 255}:
         return {0: "background", 255: "foreground"}, ()
-    return {v: f"class {v}" for v in range(max(seen - set(ignored), default=-1) + 1)}, ignored
+    largest = max(seen - set(ignored), default=-1)
+    if largest >= MOST_CLASSES:
+        raise ValueError(f"a mask holds {largest:,}: that many classes must be named in a classes.csv (index, name)")
+    return {v: f"class {v}" for v in range(largest + 1)}, ignored
 
 
 def _on_threads(work: Callable, items: Sequence) -> list:
@@ -223,7 +226,7 @@ def _draw(pairs: Pairs, rows: np.ndarray, split: str, size: tuple[int, int] | No
 def _load(pairs: Pairs, i: int, size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
     """One pair as (H, W, 3) uint8 and (H, W) int64 or float32."""
     picture = decode(read_place(pairs.images[i]))
-    values = _values(read_place(pairs.targets[i]))
+    values = _values(read_place(pairs.targets[i]), pairs.kind)
     height, width = size or (picture.height, picture.width)
     if abs(values.shape[0] * picture.width / (values.shape[1] * picture.height) - 1) > ASPECT_SLACK:
         raise ValueError(
@@ -237,15 +240,13 @@ def _load(pairs: Pairs, i: int, size: tuple[int, int] | None) -> tuple[np.ndarra
     return np.asarray(picture), targets[down[:, None], right]
 
 
-def _values(data: bytes) -> np.ndarray:
+def _values(data: bytes, kind: str) -> np.ndarray:
     """The numbers in a target file (H, W), as they are: no palette, no scaling. Raises BadImage."""
-    whole = decode(data)  # refuses what is damaged or cut short
-    image = Image.open(io.BytesIO(data))
-    if image.format == "JPEG":
-        raise BadImage("a JPEG blurs its values; a target must be PNG or another format without loss")
-    values = np.asarray(image)
-    if values.shape != (whole.height, whole.width):
-        raise BadImage(f"expected one value for each pixel, got mode {image.mode} of shape {values.shape}")
+    values = decode_values(data)
+    if values.ndim != 2:
+        raise BadImage(f"expected one value for each pixel, got shape {values.shape}")
+    if kind == "segmentation" and values.dtype.kind == "f":
+        raise BadImage(f"expected integers that stand for classes, got {values.dtype}")
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
@@ -254,9 +255,10 @@ def _classes(values: np.ndarray, pairs: Pairs, i: int) -> np.ndarray:
     seen, inverse = np.unique(values, return_inverse=True)
     strange = [v for v in seen.tolist() if v not in wanted]
     if strange:
+        known = f"{min(pairs.values)} to {max(pairs.values)}" if pairs.values else "none"
         raise ValueError(
             f"{pairs.names[i]}: labels {strange[:5]} are out of range; the {len(pairs.classes)} classes of this set "
-            f"have the values {min(pairs.values)} to {max(pairs.values)}, ignored: {list(pairs.ignored)}"
+            f"have the values {known}, ignored: {list(pairs.ignored)}"
         )
     return np.array([wanted[v] for v in seen.tolist()], dtype=np.int64)[inverse].reshape(values.shape)
 
@@ -266,7 +268,7 @@ def _depth(values: np.ndarray, unit_m: float | None) -> np.ndarray:
         raise BadImage("8 bits are too few for millimetres; say depth_unit_m= if the unit is another")
     unit_m = unit_m or (1.0 if values.dtype.kind == "f" else MILLIMETRE)
     depth = values.astype(np.float32) * np.float32(unit_m)
-    return np.where(depth > 0, depth, np.float32(0))
+    return np.where((depth > 0) & np.isfinite(depth), depth, np.float32(0))
 
 
 def _refuse_unit(depth: Tensor, unit_m: float | None) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidino.engine import LOCAL, Engine
-from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, write_quarantine
+from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, read_quarantine, write_quarantine
 from minidino.images.decode import BadImage, shrink, square
 from minidino.runs import atomic_path, write_atomically
 
@@ -194,12 +194,24 @@ def load_pixels(
     key = _pixels_key(images, short_side, channels)
     if stored := _open_pixels(folder, key, images, channels):
         return stored
+    _remove_litter(folder / "pixels.u8")
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
         kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
     return _open_pixels(folder, key, images, channels)
+
+
+def _remove_litter(path: Path) -> None:
+    """Delete what killed processes left of this file half-written; there is no asking for a process on Windows."""
+    for file in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)  # no signal: only an error where there is no such process
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except PermissionError:  # somebody else's
+            continue
 
 
 def _fill(
@@ -264,10 +276,11 @@ def _pixels_key(images: ImageSet, short_side: int, channels: int) -> str:
     """A fingerprint of everything the stored pixels depend on."""
     digest = hashlib.sha256(repr((FORMAT_VERSION, short_side, images.classes)).encode())
     digest.update(f"{channels} channels".encode() if channels != 3 else b"")
-    changed: dict[str, int] = {}
+    changed: dict[str, tuple[int, bool]] = {}
     for name, place, label in zip(images.files, images.places, images.labels.tolist(), strict=True):
         if place.source not in changed:
-            changed[place.source] = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
+            time = os.stat(place.source).st_mtime_ns if os.path.exists(place.source) else 0
+            changed[place.source] = time, os.access(place.source, os.R_OK)
         digest.update(repr((name, tuple(place), label, changed[place.source])).encode())
     return digest.hexdigest()
 
@@ -277,6 +290,8 @@ def _open_pixels(folder: Path, key: str, images: ImageSet, channels: int) -> Pix
     try:
         record = json.loads((folder / "pixels.json").read_bytes())
         if record["key"] != key:
+            return None
+        if len(read_quarantine(folder / "quarantine.csv")) != len(images) - len(record["kept"]):
             return None
         data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
         return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]), channels)

@@ -24,6 +24,7 @@ def resize_boxes(
         size: of the crop, px.
     Returns:
         Crops in [0, 1].
+    Differs: PIL on floats (mode F), clipped at the end, is meant; on 8 bits it also rounds and clips between the sums.
     """
     lines = lines.float() / 255 if lines.dtype == torch.uint8 else lines
     n_images, height, channels, width = lines.shape

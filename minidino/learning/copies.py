@@ -91,7 +91,7 @@ class CopyDescriptor(nn.Module):
         rows = rows.to(self.mean)
         self.mean = rows.mean(0)
         variance, directions = torch.linalg.eigh((rows - self.mean).double().T.cov())
-        scale = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).rsqrt()
+        scale = (variance.clamp(min=0) + SHRINKAGE * variance.mean()).clamp(min=1e-12).rsqrt()  # a flat pool has 0
         self.whitening = (directions * scale).to(rows)
 
 
