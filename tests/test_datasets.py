@@ -348,3 +348,16 @@ def test_a_named_set_opens_like_any_other(tmp_path, monkeypatch):
     assert images.classes == ["airplane", "bird"] and sorted(images.splits) == ["train"] * 2 + ["val"] * 2
     train = images.split("train")
     assert np.array_equal(np.asarray(train.image(int(np.flatnonzero(train.labels == 1)[0]))), noise(4, 4, 1))
+
+
+def test_what_this_package_wrote_among_the_pictures_is_none_of_them(tmp_path):
+    for name in ("a.png", "b.png", "runs/tour/pca.png", "runs/tour/pixels/train/x.png", "out/walls.png", "probe/figure.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    for name in ("runs/tour/config.json", "runs/tour/environment.json", "out/curation.json", "out/manifest.csv",
+                 "probe/results.json", "probe/report.html"):  # fmt: skip
+        (tmp_path / name).write_text("{}")
+    assert open_images(tmp_path).files == ["a.png", "b.png"]
+    assert open_images(tmp_path / "runs" / "tour").files  # unless it is asked for
+

@@ -38,6 +38,10 @@ IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .pp
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
+OWN = (  # files that tell a folder of a run, a curation, stored pixels or a probe
+    {"config.json", "environment.json"}, {"curation.json", "manifest.csv"}, {"pixels.json", "pixels.u8"},
+    {"results.json", "report.html"},
+)  # fmt: skip
 FORMAT_VERSION = 2  # of the index and of pixels.json; raise it when their meaning changes
 
 
@@ -218,7 +222,10 @@ def _classes_of(inner: dict[int, tuple[str, ...]], voters: list[int]) -> dict[in
 
 
 def _walk(root: Path) -> list[tuple[str, int, int]]:
-    """(relative name, bytes, modification time in ns) of every regular file below root; links are followed once."""
+    """(relative name, bytes, modification time in ns) of every regular file below root; links are followed once.
+
+    What this package wrote below root, such as runs/ of a tour of the folder one is in, is left out.
+    """
     if not root.is_dir():
         return [("", root.stat().st_size, root.stat().st_mtime_ns)]
     found, seen, todo = [], {_identity(root.stat())}, [""]
@@ -228,6 +235,8 @@ def _walk(root: Path) -> list[tuple[str, int, int]]:
             entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
         except PermissionError:  # listed like a file, so that reading it gives the reason
             found.append((folder, 0, 0))
+            continue
+        if folder and any(marks <= {entry.name for entry in entries} for marks in OWN):
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
