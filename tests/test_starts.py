@@ -1,0 +1,120 @@
+"""The beginning of a run: what a start that fails leaves behind, what is held out, who may learn where."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino import runs, stages
+from minidino.cli import main
+from minidino.config import override, preset
+from minidino.images.scenes import draw_scenes
+from minidino.runs import Run, write_atomically
+from minidino.stages import pretrain
+
+CPU = torch.device("cpu")
+TINY = [
+    "data.n_scenes=48", "data.n_test_scenes=24", "data.short_side=32", "crops.global_size=32", "crops.local_size=16",
+    "vit.width=16", "vit.depth=2", "vit.heads=2", "heads.n_prototypes=16", "heads.hidden_dim=16",
+    "heads.bottleneck_dim=8", "optim.batch_size=8", "run.device=cpu", "run.log_every=1",
+]  # fmt: skip
+
+
+def tiny(*changes):
+    return override(preset("scenes-cpu"), [*TINY, *changes])
+
+
+@pytest.mark.parametrize("change", ["data.source=/no/such/folder", "vit.heads=3"])
+def test_a_start_that_fails_leaves_the_folder_free(tmp_path, change, capsys):
+    command = ["train", "--out", str(tmp_path / "run"), *TINY, "run.steps=1"]
+    assert main([*command, change]) == 2
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert main(command) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", ["config.json", "environment.json", "guard.json"])
+def test_a_kill_before_the_folder_is_a_run_does_not_block_it(tmp_path, monkeypatch, stop):
+    state = stages.start(tiny(), CPU)
+
+    def die(path, data):
+        if path.name == stop:
+            raise KeyboardInterrupt
+        write_atomically(path, data)
+
+    monkeypatch.setattr(runs, "write_atomically", die)
+    with pytest.raises(KeyboardInterrupt):
+        Run.create(tmp_path / "run", tiny(), CPU, state.save(), {"guard.json": {}})
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "config.json").exists() and list((tmp_path / "run").rglob("*.pt"))
+    Run.create(tmp_path / "run", tiny(), CPU, state.save(), {"guard.json": {}})
+    assert Run(tmp_path / "run").config() == tiny() and (tmp_path / "run" / "environment.json").exists()
+
+
+def test_checkpoints_of_a_run_that_lost_its_config_are_not_taken_for_a_beginning(tmp_path):
+    run, _ = pretrain(tiny("run.steps=2"), tmp_path / "run")
+    run.config_path.unlink()
+    with pytest.raises(FileExistsError, match="not empty and not a run folder"):
+        pretrain(tiny("run.steps=2"), tmp_path / "run")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+def test_two_processes_cannot_learn_in_one_folder(tmp_path, capsys):
+    run, world = pretrain(tiny("run.steps=2"), tmp_path / "run")
+    with Run(run.folder).held():
+        assert main(["train", "--resume", str(run.folder)]) == 2
+        assert "another process learns in" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run.folder)]) == 0
+
+
+def test_pictures_that_changed_since_the_start_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i, image in enumerate(draw_scenes(12, 32, seed=3).images):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    run, _ = pretrain(tiny(f"data.source={folder}", "run.steps=2"), tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pretrain(tiny(), run.folder, resume=True)
+    Image.fromarray(image).save(folder / "99.png")
+    with pytest.warns(UserWarning, match="began with 9 pictures and goes on with 10"):
+        pretrain(tiny(), run.folder, resume=True)
+
+
+def test_an_empty_name_is_no_run_to_resume(capsys):
+    assert main(["train", "--resume", ""]) == 2
+    assert "give --resume RUN alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        ([""] * 7, [1, 2, 3, 4, 6], [0, 5]),
+        (["train"] * 7, [1, 2, 3, 4, 6], [0, 5]),
+        (["val"] * 6, [1, 2, 3, 4], [0, 5]),
+        ([""], [0], []),
+        (["train", "val"], [0], [1]),
+        (["", "val", "train", ""], [2], [1]),
+        (["", "val", "", ""], [0, 2, 3], [1]),
+    ],
+)
+def test_what_is_held_out_of_photographs(splits, train, val):
+    parts = stages._parts(np.array(splits))
+    assert [part.tolist() for part in parts] == [train, val]
+
+
+def test_a_validation_part_that_cannot_be_read_does_not_stop_learning(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "photographs"
+    for part in ("train", "val"):
+        (folder / part / "a").mkdir(parents=True)
+    for i, image in enumerate(draw_scenes(8, 32, seed=3).images):
+        Image.fromarray(image).save(folder / "train" / "a" / f"{i}.png")
+    (folder / "val" / "a" / "cut.png").write_bytes(b"\x89PNG")
+    with pytest.warns(UserWarning, match="nothing to judge with: none of the 1 files"):
+        run, world = pretrain(tiny(f"data.source={folder}", "run.steps=1"), tmp_path / "run")
+    assert world.test is None and len(world.train) == 8 and len(run.records()) == 1
+    assert "cut.png" in (tmp_path / "run" / "pixels" / "val" / "quarantine.csv").read_text()
