@@ -3,10 +3,8 @@
     pool -> CopyNet, trained on it -> curation/pipeline.py -> manifest.csv, funnel.png, walls, report.html
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from minidino.learning.copies import CopyDescriptor, CopyNet, train_copies
 from minidino.model.weights import backbone_of
 from minidino.probes.features import state_hash
 from minidino.report import Section, write_report
-from minidino.runs import Run, pick_device, write_atomically
+from minidino.runs import Run, alone_in, pick_device, write_atomically
 from minidino.stages import some
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 600, 96
@@ -84,7 +82,8 @@ def curate(
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
     picked = pick_engine(engine)
-    with _alone(Path(out)):
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with alone_in(Path(out)):
         curation = Curation(pool, out, short_side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
@@ -102,24 +101,6 @@ def curate(
         manifest = curation.write()
         draw(curation)
         return manifest
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder meanwhile; Windows, and some disks of a network, can lock no folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another curate is at work in {folder}") from None
-        except (ImportError, OSError):
-            pass
-        yield
 
 
 def trained_describer(

@@ -89,7 +89,8 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         dino=_head(config), ibot=None if config.heads.tied else _head(config, ibot=True), patch_size=v.patch_size,
         channels=config.data.channels, registers=v.num_register_tokens, layerscale=bool(v.layerscale),
         drop_rate=v.drop_path_rate, subset=v.drop_path == "subset", recompute=v.recompute, global_size=c.global_size,
-        local_size=c.local_size, n_local=c.n_local, koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
+        local_size=c.local_size, n_local=c.n_local,
+        koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
         attention=v.attention if v.attention != "auto" else "triton" if suits_triton else "sdpa",
         prototypes=w.prototypes if w.prototypes != "auto" else AUTO["cpu" if cpu else "cuda"], half=half, cpu=cpu,
     )  # fmt: skip

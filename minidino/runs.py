@@ -16,7 +16,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -175,6 +175,28 @@ def named_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def alone_in(*folders: Path) -> Iterator[None]:
+    """Keep other processes that ask for this out of folders meanwhile; Windows, and some disks of a network, lock none.
+
+    Raises:
+        BlockingIOError: another process is at work there.
+    """
+    with ExitStack() as stack:
+        for folder in folders:
+            try:
+                import fcntl
+
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"another process is at work in {folder}: wait, or stop it first") from None
+            except (ImportError, OSError):
+                pass
+        yield
+
+
 class Run:
     """One run folder."""
 
@@ -235,24 +257,6 @@ class Run:
             return from_json(self.config_path.read_text())
         except ValueError as error:
             raise ValueError(f"{self.config_path}: {error}") from error
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let no other process learn in this folder meanwhile, where the system has locks.
-
-        Raises:
-            FileExistsError: another process holds it.
-        """
-        with open(self.config_path) as file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FileExistsError(f"another process learns in {self.folder}: wait, or stop it first") from None
-            except (ImportError, OSError):  # Windows; a file system without locks
-                pass
-            yield
 
     def compare_pictures(self, pixels: Any) -> None:
         """Note which pictures, `Pixels`, are learned from; warn where a run goes on with others than it began with."""

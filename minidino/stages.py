@@ -9,7 +9,6 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
@@ -35,7 +34,7 @@ from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of, save_backbone
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, atomic_path, give_back_memory, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, alone_in, atomic_path, give_back_memory, keep_freed_memory, pick_device, write_atomically
 
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
@@ -185,9 +184,7 @@ def _expect_same_teacher(run: Run, sha256: str) -> None:
 
 def learn(learners: Sequence[Learner], world: World) -> None:
     """Take runs to their end, in step and on the same batches; what each measures goes to its folder."""
-    with ExitStack() as held:
-        for learner in learners if is_first() else ():
-            held.enter_context(learner.run.held())
+    with alone_in(*(learner.run.folder for learner in learners if is_first())):
         _learn(learners, world)
 
 

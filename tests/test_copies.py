@@ -217,7 +217,7 @@ def test_two_at_once_do_not_spoil_each_other(pool, tmp_path):
     (tmp_path / "out").mkdir()
     handle = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)  # as another process that is at work
-    with pytest.raises(BlockingIOError, match=f"another curate is at work in {tmp_path / 'out'}"):
+    with pytest.raises(BlockingIOError, match=f"another process is at work in {tmp_path / 'out'}"):
         curate(pool, tmp_path / "out", copy_steps=1)
     os.close(handle)
     assert curate(pool, tmp_path / "out", copy_steps=1).exists()

@@ -12,7 +12,7 @@ from minidino import runs, stages
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.images.scenes import draw_scenes
-from minidino.runs import Run, write_atomically
+from minidino.runs import Run, alone_in, write_atomically
 from minidino.stages import pretrain
 
 CPU = torch.device("cpu")
@@ -63,9 +63,9 @@ def test_checkpoints_of_a_run_that_lost_its_config_are_not_taken_for_a_beginning
 @pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
 def test_two_processes_cannot_learn_in_one_folder(tmp_path, capsys):
     run, world = pretrain(tiny("run.steps=2"), tmp_path / "run")
-    with Run(run.folder).held():
+    with alone_in(run.folder):
         assert main(["train", "--resume", str(run.folder)]) == 2
-        assert "another process learns in" in capsys.readouterr().err
+        assert "another process is at work in" in capsys.readouterr().err
     assert main(["train", "--resume", str(run.folder)]) == 0
 
 
