@@ -121,7 +121,8 @@ def _train(stages) -> None:
         o, t, device = config.optim, config.teacher, pick_device(config.run.device)
         horizon = 1 / max(1 - t.momentum, 1e-9)
         print(f"resolved: {pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay "
-              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.0f} steps at the start, attention "
+              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.1f} steps or "
+              f"{horizon * o.batch_size:,.0f} images at the start, attention "
               f"{attention.resolve(config.vit.attention, device)}, prototype loss "
               f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
         if options.weights:
