@@ -61,8 +61,8 @@ def until(step: int, work) -> None:
     """Run `work` until a step has been noted."""
     note = minidino.stages.note
 
-    def note_and_stop(learner, record, watch) -> None:
-        note(learner, record, watch)
+    def note_and_stop(learner, *told) -> None:
+        note(learner, *told)
         if learner.state.step == step:
             raise Stop
 
@@ -79,8 +79,8 @@ def die_once(step: int) -> None:
     """The second process is killed at a step, the first time it gets there."""
     note = minidino.stages.note
 
-    def note_and_die(learner, record, watch) -> None:
-        note(learner, record, watch)
+    def note_and_die(learner, *told) -> None:
+        note(learner, *told)
         if learner.state.step == step and rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
