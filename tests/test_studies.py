@@ -101,13 +101,12 @@ def test_a_goal_counts_from_when_it_is_first_reached(study):
 
 
 def test_batches_of_all_sizes_are_learned_judged_and_drawn(study, monkeypatch, tmp_path):
-    batch_size, ablations = study("batch_size"), study("ablations")
-    for module in (batch_size, ablations):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    ablations.world.cache_clear()
+    batch_size, compute = study("batch_size"), study("compute")
+    monkeypatch.setattr(batch_size, "RESULTS", tmp_path)
+    compute.world.cache_clear()
     tiny = [change for change in TINY if "batch_size" not in change]
-    of, ours = batch_size.config_of, ablations.config_of
-    monkeypatch.setattr(ablations, "config_of", lambda name, seed, steps=2: override(ours(name, seed, 2), TINY))
+    of, ours = batch_size.config_of, compute.config_of
+    monkeypatch.setattr(compute, "config_of", lambda width, steps, seed: override(ours(width, steps, seed), TINY))
     monkeypatch.setattr(batch_size, "USUAL", 8)
     row = partial(batch_size.Row, images=16)
     monkeypatch.setattr(batch_size, "ROWS", {"64": row(8, batch_size.RATE), "16-queue": row(4, batch_size.QUEUED),
@@ -117,10 +116,10 @@ def test_batches_of_all_sizes_are_learned_judged_and_drawn(study, monkeypatch, t
     batch_size.judge(2)
     found = json.loads((tmp_path / "batch-size.json").read_text())
     assert [(row["batch_size"], len(row["runs"])) for row in found["rows"].values()] == [(8, 2), (4, 2), (8, 2)]
-    assert found["beside_batches_of_64"]["64"]["knn"] == {"gain": 0.0, "standard_error": 0.0}
+    assert found["beside_batches_of_64"]["64"] == {"gain": 0.0, "standard_error": 0.0}
     assert found["rows"]["64-parts"]["mib"] < found["rows"]["64"]["mib"]
     assert "| 16 | 4 | 4 | learning rate, momentum, a queue" in batch_size.tables()["batch-size"]
-    ablations.world.cache_clear()
+    compute.world.cache_clear()
 
 
 def test_a_queue_balances_the_rows_of_the_steps_before_too(study):
