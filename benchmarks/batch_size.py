@@ -6,8 +6,8 @@
 
 The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; a run sees 32,000 images, or the
 preset's 96,000. What is changed with the batch: the learning rate alone, by the square root as everywhere; the
-teacher's momentum too, so that it forgets after as many images; a queue of earlier teacher logits, as SwAV has for small
-batches; or the memory alone, a batch of 64 computed in parts.
+teacher's momentum too, so that it forgets after as many images; a queue of earlier teacher logits, as SwAV has for
+small batches; or the memory alone, a batch of 64 computed in parts.
 Results: data/results/batch-size.json.
 """
 
@@ -122,15 +122,15 @@ def judge(seeds: int) -> None:
 
 def tables() -> dict[str, str]:
     found = json.loads((RESULTS / "batch-size.json").read_text())
-    lines = ["| images | batch | steps | changed with it | MiB of a step | k-NN | more than 64 |", "|---" * 7 + "|"]
+    lines = ["| images | batch | steps | changed with it | MiB of a step | k-NN | against 64 |", "|---" * 7 + "|"]
     for name, row in found["rows"].items():
         size, steps, knn = row["batch_size"], row["images"] // row["batch_size"], row["summary"]
         about = f"{row['images']:,} | {size} | {steps:,} | {row['changed']} | {row['mib']:,.0f}"
         gain = found["beside_batches_of_64"][name]
         more = f"{gain['gain']:+.3f} ± {gain['standard_error']:.3f}" if gain["gain"] else ""
         lines.append(f"| {about} | {knn['mean']:.3f} ± {knn['sd']:.3f} | {more} |")
-    lines += ["", f"k = 20, {found['n_test']:,} held-out scenes, mean ± standard deviation over {knn['n']} seeds; what is "
-              "more than batches of 64 reach with as many images, seed by seed, with its standard error; memory by formula. "
+    lines += ["", f"k = 20, {found['n_test']:,} held-out scenes, mean ± standard deviation over {knn['n']} seeds; against "
+              "batches of 64 with as many images seed by seed, with its standard error; memory by formula. "
               f"{made_on(found)}"]  # fmt: skip
     return {"batch-size": "\n".join(lines)}
 

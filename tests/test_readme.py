@@ -128,6 +128,16 @@ def test_what_decoders_and_labels_add_is_beyond_three_sigma():
     assert clearly_more(ours, linear) and clearly_more(ours, scratch)
 
 
+def test_what_is_said_of_small_batches_is_beyond_three_sigma():
+    rows = json.loads((ROOT / "data" / "results" / "batch-size.json").read_text())["rows"]
+    knn = {name: [run["knn"] for run in row["runs"]] for name, row in rows.items()}
+    for more, less in (("16", "64"), ("32", "64"), ("64", "128"), ("64", "256"), ("256", "256-momentum"),
+                       ("8", "8-momentum"), ("16-momentum", "16-queue"), ("64", "64-parts")):  # fmt: skip
+        assert clearly_more(knn[more], knn[less]), (more, less)
+    for one, other in (("8", "64"), ("16", "16-momentum"), ("32-long", "64-long")):
+        assert not clearly_more(knn[one], knn[other]), (one, other)
+
+
 def test_trained_patches_beat_what_else_knows_where_it_lies_by_three_sigma():
     patches = json.loads((ROOT / "data" / "results" / "probes-scenes.json").read_text())["patches"]
     ours = patches["trained + position"]
