@@ -89,7 +89,7 @@ def queued(n_rows: int) -> Iterator[None]:
 
 
 def network(name: str, seed: int) -> Run:
-    """The run of one row; one that was killed begins anew, for it has lost its queue."""
+    """The run of one row. A queue does not survive a kill; three steps fill it again."""
     with queued(QUEUE) if ROWS[name].changed == QUEUED else nullcontext():
         return learned(config_of(name, seed), RUNS / f"batch-{name}-{seed}", world())
 
