@@ -109,12 +109,12 @@ def _train(stages) -> None:
             if options.changes or options.data or options.weights or options.out or not options.resume:
                 raise ValueError("a resumed run keeps its config and its folder: give --resume RUN alone")
             return _go_on(Path(options.resume))
-        patch = [f"vit.patch_size={backbone_of(options.weights).patch_size}"] if options.weights else []
-        config = override(_base(options), [*options.changes, *patch])
         folder = Path(options.out or f"runs/{options.preset}")
         if _interrupted(folder):
             return _go_on(folder)
         _expect_new(folder)
+        vit = backbone_of(options.weights) if options.weights else None
+        config = override(_base(options), [*options.changes, *([f"vit.patch_size={vit.patch_size}"] if vit else [])])
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
@@ -125,8 +125,8 @@ def _train(stages) -> None:
               f"{horizon * o.batch_size:,.0f} images at the start, attention "
               f"{attention.resolve(config.vit.attention, device)}, prototype loss "
               f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
-        if options.weights:
-            return _told(go_on(options.weights, folder, config, options.heads_first)[0])
+        if vit:
+            return _told(go_on(vit, folder, config, options.heads_first)[0])
         pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidino.config import CropConfig, RunConfig
-from minidino.images.datasets import IMAGE_SUFFIXES, ImageSet, open_images
+from minidino.images.datasets import READABLE_SUFFIXES, ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
@@ -130,7 +130,7 @@ def _rows_of(names: list[str], files: list[str]) -> dict[str, int]:
 
 def _without_suffix(name: str) -> str:
     """A name without the suffix of a picture; what else stands behind a dot belongs to it."""
-    return str(Path(name).with_suffix("")) if name.lower().endswith((*IMAGE_SUFFIXES, ".npy")) else name
+    return str(Path(name).with_suffix("")) if name.lower().endswith(READABLE_SUFFIXES) else name
 
 
 def open_groups(path: str, size: int, cache: Cache, channels: int = 3) -> Grouped:

@@ -164,6 +164,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def writer_is_dead(unfinished: Path) -> bool:
+    """Has the process ended whose number stands before the suffix of this name? False where there is no asking."""
+    try:
+        if os.name == "posix":  # on Windows this would end the process
+            os.kill(int(unfinished.name.split(".")[-2]), 0)  # no signal: only an error where there is no such process
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):  # somebody else's; no number
+        pass
+    return False
+
+
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Let errors of reading and writing name this file where they name none: a full disk does not say which."""

@@ -101,7 +101,6 @@ class Learner:
     config: RunConfig
     state: State
     notes: dict[str, Any] = field(default_factory=dict)  # what its folder shall hold from the start
-    fresh: bool = True  # it begins with new weights
 
 
 def pretrain(
@@ -142,12 +141,12 @@ def candidate(config: RunConfig, folder: Path, state: State | None = None, froze
     if state is None:
         return Learner(Run(folder), config, begin(config, device, frozen), notes)
     state.frozen = frozen
-    return Learner(Run(folder), config, state, notes | {GUARD: {}}, fresh=False)
+    return Learner(Run(folder), config, state, notes | {GUARD: {}})
 
 
 def enrol(learner: Learner) -> None:
     """Make a folder the run of its candidate."""
-    config, first = learner.config, None if learner.fresh else learner.state.save()
+    config, first = learner.config, learner.state.save() if GUARD in learner.notes else None
     if is_first():
         Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
     wait()
@@ -264,18 +263,22 @@ def guard_of(run: Run) -> dict[str, Any]:
 
 
 def go_on(
-    source: str | Path, folder: Path, config: RunConfig, heads_first: float = 0.2, world: World | None = None
+    source: str | Path | VisionTransformer,
+    folder: Path,
+    config: RunConfig,
+    heads_first: float = 0.2,
+    world: World | None = None,
 ) -> tuple[Run, World]:
     """Train on from a backbone that came without heads, as the released ones do; `guard_of` says what it came to.
 
     Args:
-        source: weights that `backbone_of` reads; the sizes of the backbone are theirs.
+        source: a backbone, or weights that `backbone_of` reads; the sizes are theirs.
         folder: of the new run.
         config: all else.
         heads_first: share of the steps in which the fresh heads learn alone.
         world: images that are open already.
     """
-    vit = backbone_of(source)
+    vit = source if isinstance(source, VisionTransformer) else backbone_of(source)
     config = going_on(config, vit, heads_first)
     return pretrain(config, folder, world, state=start_from(config, pick_device(config.run.device), vit))
 

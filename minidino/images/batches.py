@@ -5,6 +5,7 @@
 Nothing is remembered between steps, so a run that goes on at step s sees exactly what it would have seen.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -125,7 +126,11 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
 
 def repeats(index: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
     """How often each image of a batch has come before in it."""
-    return (index[:, None] == index).tril(-1).sum(1)
+    seen, before = Counter(), []
+    for image in index.tolist():
+        before.append(seen[image])
+        seen[image] += 1
+    return torch.tensor(before)
 
 
 def make_batch(

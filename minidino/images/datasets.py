@@ -35,6 +35,7 @@ from minidino.images.named import dataset_names, download
 from minidino.runs import atomic_path, write_atomically
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .ppm .pgm .avif .ico .qoi".split())
+READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
@@ -264,7 +265,7 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
     """One pass over folder and archives."""
     names = [name for name, _, _ in found]
     archives = [n for n in names if n.lower().endswith(ARCHIVE_SUFFIXES)] if root.is_dir() else names
-    pictures = [n for n in names if n.lower().endswith((*IMAGE_SUFFIXES, ".npy"))]
+    pictures = [n for n in names if n.lower().endswith(READABLE_SUFFIXES)]
     if root.is_dir() and (pictures or any("/" in n for n in names)):
         archives = []  # an archive among pictures is just a file that is no picture
     files, places, owners = [], [], []

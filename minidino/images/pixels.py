@@ -23,7 +23,7 @@ from torch import Tensor
 from minidino.engine import LOCAL, Engine
 from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, read_quarantine, write_quarantine
 from minidino.images.decode import BadImage, shrink, square
-from minidino.runs import atomic_path, write_atomically
+from minidino.runs import atomic_path, write_atomically, writer_is_dead
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,14 +204,9 @@ def load_pixels(
 
 
 def _remove_litter(path: Path) -> None:
-    """Delete what killed processes left of this file half-written; there is no asking for a process on Windows."""
-    for file in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
-        try:
-            os.kill(int(file.name.split(".")[-2]), 0)  # no signal: only an error where there is no such process
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except PermissionError:  # somebody else's
-            continue
+    """Delete what killed processes left of this file half-written."""
+    for file in filter(writer_is_dead, path.parent.glob(f".{path.name}.*.tmp")):
+        file.unlink(missing_ok=True)
 
 
 def _fill(

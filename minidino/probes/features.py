@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.images.crops import luminance, normalise
+from minidino.runs import writer_is_dead
 
 # ---------------------------------------------------------------- frozen features
 
@@ -216,13 +217,9 @@ class FeatureStore:
 def _abandoned(unfinished: Path) -> bool:
     """Is its writer dead? One on another machine, which shares the folder, would have written within the hour."""
     try:
-        idle = time.time() - unfinished.stat().st_mtime
-        os.kill(int(unfinished.name.split(".")[-2]), 0)  # asks, and does nothing
-    except ProcessLookupError:
-        return idle > 3600
-    except (OSError, ValueError):
-        pass
-    return False
+        return writer_is_dead(unfinished) and time.time() - unfinished.stat().st_mtime > 3600
+    except OSError:  # it has just been finished
+        return False
 
 
 # ---------------------------------------------------------------- descriptors that nobody trained
