@@ -7,14 +7,14 @@
 The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; a run sees 32,000 images, or the
 preset's 96,000. What is changed with the batch: the learning rate alone, by the square root as everywhere; the
 teacher's momentum too, so that it forgets after as many images; a queue of earlier teacher logits, as SwAV has for
-small batches; or the memory alone, a batch of 64 computed in parts.
+small batches; or the memory alone, a batch of 64 computed in parts, with KoLeo's neighbours from all or from one of them.
 Results: data/results/batch-size.json.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -42,6 +42,7 @@ def forgets_as_slowly(batch_size: int) -> str:
 
 RATE, MOMENTUM = "learning rate", "learning rate, momentum"
 QUEUED = f"{MOMENTUM}, a queue of {QUEUE} rows"
+PARTS, APART = "nothing; computed in 4 parts", "nothing; 4 parts, KoLeo within each"
 
 
 class Row(NamedTuple):
@@ -55,7 +56,8 @@ ROWS = {
     **{f"{n}": Row(n, RATE) for n in (8, 16, 32, USUAL, 128, 256)},
     **{f"{n}-momentum": Row(n, MOMENTUM, (forgets_as_slowly(n),)) for n in (8, 16, 256)},
     "16-queue": Row(16, QUEUED, (forgets_as_slowly(16),)),
-    "64-parts": Row(USUAL, "nothing; computed in 4 parts", ("optim.accumulate=4",)),
+    "64-parts": Row(USUAL, PARTS, ("optim.accumulate=4",)),
+    "64-apart": Row(USUAL, APART, ("optim.accumulate=4",)),
     **{f"{n}-long": Row(n, RATE, images=MANY) for n in (32, USUAL)},
 }
 
@@ -88,9 +90,17 @@ def queued(n_rows: int) -> Iterator[None]:
         yield
 
 
+def apart() -> AbstractContextManager:
+    """Let KoLeo look for neighbours within a part of the batch alone, as accumulated gradients usually do."""
+    return patch("minidino.learning.train._neighbours", lambda _, __, parts, holes: [lambda own: own] * len(parts))
+
+
+ALTERED = {QUEUED: lambda: queued(QUEUE), APART: apart}
+
+
 def network(name: str, seed: int) -> Run:
     """The run of one row. A queue does not survive a kill; three steps fill it again."""
-    with queued(QUEUE) if ROWS[name].changed == QUEUED else nullcontext():
+    with ALTERED.get(ROWS[name].changed, nullcontext)():
         return learned(config_of(name, seed), RUNS / f"batch-{name}-{seed}", world())
 
 

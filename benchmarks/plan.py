@@ -79,8 +79,8 @@ def measure(name: str, changes: list[str], device: torch.device) -> dict[str, An
     for block in state.student.backbone.blocks, state.teacher.backbone.blocks:
         for layer in block:
             layer.attn.impl = "sdpa"
-    formula = step_flops(sizes_of(countable, device.type), n // parts, masked / parts)
-    made = step_flops(s, n // parts, masked / parts)
+    formula = step_flops(sizes_of(countable, device.type), n // parts, masked / parts, parts)
+    made = step_flops(s, n // parts, masked / parts, parts)
     row |= {"formula_bytes": step_memory(s, n, masked, parts)["peak"], "seconds": seconds}
     row |= {"flops": _flops(countable, state, batch), "formula_flops": parts * formula["total"]}
     return row | {"tflops": parts * made["total"] / min(seconds) / 1e12}

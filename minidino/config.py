@@ -161,8 +161,8 @@ class OptimConfig(Stage):
 
     def __post_init__(self):
         super().__post_init__()
-        good = self.accumulate >= 1 and self.batch_size % self.accumulate == 0 and self.batch_size > self.accumulate
-        require(good, "optim.accumulate", f"a smaller divisor of batch_size {self.batch_size}", self.accumulate)
+        good = self.batch_size % self.accumulate == 0
+        require(good, "optim.accumulate", f"a divisor of batch_size {self.batch_size}", self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes, (B, D) -> (R * B, D), in the order of ranks; gradients find their way back."""
+    """The rows of all processes, (B, ...) -> (R * B, ...), in the order of ranks; gradients find their way back."""
     return _Gather.apply(x) if dist.is_initialized() else x
 
 

@@ -137,8 +137,8 @@ def make_plan(
     share = max(0.0, 1 - w.ibot_start_frac) if w.ibot else 0.0  # of the steps, with iBOT
     each = o.batch_size // gpus
     masked = masked / gpus if share else 0.0
-    flops = {k: v / (each / n_parts) for k, v in step_flops(s, each // n_parts, masked / n_parts).items()}
-    without = step_flops(s, each // n_parts, 0.0)["total"] / (each / n_parts)
+    flops = {k: v / (each / n_parts) for k, v in step_flops(s, each // n_parts, masked / n_parts, n_parts).items()}
+    without = step_flops(s, each // n_parts, 0.0, n_parts)["total"] / (each / n_parts)
     run_flops = config.run.steps * o.batch_size * (share * flops["total"] + (1 - share) * without)
     limit = limit or (_this_machine(s.half) if device == "cpu" else DEVICES[device])
     return Plan(
@@ -182,11 +182,7 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
         for losses in of_losses:
             for parts in _divisors(o.batch_size // plan.gpus, o.accumulate):
                 changes = sharing + losses + ([] if parts == o.accumulate else [f"optim.accumulate={parts}"])
-                try:
-                    changed = make_plan(override(plan.config, changes), plan.gpus, plan.device, plan.utilisation,
-                                        plan.limit)  # fmt: skip
-                except ValueError:  # parts of a single image
-                    continue
+                changed = make_plan(override(plan.config, changes), plan.gpus, plan.device, plan.utilisation, plan.limit)
                 if changed.fits:
                     yield " ".join(changes), changed
                     break
@@ -194,7 +190,7 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _divisors(n: int, least: int) -> list[int]:
     """Parts that a device's images can be divided into, doubled each time."""
-    return [least * 2**i for i in range(12) if n % (least * 2**i) == 0 and n >= 2 * least * 2**i]
+    return [least * 2**i for i in range(12) if n % (least * 2**i) == 0]
 
 
 # ---------------------------------------------------------------- words

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from minidino.model.layers import Groups
+
 N_GLOBAL = 2  # global crops of an image
 UTILISATION = 0.3  # assumption: share of the peak rate; see README, Plan, for the two published runs behind it
 
@@ -115,12 +117,12 @@ class Sizes:
         """The head of class tokens, and that of masked patches."""
         return self.dino, self.ibot or self.dino
 
-    def groups(self, n_images: int) -> list[tuple[int, int]]:
+    def groups(self, n_images: int) -> Groups:
         """(crops, tokens of a crop): the student's views of so many images."""
         views = [(N_GLOBAL, self.global_size)] + ([(self.n_local, self.local_size)] if self.n_local else [])
         return [(n * n_images, 1 + self.registers + (side // self.patch_size) ** 2) for n, side in views]
 
-    def kept(self, n_images: int) -> list[tuple[int, int]]:
+    def kept(self, n_images: int) -> Groups:
         """The same of the crops that a residual is computed for."""
         if not (self.subset and self.drop_rate):
             return self.groups(n_images)
@@ -177,15 +179,17 @@ def expected_masked(n_crops: int, n_patches: int, probability: float, ratio: tup
     return int(n_crops * probability) * mean
 
 
-def step_flops(s: Sizes, n_images: int, n_masked: float) -> dict[str, float]:
+def step_flops(s: Sizes, n_images: int, n_masked: float, n_parts: int = 1) -> dict[str, float]:
     """Count the FLOPs of one forward and backward pass of the student, and of the teacher's forward pass.
 
     Args:
         n_images: of one pass: those of an update on one device, divided by its parts.
         n_masked: M, of these images; 0 leaves iBOT out.
+        n_parts: of an update, which takes as many passes.
     Returns:
         FLOPs of "patches", "blocks" (linear layers of the student), "attention" (its q k^T and p v), "heads" (its MLPs
-        and its prototypes), "teacher", "koleo" and "total". An update of several parts costs that many times as much.
+        and its prototypes), "teacher", "koleo" (its neighbours; of several parts also the student's first look at them)
+        and "total".
         Backward of attention is 2.5 times its forward: the fused kernels make the scores again; 2 for "reference".
         The "chunked" loss makes the scores twice (4 products), "triton" three times (5); "reference" has 3.
     """
@@ -196,8 +200,9 @@ def step_flops(s: Sizes, n_images: int, n_masked: float) -> dict[str, float]:
     views = sum(crops for crops, _ in s.groups(n_images))
     dino, ibot = s.heads_of()
     products = {"reference": 3, "chunked": 4, "triton": 5}[s.prototypes]
-    (crops, n), *_ = s.groups(n_images)
-    teacher = crops * (n * s.depth * block + (n - 1 - s.registers) * embed) + s.depth * 4 * d * crops * n**2
+    global_crops = s.groups(n_images)[:1]
+    (crops, _), *_ = global_crops
+    teacher = _look_flops(s, global_crops, global_crops)
     teacher += _head_flops(dino, d, crops, 1, 1) + _head_flops(ibot, d, n_masked, 1, 1)
     found = {
         "patches": 2 * patches * embed,  # pictures have no gradient
@@ -206,9 +211,20 @@ def step_flops(s: Sizes, n_images: int, n_masked: float) -> dict[str, float]:
         * sum(c * n**2 for c, n in kept),
         "heads": _head_flops(dino, d, views, 3, products) + _head_flops(ibot, d, n_masked, 3, products),
         "teacher": teacher,
-        "koleo": s.koleo_views * 2 * n_images**2 * d,
+        "koleo": s.koleo_views * 2 * (n_parts * n_images) ** 2 * d,
     }
+    if n_parts > 1 and s.koleo_views:
+        first = slice(None if s.drop_rate else 1)  # where crops are dropped the local ones come along
+        found["koleo"] += _look_flops(s, s.groups(n_images)[first], kept[first])
     return found | {"total": sum(found.values())}
+
+
+def _look_flops(s: Sizes, groups: Groups, kept: Groups) -> float:
+    """Of a backbone's forward pass over groups of (crops, tokens), with those that residuals are computed for."""
+    d, (first, last) = s.width, s.feed_forward
+    patches = sum(crops * (n - 1 - s.registers) for crops, n in groups)
+    blocks = sum(crops * (n * 2 * d * (4 * d + first + last) + 4 * d * n**2) for crops, n in kept)
+    return patches * 2 * d * s.channels * s.patch_size**2 + s.depth * blocks
 
 
 def _head_flops(h: HeadSizes, width: int, rows: float, mlp: int, products: int) -> float:

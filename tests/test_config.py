@@ -96,8 +96,8 @@ def test_override_takes_changes_that_need_each_other():
         ("teacher.momentum=1.1", "teacher.momentum: expected between 0 and 1"),
         ("teacher.temp=0", "teacher.temp: expected > 0"),
         ("optim.batch_size=1", "optim.batch_size: expected >= 2"),
-        ("optim.accumulate=5", "optim.accumulate: expected a smaller divisor of batch_size 64, got 5"),
-        ("optim.accumulate=64", "optim.accumulate: expected a smaller divisor"),  # KoLeo needs two images a part
+        ("optim.accumulate=5", "optim.accumulate: expected a divisor of batch_size 64, got 5"),
+        ("optim.accumulate=128", "optim.accumulate: expected a divisor of batch_size 64, got 128"),
         ("optim.warmup_frac=1.5", "optim.warmup_frac: expected between 0 and 1"),
         ("run.steps=0", "run.steps: expected >= 1, got 0"),
     ],

@@ -11,7 +11,15 @@ from minidino.config import RunConfig, override, preset
 from minidino.images.batches import Batch, collate
 from minidino.images.masks import batch_masks
 from minidino.learning.losses import koleo_loss, softmax_center, update_center
-from minidino.learning.objective import Center, Targets, make_targets, ssl_losses, student_losses, teacher_logits
+from minidino.learning.objective import (
+    Center,
+    Targets,
+    first_look,
+    make_targets,
+    ssl_losses,
+    student_losses,
+    teacher_logits,
+)
 from minidino.learning.teacher import Network, build_student, make_teacher, update_teacher
 
 TINY = [
@@ -165,6 +173,22 @@ def test_the_students_class_token_comes_from_the_crop_with_holes():
     torch.testing.assert_close(class_tokens, holed, rtol=1e-4, atol=1e-5)
     has_hole = batch.masks.any(-1)
     assert ((holed - whole).abs().amax(-1) > 1e-3).equal(has_hole)
+
+
+@pytest.mark.parametrize("holes", [True, False])
+@pytest.mark.parametrize("changes, passes", [((), "global"), (("vit.drop_path_rate=0.5",), "all")])
+def test_a_first_look_has_the_class_tokens_of_the_losses(changes, passes, holes):
+    """Also what stochastic depth drops; then local crops are looked at, too, since they draw."""
+    _, student, teacher, batch = scene(*changes)
+    seen = []
+    student.backbone.patch_embed.register_forward_hook(lambda *told: seen.append(len(told[1][0])))
+    torch.manual_seed(0)
+    first = first_look(student, batch, holes)
+    assert seen == [6] if passes == "global" else seen == [6, 3 * len(batch.crops_local)]
+    torch.manual_seed(0)
+    _, class_tokens = student_losses(student, batch, targets_of(teacher, batch), WEIGHTS, hide=holes)
+    torch.testing.assert_close(first.transpose(0, 1), class_tokens, rtol=1e-5, atol=1e-6)
+    assert not first.requires_grad
 
 
 def test_no_view_predicts_itself():

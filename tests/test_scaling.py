@@ -137,6 +137,7 @@ FUSED = {
         ["vit.drop_path_rate=0.3", "vit.drop_path=scale", "vit.num_register_tokens=3"],
         ["loss.prototypes=chunked", "heads.n_prototypes=900"],
         ["optim.accumulate=3", "vit.drop_path_rate=0.2"],
+        ["optim.accumulate=3"],
         ["vit.recompute=true", "vit.drop_path_rate=0.2"],
         ["crops.n_local=0", "heads.n_layers=2", "loss.koleo_views=paper"],
         ["loss.ibot=0", "loss.koleo=0", "heads.weight_norm=false", "heads.weight_g=released"],
@@ -150,7 +151,7 @@ def test_flops_of_a_step(changes):
         next(train(config, None, state, [batch]))
     n, parts = config.optim.batch_size, config.optim.accumulate
     masked = len(batch.mask_weights) if config.loss.ibot else 0
-    flops = step_flops(sizes_of(config, "cpu"), n // parts, masked / parts)
+    flops = step_flops(sizes_of(config, "cpu"), n // parts, masked / parts, parts)
     assert counter.get_total_flops() == pytest.approx(parts * flops["total"], rel=1e-9 if parts == 1 else 2e-3)
 
 

@@ -110,14 +110,17 @@ def test_batches_of_all_sizes_are_learned_judged_and_drawn(study, monkeypatch, t
     monkeypatch.setattr(batch_size, "USUAL", 8)
     row = partial(batch_size.Row, images=16)
     monkeypatch.setattr(batch_size, "ROWS", {"64": row(8, batch_size.RATE), "16-queue": row(4, batch_size.QUEUED),
-                                             "64-parts": row(8, "parts", ("optim.accumulate=2",))})  # fmt: skip
+                                             "64-parts": row(8, batch_size.PARTS, ("optim.accumulate=2",)),
+                                             "64-apart": row(8, batch_size.APART, ("optim.accumulate=2",))})  # fmt: skip
     monkeypatch.setattr(batch_size, "config_of", lambda name, seed: override(of(name, seed), tiny))
     batch_size.learn(2, [])
     batch_size.judge(2)
     found = json.loads((tmp_path / "batch-size.json").read_text())
-    assert [(row["batch_size"], len(row["runs"])) for row in found["rows"].values()] == [(8, 2), (4, 2), (8, 2)]
+    assert [(row["batch_size"], len(row["runs"])) for row in found["rows"].values()] == [(8, 2), (4, 2), (8, 2), (8, 2)]
     assert found["beside_batches_of_64"]["64"] == {"gain": 0.0, "standard_error": 0.0}
     assert found["rows"]["64-parts"]["mib"] < found["rows"]["64"]["mib"]
+    whole, parts, apart = (batch_size.network(name, 0).records()[0]["koleo"] for name in ("64", "64-parts", "64-apart"))
+    assert parts == pytest.approx(whole, rel=1e-4) and apart < 0.9 * whole  # fewer to be near to
     assert "| 16 | 4 | 4 | learning rate, momentum, a queue" in batch_size.tables()["batch-size"]
     compute.world.cache_clear()
 

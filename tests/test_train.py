@@ -315,15 +315,16 @@ def test_the_teacher_follows_by_the_momentum_of_the_step(pixels):
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("divisor", ["released", "paper"])
+@pytest.mark.parametrize("which", ["released", "paper"])
 @pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
-def test_a_batch_in_parts_gives_the_same_update(targets, divisor, pixels):
-    """Targets are balanced over the whole batch and the iBOT divisor counts its crops; KoLeo alone sees the parts."""
-    changes = ["loss.koleo=0", "optim.clip=1e9", f"loss.targets={targets}", f"loss.ibot_divisor={divisor}"]
+def test_a_batch_in_parts_gives_the_same_update(targets, which, pixels):
+    """Targets are balanced over the whole batch, the iBOT divisor counts its crops, KoLeo looks for neighbours in it."""
+    changes = ["loss.koleo=1", "optim.clip=1e9", f"loss.targets={targets}", f"loss.ibot_divisor={which}",
+               f"loss.koleo_views={which}"]  # fmt: skip
     (whole,), one = run(tiny(*changes), pixels, 1)
-    for n_parts in (2, 4):
+    for n_parts in (2, 4, 8):
         (told,), state = run(tiny(*changes, f"optim.accumulate={n_parts}"), pixels, 1)
-        for name in ("loss", "dino", "ibot"):
+        for name in ("loss", "dino", "ibot", "koleo", "rankme", "mean_cosine"):
             assert told[name] == pytest.approx(whole[name], rel=1e-4), name
         assert gradients(state).keys() == gradients(one).keys()
         for name, g in gradients(state).items():
@@ -331,6 +332,17 @@ def test_a_batch_in_parts_gives_the_same_update(targets, divisor, pixels):
             assert error <= 1e-4 * gradients(one)[name].norm() + 1e-6, name
         if targets == "centering":
             torch.testing.assert_close(state.center.ibot, one.center.ibot)
+
+
+def test_the_first_look_at_the_parts_of_a_batch_drops_what_the_second_will(pixels, monkeypatch):
+    looks = {"first_look": [], "student_losses": []}
+    for name, told in looks.items():
+        look = getattr(loop, name)
+        monkeypatch.setattr(loop, name, lambda *a, look=look, told=told, **k: told.append(look(*a, **k)) or told[-1])
+    run(tiny("vit.drop_path_rate=0.5", "optim.accumulate=2"), pixels, 2)
+    assert len(looks["first_look"]) == 4
+    for first, (_, second) in zip(looks["first_look"], looks["student_losses"], strict=True):
+        torch.testing.assert_close(first.transpose(0, 1), second.detach())
 
 
 def test_fidelity_switches_of_the_objective_reach_it(pixels):

@@ -25,7 +25,7 @@ from minidino.learning.losses import (
 )
 from minidino.learning.prototypes import Potentials, center_potentials, sinkhorn_potentials
 from minidino.learning.teacher import Imitator, Network
-from minidino.model.vit import VisionTransformer
+from minidino.model.vit import Tokens, VisionTransformer
 
 Temperatures = float | tuple[float, float]  # of class tokens and of patches
 
@@ -132,15 +132,12 @@ def student_losses(
         n_ibot_crops: what the sum over masked crops is divided by; None: all global crops, as released.
         dino_divisor: without local crops "released" divides the two pairs by 3, "fixed" by 2.
         impl: of the prototype loss, as it was for the targets.
-        gather: (B, D) -> class tokens of all processes, among which KoLeo looks for neighbours.
+        gather: (B, G, D) -> class tokens of all processes and parts, among which KoLeo looks for neighbours.
     """
     n_global, n_images = batch.crops_global.shape[:2]
     n_local = len(batch.crops_local)
     masks = None if targets.ibot is None else batch.masks.flatten(0, 1)
-    views, view_masks = [batch.crops_global.flatten(0, 1)], [masks if hide else None]
-    if n_local:
-        views, view_masks = [*views, batch.crops_local.flatten(0, 1)], [*view_masks, None]
-    tokens = student.backbone.forward_packed(views, view_masks)
+    tokens = _look(student, batch, masks if hide else None)
     class_tokens = torch.cat([t.x_norm_clstoken for t in tokens])  # (V * B, D)
     head, shape = student.dino_head, (n_global + n_local, n_images)
     seen = head.bottleneck(class_tokens).unflatten(0, shape)  # (V, B, b)
@@ -156,9 +153,27 @@ def student_losses(
         )
     class_tokens = class_tokens[: n_global * n_images].unflatten(0, (n_global, n_images))
     if weights["koleo"]:
-        spread = class_tokens if koleo_views == "released" else class_tokens[:1]
-        losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(gather(view)) for view in spread]).sum()
+        spread = gather(class_tokens.transpose(0, 1))[:, : 2 if koleo_views == "released" else 1]
+        losses["koleo"] = weights["koleo"] * torch.stack([koleo_loss(view) for view in spread.unbind(1)]).sum()
     return losses, class_tokens
+
+
+def _look(student: Network, batch: Batch, masks: Tensor | None, local: bool = True) -> list[Tokens]:
+    """The student's tokens of the global crops, with holes where masks say so, and of the local ones."""
+    crops = [batch.crops_global, batch.crops_local] if local and len(batch.crops_local) else [batch.crops_global]
+    return student.backbone.forward_packed([views.flatten(0, 1) for views in crops], [masks, None][: len(crops)])
+
+
+@torch.no_grad()
+def first_look(student: Network, batch: Batch, holes: bool) -> Float[Tensor, "B G D"]:
+    """The class tokens that `student_losses` is going to have of the global crops, where it draws the same.
+
+    Args:
+        holes: hide the masked patches.
+    """
+    draws = any(block.drop_path_rate for block in student.backbone.blocks)  # of the local crops too, which then come along
+    tokens = _look(student, batch, batch.masks.flatten(0, 1) if holes else None, local=draws)[0]
+    return tokens.x_norm_clstoken.unflatten(0, batch.crops_global.shape[:2]).transpose(0, 1)
 
 
 @torch.no_grad()

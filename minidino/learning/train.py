@@ -39,6 +39,7 @@ from minidino.learning.objective import (
     Center,
     Targets,
     TeacherLogits,
+    first_look,
     imitation_losses,
     make_targets,
     student_losses,
@@ -196,7 +197,7 @@ def train(
 
 def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float], read: bool) -> dict[str, Any]:
     """One update of the student, then of the teacher."""
-    torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS - rank()))
+    _seed(config, state)
     state.optimizer.zero_grad(set_to_none=True)
     state.student.backbone.requires_grad_(state.step >= round(config.optim.freeze_backbone_frac * config.run.steps))
     losses, targets, class_tokens, center = _backward(config, state, batch, now)
@@ -218,16 +219,18 @@ def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float]
     return {"loss": loss, **parts, **schedule, **norms, **signs}
 
 
+def _seed(config: RunConfig, state: State) -> None:
+    """Let a step draw what it drops from its own seed, each process another."""
+    torch.manual_seed(crop_seed(config.run.seed, state.step, DROPS - rank()))
+
+
 Lesson = Callable[[], tuple[dict[str, Tensor], Tensor]]  # of a part of the batch: losses, class tokens
 
 
 def _backward(
     config: RunConfig, state: State, batch: Batch, now: dict[str, float]
 ) -> tuple[dict[str, Tensor], Targets | None, Tensor, Center | None]:
-    """Gradients of a batch, computed in parts; the teacher's targets are balanced over the whole of it.
-
-    KoLeo looks for neighbours within a part.
-    """
+    """Gradients of a batch, computed in parts; what it decides as a whole does not depend on their number."""
     n_parts, device = config.optim.accumulate, batch.crops_global.device
     autocast = torch.autocast(device.type, DTYPES[state.precision], enabled=state.precision != "fp32")
     parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
@@ -236,14 +239,15 @@ def _backward(
             lessons, targets, center = _imitation(state, batch, parts), None, None
         else:
             lessons, targets, center = _objective(config, state, batch, parts, now)
-    losses, class_tokens = {}, None
+    losses, class_tokens = {}, []
     for lesson in lessons:
         with gradients_wait(state.ask_student, lesson is not lessons[-1]):
             with autocast:
-                shares, class_tokens = lesson()
+                shares, tokens = lesson()
             state.scaler.scale(sum(shares.values()) / n_parts).backward()
+        class_tokens.append(tokens.detach())
         losses = {name: losses.get(name, 0) + share.detach() / n_parts for name, share in shares.items()}
-    return losses, targets, class_tokens, center
+    return losses, targets, torch.cat(class_tokens, dim=1), center
 
 
 def _objective(
@@ -267,14 +271,36 @@ def _objective(
     targets, center = state.ask_teacher(say) if frozen is None else frozen.once(batch, lambda: say(frozen.network))
     # the divisor counts the masked crops of the whole batch: its parts have more and fewer
     n_masked = max(float(mean(batch.masks.any(-1).sum())), 1 / n_processes()) / n_parts if w.ibot_divisor == "paper" else None
+    gathers = _neighbours(config, state, parts, holes=targets.ibot is not None and frozen is None)
     dinos, n_patches = targets.dino.chunk(n_parts, dim=1), [len(part.mask_weights) for part in parts]
     ibots = [None] * n_parts if targets.ibot is None else targets.ibot.split(n_patches)
     lessons = [
         partial(state.ask_student, student_losses, part, Targets(dino, ibot), weights, w.student_temp, w.koleo_views,
-                n_masked, w.dino_divisor, impl, hide=frozen is None, gather=gather)
-        for part, dino, ibot in zip(parts, dinos, ibots, strict=True)
+                n_masked, w.dino_divisor, impl, hide=frozen is None, gather=near)
+        for part, dino, ibot, near in zip(parts, dinos, ibots, gathers, strict=True)
     ]  # fmt: skip
     return lessons, targets, center
+
+
+def _neighbours(
+    config: RunConfig, state: State, parts: list[Batch], holes: bool
+) -> list[Callable[[Tensor], Tensor]]:
+    """For each part, what puts its class tokens (B, G, D) among those of the whole batch, for KoLeo.
+
+    The tokens of the other parts come from a pass of the student without gradients, which draws as the pass to come does.
+    Source: Gao et al. 2021 (gradient cache, arXiv 2101.06983), whose second pass has the gradients of the first; here
+        each part has its own, since those of the others do not change it.
+    """
+    if len(parts) == 1 or not config.loss.koleo:
+        return [gather] * len(parts)
+    seen = [state.ask_student(first_look, part, holes) for part in parts]
+    _seed(config, state)
+
+    def among(i: int, own: Tensor) -> Tensor:
+        own = own.detach() + len(parts) * (own - own.detach())  # the mean over parts takes their number away again
+        return gather(torch.cat([*seen[:i], own, *seen[i + 1 :]]))
+
+    return [partial(among, i) for i in range(len(parts))]
 
 
 def _imitation(state: State, batch: Batch, parts: list[Batch]) -> list[Lesson]:
