@@ -29,10 +29,9 @@ LAST = "heads.safetensors"  # what a run writes when all else is there
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Stage):
+class Chain(Stage, name="chain"):
     """All four stages; the texts in `...changes` are those that the commands take."""
 
-    stage = "chain"
     preset: str = "scenes-cpu"
     changes: tuple[str, ...] = ("run.steps=600",)  # of pretraining; what follows inherits them
     adapt_size: Positive = 64  # px of a global crop

@@ -9,16 +9,29 @@ import ast
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from minidino.ranges import AboveZero, AtLeastZero, Count, Positive, Range, Share, Side, Stage, require
+from minidino.ranges import (
+    AboveZero,
+    AtLeastZero,
+    Count,
+    Positive,
+    Range,
+    Share,
+    Side,
+    Stage,
+    convert,
+    require,
+    words_of,
+)
 
 Fidelity = Literal["released", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Stage):
-    stage = "data"
+class DataConfig(Stage, name="data"):
+    """Which pictures a run learns from, and which judge it."""
+
     source: str = "scenes"  # "scenes" (drawn), a path, or a torchvision name such as "cifar10"
     n_scenes: Positive = 8000  # drawn scenes in the training set; ignored for photographs
     n_test_scenes: Positive = 2000  # drawn scenes to judge with, from another world
@@ -33,8 +46,9 @@ class DataConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropConfig(Stage):
-    stage = "crops"
+class CropConfig(Stage, name="crops"):
+    """How views are cut of an image, and what is done to their colours."""
+
     n_local: Count = 8  # small crops of each image [released]
     global_size: Side = 224  # px [released]
     local_size: Side = 96  # px; 98 with patches of 14 px [released]
@@ -58,8 +72,9 @@ class CropConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig(Stage):
-    stage = "masks"
+class MaskConfig(Stage, name="masks"):
+    """Which patches of a global crop are hidden from the student."""
+
     probability: Share = 0.5  # share of the global crops that get holes [released]
     ratio: tuple[float, float] = (0.1, 0.5)  # share of a crop's patches that are hidden [released]
     # largest block: `released` is 0.5 * side // patch * side // patch (666 at 518 px), `fixed` half the grid (684)
@@ -72,8 +87,9 @@ class MaskConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitConfig(Stage):
-    stage = "vit"
+class VitConfig(Stage, name="vit"):
+    """The backbone."""
+
     name: str = "vit_small"  # vit_tiny, vit_small, vit_base, vit_large, vit_giant2
     width: Positive | None = None  # D; None: the published one of that name
     depth: Positive | None = None  # blocks
@@ -92,8 +108,9 @@ class VitConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(Stage):
-    stage = "heads"
+class HeadConfig(Stage, name="heads"):
+    """What stands between tokens and prototypes."""
+
     tied: bool = True  # one head for class and patch tokens; vitl14 and vitg14 untie them [released]
     n_prototypes: Annotated[int, Range(2)] = 65536  # K [released]
     ibot_n_prototypes: Annotated[int, Range(2)] | None = None  # None: as n_prototypes; untied heads only
@@ -108,8 +125,9 @@ class HeadConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig(Stage):
-    stage = "loss"
+class LossConfig(Stage, name="loss"):
+    """What is minimised, and how the targets are made."""
+
     dino: AtLeastZero = 1.0  # weight [released]
     ibot: AtLeastZero = 1.0  # weight [released]
     koleo: AtLeastZero = 0.1  # weight, each global view [released]
@@ -124,8 +142,9 @@ class LossConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig(Stage):
-    stage = "teacher"
+class TeacherConfig(Stage, name="teacher"):
+    """How slowly the teacher follows, and how sharp it is."""
+
     momentum: Share = 0.992  # EMA at the start, cosine to final_momentum [released]
     final_momentum: Share = 1.0  # [released]
     temp: AboveZero = 0.07  # after warm-up [released]
@@ -135,8 +154,9 @@ class TeacherConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(Stage):
-    stage = "optim"
+class OptimConfig(Stage, name="optim"):
+    """How large a batch, how long a step."""
+
     batch_size: Annotated[int, Range(2, unit="(KoLeo needs a neighbour)")] = 2048  # images per update [released]
     accumulate: Positive = 1  # the batch is computed in this many parts
     base_lr: AboveZero = 4e-3  # at batch 1024; AdamW [released]
@@ -166,8 +186,9 @@ class OptimConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(Stage):
-    stage = "distill"
+class DistillConfig(Stage, name="distill"):
+    """Who teaches, where it is not the average of the student."""
+
     teacher: str = ""  # a frozen network that teaches: a finished run, or weights; "": the student's own average
     targets: Literal["heads", "features"] = "heads"  # the paper's losses, or the tokens of a teacher without heads
     teacher_width: Count = 0  # D of that teacher's tokens
@@ -180,8 +201,9 @@ class DistillConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Stage):
-    stage = "run"
+class RunSettings(Stage, name="run"):
+    """How long, on what, and how often it is saved and told."""
+
     steps: Positive = 125_000  # optimizer updates
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"  # auto: cuda, then mps, then cpu
@@ -196,6 +218,8 @@ class RunSettings(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """A run: its stages, and the preset that it began from."""
+
     preset: str = "vits16-in1k"
     data: DataConfig = field(default_factory=DataConfig)
     crops: CropConfig = field(default_factory=CropConfig)
@@ -358,34 +382,6 @@ def _parse(key: str, text: str, wanted: Any) -> Any:
     if not good:
         raise ValueError(f"{key}: expected {words_of(wanted)}, got {text!r}")
     return converted
-
-
-def convert(value: Any, wanted: Any) -> tuple[Any, bool]:
-    """A value of JSON or of a text as a field of this type holds it, and whether it can."""
-    origin, options = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return value, value in options and not isinstance(value, bool)
-    if origin is Union or origin is type(int | None):
-        return next((found for found in (convert(value, option) for option in options) if found[1]), (value, False))
-    if origin is tuple:
-        if isinstance(value, (tuple, list)) and options[-1] is ...:
-            options = options[:1] * len(value)
-        if not isinstance(value, (tuple, list)) or len(value) != len(options):
-            return value, False
-        parts = [convert(v, option) for v, option in zip(value, options, strict=True)]
-        return tuple(p[0] for p in parts), all(p[1] for p in parts)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), True
-    return value, type(value) is wanted
-
-
-def words_of(wanted: Any) -> str:
-    """A type as people write it."""
-    if get_origin(wanted) is Literal:
-        return "one of " + ", ".join(repr(option) for option in get_args(wanted))
-    if get_origin(wanted) is Union:
-        return " | ".join(words_of(option) for option in get_args(wanted)).replace("NoneType", "None")
-    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
 
 
 def to_json(config: RunConfig) -> str:

@@ -1,9 +1,9 @@
-"""What the numbers of a config may be, said in their types: `steps: Positive = 1500` refuses 0."""
+"""What the values of a config may be, said in their types: `steps: Positive = 1500` refuses 0."""
 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,14 @@ def require(good: bool, name: str, expected: str, got: Any) -> None:
 
 
 class Stage:
-    """A part of the config, whose fields say in their types what they may be."""
+    """A part of the config, whose fields say in their types what they may be.
 
-    stage = ""  # its name in the config
+    Args:
+        name: of the part in the config, where a class of it is made.
+    """
+
+    def __init_subclass__(cls, name: str):
+        cls.stage = name
 
     def __post_init__(self):
         for name, allowed in ranges_of(type(self)).items():
@@ -53,3 +58,31 @@ def ranges_of(stage: type[Stage]) -> dict[str, Range]:
         kinds = [kind for kind in (hint, *get_args(hint)) if hasattr(kind, "__metadata__")]
         found |= {name: kind.__metadata__[0] for kind in kinds[:1]}
     return found
+
+
+def convert(value: Any, wanted: Any) -> tuple[Any, bool]:
+    """A value of JSON or of a text as a field of this type holds it, and whether it can."""
+    origin, options = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return value, value in options and not isinstance(value, bool)
+    if origin is Union or origin is type(int | None):
+        return next((found for found in (convert(value, option) for option in options) if found[1]), (value, False))
+    if origin is tuple:
+        if isinstance(value, (tuple, list)) and options[-1] is ...:
+            options = options[:1] * len(value)
+        if not isinstance(value, (tuple, list)) or len(value) != len(options):
+            return value, False
+        parts = [convert(v, option) for v, option in zip(value, options, strict=True)]
+        return tuple(p[0] for p in parts), all(p[1] for p in parts)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    return value, type(value) is wanted
+
+
+def words_of(wanted: Any) -> str:
+    """A type as people write it."""
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(repr(option) for option in get_args(wanted))
+    if get_origin(wanted) is Union:
+        return " | ".join(words_of(option) for option in get_args(wanted)).replace("NoneType", "None")
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
