@@ -374,6 +374,7 @@ def grid_heatmap(table: Mapping[str, Mapping[float, float]], path: str | Path | 
             ink, weight = "white" if value < middle else "black", "bold" if (y, x) == (row, column) else "normal"
             ax.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=ink, weight=weight)
     ax.set(xticks=range(len(lrs)), xticklabels=[f"{lr:g}" for lr in lrs], yticks=range(len(names)), yticklabels=names)
+    ax.tick_params("x", labelsize=7)  # thirteen rates stand side by side
     ax.set_xlabel("learning rate")
     figure.colorbar(shown, ax=ax, label="top-1 (%)")
     save(figure, path)

@@ -60,6 +60,24 @@ def test_a_stub_is_not_attempted(untouched, capsys):
     assert capsys.readouterr().out == "--   6a: not attempted yet\n"
 
 
+def test_an_answer_that_is_not_returned_is_an_attempt(capsys):
+    def prints(n):
+        print(n)
+
+    def asks_it():
+        return prints(3)
+
+    def asks_a_stub():
+        return stub(3) and 3
+
+    for attempt, case in ((prints, (3,)), (asks_it, ())):
+        with pytest.raises(AssertionError, match="got:      None\n.*\n.*hint: .*\n.*is a `return` missing?"):
+            exercise("0a", attempt, lambda *case: 3, case, hint="count them")
+    assert capsys.readouterr().out == "3\n3\n"
+    exercise("0c", asks_a_stub, lambda: 3, ())
+    assert capsys.readouterr().out == "--   0c: not attempted yet\n"
+
+
 def test_the_truth_is_right(capsys):
     exercise("6a", right_koleo, koleo_loss, *CASES)
     exercise("6b", koleo_loss, koleo_loss, *CASES)
@@ -88,6 +106,9 @@ def test_a_mistake_in_a_later_case_is_noticed():
     [
         (np.float32(0.3), 0.3, True),
         (torch.ones(2, requires_grad=True), [1.0, 1.0], True),
+        ([torch.ones(2, requires_grad=True)] * 2, torch.ones(2, 2), True),
+        (torch.ones(2, dtype=torch.bfloat16), torch.ones(2), True),
+        (torch.ones(2, dtype=torch.bfloat16), torch.zeros(2), False),
         ((1, torch.tensor(2.0)), (1.0, 2), True),
         ("mask", "mask", True),
         (True, True, True),
@@ -101,6 +122,9 @@ def test_a_mistake_in_a_later_case_is_noticed():
         (torch.tensor([3.0001]), torch.tensor([3]), False),
         ("hole", "mask", False),
         ("1", 1, False),
+        (["1", "2"], [1, 2], False),
+        (np.array(["a", "b"]), np.ones(2), False),
+        (0.5 + 1j, 0.5, False),
     ],
 )
 def test_close_means_shape_and_numbers(got, expected, good, capsys):

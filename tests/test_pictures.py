@@ -128,6 +128,19 @@ def test_the_grid_of_a_linear_probe_shows_its_best(tmp_path):
         pictures.grid_heatmap({"1 block": {}})
 
 
+def test_the_learning_rates_of_a_grid_can_be_read(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(pictures, "DPI", 80)
+    rates = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+    pictures.grid_heatmap({"4 blocks, mean patch": dict.fromkeys(rates, 0.5)})
+    drawn[0].draw_without_rendering()
+    labels = drawn[0].axes[0].get_xticklabels()
+    assert [float(label.get_text()) for label in labels] == rates
+    places = [label.get_window_extent() for label in labels]
+    assert min(b.x0 - a.x1 for a, b in zip(places, places[1:])) > 4  # px between two
+
+
 # ---------------------------------------------------------------- the report
 
 

@@ -1,6 +1,6 @@
-"""SCALE = "gpu": the notebooks with that switch run on photographs, too, tried here with few small ones and a toy network.
+"""Notebooks with other sizes than their own: photographs where SCALE = "gpu" says so, and fewer of everything.
 
-What they claim is about drawn scenes and full runs; a toy only shows that every cell runs.
+What they claim is about full sizes; here every cell has to run, with small pictures, a toy network and few steps.
 """
 
 import re
@@ -61,3 +61,35 @@ def test_every_cell_runs_on_photographs(path, toy, trained, monkeypatch, capsys)
         exec(compile(text, path.name, "exec"), space)
     assert space["SCALE"] == "gpu" and len(claims) > 5
     assert re.search(r"measured: [\d.]+ minutes", capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------- less, and once more
+
+LESS = {
+    "00_tour": {"run.steps=900": "run.steps=4", "n_scenes=4000": "n_scenes=200", "n_test_scenes=1000": "n_test_scenes=60"},
+    "03_curation": {"draw_pool(1500": "draw_pool(360", "steps=200": "steps=4"},
+    "05_student_and_teacher": {"STEPS = 150": "STEPS = 8", "data.n_scenes=1000": "data.n_scenes=64"},
+    "11_distillation": {", 150\n": ", 3\n", "n_scenes=2400": "n_scenes=200", "n_test_scenes=600": "n_test_scenes=60"},
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_every_cell_runs_twice_and_with_less(name, monkeypatch):
+    """Who changes a number or runs a cell again loses nothing but what was claimed of the larger number."""
+    code = notebook.code_of((NOTEBOOKS / f"{name}.ipynb").read_text())
+    for old, new in LESS[name].items():
+        assert any(old in text for text in code)
+        code = [text.replace(old, new) for text in code]
+    claims: list[tuple[str, bool]] = []
+    monkeypatch.chdir(NOTEBOOKS)
+    monkeypatch.setattr(notebook, "check", lambda claim, truth: claims.append((claim, bool(truth))))
+    monkeypatch.setattr(pictures, "DPI", pictures.DPI)  # notebooks set it
+    space = {"__name__": "__main__"}
+    for text in code:
+        said = []
+        for _ in range(2):
+            claims.clear()
+            exec(compile(text, name, "exec"), space)
+            said.append([claim for claim, truth in claims if truth])
+        assert set(said[0]) <= set(said[1])
+    assert "spent" in space
