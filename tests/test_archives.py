@@ -119,6 +119,16 @@ def test_a_name_that_an_archive_holds_twice_is_numbered(kind, tmp_path):
     assert [images.read(i) for i in range(6)] == [f"file {i}".encode() for i in (3, 5, 1, 2, 4, 0)]
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_name_that_is_no_utf8_though_it_says_so_costs_no_other_file(method, tmp_path):
+    path = write_zip(tmp_path / "x.zip", {"a/1.png": PNG, "b/\u00e9\u00e9.png": SIX["1.png"], "a/\u00fc.png": PNG}, method)
+    path.write_bytes(path.read_bytes().replace("\u00e9\u00e9".encode(), b"\xff\xfe\xc3("))
+    images = open_images(path, tmp_path / "c")
+    odd = "b/" + b"\xff\xfe\xc3(".decode("cp437") + ".png"
+    assert images.files == ["a/1.png", "a/\u00fc.png", odd] and images.read(2) == SIX["1.png"]
+    assert images.classes == ["a", "b"] and check_images(images, progress=False)["decoded"] == 3
+
+
 @pytest.mark.parametrize("start, packer", [(b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")])
 def test_a_packing_that_cannot_be_read_at_random_says_what_to_do(start, packer, tmp_path):
     (tmp_path / "x.tar").write_bytes(start + bytes(99))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minidino.curation import embeddings
 from minidino.curation.embeddings import PARTS, Descriptors, embed, network, seen, thumbnails
 from minidino.curation.pipeline import COLUMNS, Curation, Describer, picture_quality
 from minidino.images.datasets import open_images
@@ -235,7 +236,7 @@ def test_what_a_kill_left_half_written_goes_and_what_is_being_written_stays(tmp_
     assert [path.exists() for path in litter] == [False, True]
 
 
-def test_descriptors_go_on_where_they_were(tmp_path):
+def test_descriptors_go_on_where_they_were(tmp_path, monkeypatch):
     scenes = draw_scenes(50, 32, 0)
     pixels = Pixels.from_array(scenes.images, scenes.labels, ["thing"] * 10)
     path, settings = tmp_path / "x.npy", {"kind": "copy", "made_by": "coarse", "chunk": 8, "progress": False}
@@ -248,6 +249,11 @@ def test_descriptors_go_on_where_they_were(tmp_path):
     assert (again.rows == whole.rows).all()
     other = embed(pixels.select(np.arange(20)), coarse, 24, path, **settings)  # other pictures: from the start
     assert other.rows.shape == (20, 36)
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # before the first note of another describer
+        patch.setattr(embeddings, "write_atomically", lambda path, data: mortal(COPY, 0).describe(data))
+        embed(pixels.select(np.arange(20)), lambda x: -coarse(x), 24, path, **settings | {"made_by": "x", "chunk": 20})
+    again = embed(pixels.select(np.arange(20)), coarse, 24, path, **settings)
+    assert (again.rows == other.rows).all() and (again.rows == whole.rows[:20]).all()
 
 
 def test_copies_are_looked_for_inside_of_bars_and_nothing_else_is():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minidino.curation.pipeline import Curation
 from minidino.images import datasets, named
 from minidino.images.datasets import check_images, folder_labels, open_images, write_quarantine
 from minidino.images.pixels import Pixels, inside_bars, load_pixels
@@ -155,7 +156,20 @@ def test_what_lies_beside_archives_is_no_picture(name, tmp_path):
     images = open_images(root, tmp_path / "c")
     assert len(images) == 3 and check_images(images, progress=False)["decoded"] == 2
     write_folder(root, {"picture.npy": b""})  # but an archive among pictures is only a file
-    assert sorted(open_images(root, tmp_path / "c").files) == sorted([name, "picture.npy", "train.zip"])
+    with pytest.warns(UserWarning, match="archives beside pictures stay closed, 'train.zip' for one of 1: to see into"):
+        assert sorted(open_images(root, tmp_path / "c").files) == sorted([name, "picture.npy", "train.zip"])
+
+
+def test_archives_in_sub_folders_are_opened_where_no_picture_lies_beside_them(tmp_path):
+    root = write_folder(tmp_path / "set", {"README.md": b"# about", ".cache/train/x.json": b"{}", "train/0.idx": b"0 1"})
+    (root / "val").mkdir()
+    write_tar(root / "train" / "0.tar", {"k1.jpg": PNG, "k1.cls": b"cat", "k2.jpg": PNG, "k2.cls": b"dog"})
+    write_tar(root / "val" / "0.tar", {"k1.jpg": PNG, "k1.cls": b"dog"})
+    images = open_images(root, tmp_path / "c")
+    assert images.classes == ["cat", "dog"] and check_images(images, progress=False)["decoded"] == 3
+    told = {f: (label, s) for f, label, s in zip(images.files, images.labels.tolist(), images.splits.tolist()) if label >= 0}
+    assert told == {"train/0.tar/k1.jpg": (0, "train"), "train/0.tar/k2.jpg": (1, "train"),
+                    "val/0.tar/k1.jpg": (1, "val")}  # fmt: skip
 
 
 def test_a_deeply_nested_json_is_no_label(tmp_path):
@@ -360,4 +374,18 @@ def test_what_this_package_wrote_among_the_pictures_is_none_of_them(tmp_path):
         (tmp_path / name).write_text("{}")
     assert open_images(tmp_path).files == ["a.png", "b.png"]
     assert open_images(tmp_path / "runs" / "tour").files  # unless it is asked for
+
+
+def test_a_curation_in_its_own_pool_is_no_part_of_it_however_far_it_came(tmp_path):
+    pool = write_folder(tmp_path / "pool", {f"{i}.png": png(noise(20, 20, i)) for i in range(3)})
+    curation = Curation(pool, pool / "out", short_side=16, progress=False, say=lambda words: None)
+    assert open_images(pool, tmp_path / "c").files == ["0.png", "1.png", "2.png"]  # decoded
+    curation.drop_same()
+    (pool / "out" / "copies-1.safetensors").write_bytes(b"weights")
+    (pool / "out" / "kept.png").write_bytes(PNG)
+    assert open_images(pool, tmp_path / "c").files == ["0.png", "1.png", "2.png"]  # half-way
+    write_folder(pool, {"runs/x/pixels/train/.pixels.u8.123.tmp": b"123", ".photo.1.tmp": PNG, ".photo.png": PNG})
+    assert open_images(pool, tmp_path / "c").files == [".photo.png", "0.png", "1.png", "2.png"]  # while decoding
+    with pytest.raises(ValueError, match="is the pool itself.*--out"):
+        Curation(pool, tmp_path / "x" / ".." / "pool")
 

@@ -187,3 +187,8 @@ def test_shrink_and_square():
     picture[:, 20:40] = 255
     assert (np.asarray(square(Image.fromarray(picture), 20)) == 255).all()
     assert np.asarray(square(Image.fromarray(picture), 10))[:, 1:9].min() == 255
+
+
+def test_a_table_of_pictures_says_what_to_do():
+    with pytest.raises(BadImage, match="a Parquet table; write the pictures in it to files"):
+        decode(b"PAR1\x15\x04" + bytes(99) + b"PAR1")

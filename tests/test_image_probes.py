@@ -335,6 +335,16 @@ def test_groups_make_each_member_a_query_and_leave_distractors_alone():
         retrieval.leave_one_out(x, [""] * 7)
     with pytest.raises(ValueError, match="no query has a positive"):
         retrieval.leave_one_out(x, list("abcdefg"))
+    with pytest.raises(ValueError, match="1 or more for ks"):
+        retrieval.leave_one_out(x, list("bbbbbbb"), ks=(0, 1))
+
+
+def test_leave_one_out_never_holds_all_pairs(monkeypatch):
+    x, groups = blobs(30, 4, 6, 1.0)
+    whole, shapes, near = retrieval.leave_one_out(x, groups), [], retrieval.similarity
+    monkeypatch.setattr(retrieval, "PAIRS_AT_A_TIME", 7 * 30)
+    monkeypatch.setattr(retrieval, "similarity", lambda *rows: shapes.append(len(rows[0])) or near(*rows))
+    assert retrieval.leave_one_out(x, groups) == whole and shapes == [7, 7, 7, 7, 2]
 
 
 def test_ground_truth_comes_from_json_and_never_from_a_pickle(tmp_path):

@@ -248,6 +248,18 @@ def test_knn_says_what_is_wrong():
                 probe(x, labels, x, labels)
 
 
+@pytest.mark.parametrize("labels", [[0, 1.5, 1, 0], [0, float("nan"), 1, 0], np.eye(4), [[0], [1], [1], [0]]])
+def test_knn_refuses_what_is_no_label_for_each_row(labels):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for train_y, test_y in ((labels, [0, 1, 1, 0]), ([0, 1, 1, 0], labels)):
+        with pytest.raises(ValueError, match="whole numbers, got|expected a label for each of 4"):
+            knn.knn_accuracy(x, np.array(train_y), x, np.array(test_y), [1])
+    with pytest.raises(ValueError, match="temperature above 0, got 0"):
+        knn.knn_accuracy(x, np.zeros(4), x, np.zeros(4), [1], temperature=0)
+    with pytest.raises(ValueError, match="no row of the bank has a label"):
+        knn.knn_accuracy(x, np.full(4, -1), x, np.zeros(4), [1])
+
+
 def test_voters_count_classes_and_not_the_largest_label():
     x, y = blobs(60, 3, 5, 0.5)
     numbers = torch.tensor([7, 10**9, 10**12])

@@ -93,6 +93,8 @@ def embed(
     key = repr((pixels.fingerprint(), size, kind, made_by, dtype, part))
     done, n_bytes = _done(path, note, key)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not done:
+        note.unlink(missing_ok=True)  # else a crash here leaves it to describe the new rows
     with tqdm(total=len(pixels), initial=done, unit="images", desc=kind, disable=not progress, leave=False) as bar:
         describing = partial(_describe_span, pixels, describe, size, kind, part, dtype)
         chunks = spans(len(pixels), chunk, done)

@@ -38,6 +38,7 @@ from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.engine import LOCAL, Engine, spans
+from minidino.images.archives import MARK
 from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
 from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
@@ -88,11 +89,16 @@ class Curation:
             progress: show bars.
             engine: where chunks of the work run; the manifest is the same.
         Raises:
-            FileNotFoundError, ValueError: no file, or none that decodes.
+            FileNotFoundError, ValueError: no file, or none that decodes; the folder is the pool.
         """
+        if Path(pool).expanduser().resolve() == Path(folder).resolve():
+            raise ValueError(f"{folder} is the pool itself: what is made there would count as pictures; choose another "
+                             "with --out, such as a folder in it")  # fmt: skip
         self.pool, self.folder, self.short_side, self.seed = pool, Path(folder), short_side, seed
         self.progress, self.engine = progress, engine
         self.say = lambda words: say(_printable(words))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MARK).touch()  # in its own pool it is left out, even where it was killed half-way
         images = open_images(pool)
         self.files = images.files
         self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress, engine)

@@ -1,5 +1,6 @@
 """Where the bytes of one file lie, in a folder, a zip or a tar, and how to get them: nothing is unpacked.
 
+    folder_files(root)           -> (name, bytes, time), ...   every regular file below a folder
     archive_members(path, cache) -> (name, Place), ...     every regular file of an archive
     read_place(place)            -> bytes                  checked against the archive's own checksum
 
@@ -8,8 +9,11 @@ A compressed tar is the exception: it cannot be read at random and gets an unpac
 
 import gzip
 import hashlib
+import io
 import os
 import posixpath
+import re
+import stat
 import struct
 import tarfile
 import zipfile
@@ -24,6 +28,12 @@ from minidino.runs import atomic_path, write_atomically
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 LARGEST_FILE = 1 << 29  # bytes; what is longer is no picture
 UNSEEKABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how files packed with it begin
+MARK = ".minidino"  # an empty file that tells the folder of a curation, however far it has come
+OWN = (  # files that tell a folder of a run, a curation, stored pixels or a probe
+    {"config.json", "environment.json"}, {MARK}, {"curation.json", "manifest.csv"}, {"pixels.u8"},
+    {"results.json", "report.html"},
+)  # fmt: skip
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_path` writes to
 NOT_NOW = "cannot be opened now"  # how the reason begins where it lies with the system, not with the archive
 
 
@@ -37,6 +47,42 @@ class Place(NamedTuple):
     packed: int = 0  # bytes in the zip
     crc: int = 0  # zip only
     reason: str = ""  # why it is bad
+
+
+def folder_files(root: Path) -> list[tuple[str, int, int]]:
+    """(relative name, bytes, modification time in ns) of every regular file below root; links are followed once.
+
+    What this package wrote below root, such as runs/ of a tour of the folder one is in, is left out.
+    """
+    if not root.is_dir():
+        return [("", root.stat().st_size, root.stat().st_mtime_ns)]
+    found, seen, todo = [], {_identity(root.stat())}, [""]
+    while todo:
+        folder = todo.pop()
+        try:
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except PermissionError:  # listed like a file, so that reading it gives the reason
+            found.append((folder, 0, 0))
+            continue
+        if folder and any(marks <= {entry.name for entry in entries} for marks in OWN):
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                status = entry.stat()
+            except OSError:  # a dangling link, likewise
+                found.append((name, 0, 0))
+                continue
+            if stat.S_ISREG(status.st_mode) and not UNFINISHED.fullmatch(entry.name):
+                found.append((name, status.st_size, status.st_mtime_ns))
+            elif stat.S_ISDIR(status.st_mode) and _identity(status) not in seen:
+                seen.add(_identity(status))
+                todo.append(name)
+    return sorted(found)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def archive_members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
@@ -70,7 +116,7 @@ def _members(path: Path, cache: Path) -> Iterator[tuple[str, Place]]:
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
-    with zipfile.ZipFile(path) as archive:
+    with _Named(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.is_dir():
                 continue
@@ -80,6 +126,21 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
                 kind, reason = "bad", "encrypted inside the zip"
             where = (member.file_size, member.header_offset, member.compress_size, member.CRC)
             yield member.filename, Place(str(path), kind, *where, reason if kind == "bad" else "")
+
+
+class _Named(io.BufferedReader):
+    """A zip of which names that are no UTF-8, but are said to be, are read as those of old zips (cp437)."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data, at = bytearray(super().read(size)), 0
+        while data[at : at + 4] == b"PK\x01\x02" and at + 46 <= len(data):  # the central directory, read at once
+            end = at + 46 + int.from_bytes(data[at + 28 : at + 30], "little")
+            try:
+                data[at + 46 : end].decode()
+            except UnicodeDecodeError:
+                data[at + 9] &= ~0x08  # bit 11 of the flags: the name is UTF-8
+            at = end + sum(struct.unpack_from("<HH", data, at + 30))  # the extra field and the comment
+        return bytes(data)
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, Place]]:

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minidino.engine import LOCAL, Engine, spans
-from minidino.images.archives import ARCHIVE_SUFFIXES, NOT_NOW, Place, archive_members, read_place
+from minidino.images.archives import ARCHIVE_SUFFIXES, NOT_NOW, Place, archive_members, folder_files, read_place
 from minidino.images.decode import BadImage, decode, decode_channels
 from minidino.images.named import dataset_names, download
 from minidino.runs import atomic_path, write_atomically
@@ -39,11 +39,7 @@ READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 SIDE_SUFFIXES = tuple(".txt .md .csv .tsv .json .jsonl .yaml .yml .xml .html .cls .pdf .log".split())
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 UNLABELLED = {"unlabeled", "unlabelled"}  # such a folder beside train/ is training data without labels (STL-10)
-OWN = (  # files that tell a folder of a run, a curation, stored pixels or a probe
-    {"config.json", "environment.json"}, {"curation.json", "manifest.csv"}, {"pixels.json", "pixels.u8"},
-    {"results.json", "report.html"},
-)  # fmt: skip
-FORMAT_VERSION = 2  # of the index and of pixels.json; raise it when their meaning changes
+FORMAT_VERSION = 3  # of the index and of pixels.json; raise it when their meaning changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +97,10 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
     """List every file of a folder, archive or named set, and read labels and splits off its layout.
 
     Recognised by looking: a manifest.csv of `minidino curate`, of which the kept pictures are taken; a folder of files
-    (nested or not); a folder per class, also under train/ and val/; a zip or
-    tar(.gz) of either; a folder that holds only archives, opened as one set; webdataset shards
-    (`000000.tar` with `key.jpg` and `key.cls` or `key.json`). The rule for labels is `folder_labels`.
+    (nested or not); a folder per class, also under train/ and val/; a zip or tar(.gz) of either; a folder of archives
+    (nested or not) without a picture beside them, opened as one set; webdataset shards (`000000.tar` with `key.jpg` and
+    `key.cls` or `key.json`). Archives beside pictures stay closed, with a warning. The rule for labels is
+    `folder_labels`.
 
     Args:
         path: file or folder, or one of `dataset_names()`, which is downloaded first.
@@ -125,9 +122,12 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
     root = root.resolve()
     if root.suffix == ".csv" and root.is_file():
         return _open_manifest(root, cache_dir, data_root)
-    found = _walk(root)
+    found = folder_files(root)
     if not found:
         raise FileNotFoundError(f"no files in {root}")
+    if closed := _closed(root, [name for name, _, _ in found]):
+        told = f"archives beside pictures stay closed, {closed[0]!r} for one of {len(closed)}"
+        warnings.warn(f"{told}: to see into them give one of them, or a folder of archives alone", stacklevel=2)
     key = hashlib.sha256(repr([FORMAT_VERSION, str(root), found]).encode()).hexdigest()
     index = cache / f"index-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.jsonl"
     stored = _read_index(index, key)
@@ -222,40 +222,14 @@ def _classes_of(inner: dict[int, tuple[str, ...]], voters: list[int]) -> dict[in
     return {i: label for i, label in found.items() if label in parents}
 
 
-def _walk(root: Path) -> list[tuple[str, int, int]]:
-    """(relative name, bytes, modification time in ns) of every regular file below root; links are followed once.
-
-    What this package wrote below root, such as runs/ of a tour of the folder one is in, is left out.
-    """
-    if not root.is_dir():
-        return [("", root.stat().st_size, root.stat().st_mtime_ns)]
-    found, seen, todo = [], {_identity(root.stat())}, [""]
-    while todo:
-        folder = todo.pop()
-        try:
-            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
-        except PermissionError:  # listed like a file, so that reading it gives the reason
-            found.append((folder, 0, 0))
-            continue
-        if folder and any(marks <= {entry.name for entry in entries} for marks in OWN):
-            continue
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            try:
-                status = entry.stat()
-            except OSError:  # a dangling link, likewise
-                found.append((name, 0, 0))
-                continue
-            if stat.S_ISREG(status.st_mode):
-                found.append((name, status.st_size, status.st_mtime_ns))
-            elif stat.S_ISDIR(status.st_mode) and _identity(status) not in seen:
-                seen.add(_identity(status))
-                todo.append(name)
-    return sorted(found)
+def _archives(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _closed(root: Path, names: Sequence[str]) -> list[str]:
+    """The archives of a folder that also holds pictures: there they are but files that are no pictures."""
+    pictures = any(name.lower().endswith(READABLE_SUFFIXES) for name in names)
+    return _archives(names) if root.is_dir() and pictures else []
 
 
 Row = tuple[str, Place, str | None, str]  # file, place, label, split
@@ -264,10 +238,7 @@ Row = tuple[str, Place, str | None, str]  # file, place, label, split
 def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> tuple[list[Row], list[str]]:
     """One pass over folder and archives."""
     names = [name for name, _, _ in found]
-    archives = [n for n in names if n.lower().endswith(ARCHIVE_SUFFIXES)] if root.is_dir() else names
-    pictures = [n for n in names if n.lower().endswith(READABLE_SUFFIXES)]
-    if root.is_dir() and (pictures or any("/" in n for n in names)):
-        archives = []  # an archive among pictures is just a file that is no picture
+    archives = set() if _closed(root, names) else set(_archives(names) if root.is_dir() else names)
     files, places, owners = [], [], []
     for name, size, _ in found:
         source = root / name if name else root

@@ -47,6 +47,7 @@ SIGNATURES = (  # what a file that Pillow cannot open most likely is; the first 
     (rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "not an image: bzip2, xz or zstd data; pack a tar anew as .tar or .tar.gz"),
     (rb"PK[\x03\x05]", "not an image: a zip archive"),
     (rb".{257}ustar", "not an image: a tar archive"),
+    (rb"PAR1", "not an image: a Parquet table; write the pictures in it to files"),
     (rb"%PDF", "not an image: a PDF document"),
     (rb"....ftyp(heic|heix|mif1|msf1)", "a HEIF picture, which Pillow cannot decode; convert it to JPEG or PNG"),
     (rb"\s*(<\?xml.*)?<svg", "not an image: an SVG drawing has no pixels"),

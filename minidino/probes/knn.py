@@ -45,12 +45,15 @@ def _unit_rows(x: Rows, name: str) -> Float[Tensor, "n D"]:
 
 
 def class_numbers(y: Rows) -> Int[Tensor, "*n"]:
-    """Labels as a tensor of integers. Raises ValueError for what is no number, such as words."""
+    """Labels as a tensor of integers. Raises ValueError for what is no whole number, such as words, NaN and shares."""
     y = y.detach() if isinstance(y, Tensor) else np.array(y)
     if isinstance(y, np.ndarray) and y.dtype.kind not in "biuf":
         few = y.ravel()[:3].tolist()
         raise ValueError(f"expected labels as the numbers of classes, below 0 where unknown, got {few}")
-    return torch.as_tensor(y).long()
+    y = torch.as_tensor(y)
+    if y.is_floating_point() and (y.frac() != 0).any():  # also where it is not finite
+        raise ValueError(f"expected labels as whole numbers, got {y[y.frac() != 0][:3].tolist()}")
+    return y.long()
 
 
 def _vote(
@@ -98,12 +101,13 @@ def knn_accuracy(
     Returns:
         {k: top-1 fraction}.
     Raises:
-        ValueError: a k is larger than the bank, the lengths do not fit, or labels are no numbers.
+        ValueError: a k is larger than the bank, the lengths do not fit, labels are no whole numbers, nothing is
+            labelled, or a temperature that is not above 0.
     Source: DINOv2 paper, section 7; official dinov2/eval/knn.py.
     """
     test_y = class_numbers(test_y)
-    if len(test_y) != len(test_x):
-        raise ValueError(f"expected a label for each of {len(test_x)} queries, got {len(test_y)}")
+    if test_y.shape != (len(test_x),):
+        raise ValueError(f"expected a label for each of {len(test_x)} queries, got shape {tuple(test_y.shape)}")
     known = test_y >= 0
     if not known.any():
         raise ValueError("no query has a label of 0 or more: nothing to judge")
@@ -115,9 +119,14 @@ def _predictions(
     train_x: Rows, train_y: Rows, test_x: Rows, ks: Sequence[int], temperature: float
 ) -> dict[int, Int[Tensor, "n"]]:
     train_y = class_numbers(train_y)
-    if len(train_y) != len(train_x):
-        raise ValueError(f"expected a label for each of {len(train_x)} rows of the bank, got {len(train_y)}")
+    if train_y.shape != (len(train_x),):
+        shape = tuple(train_y.shape)
+        raise ValueError(f"expected a label for each of {len(train_x)} rows of the bank, got shape {shape}")
+    if temperature <= 0:
+        raise ValueError(f"expected a temperature above 0, got {temperature}")
     known = train_y >= 0
+    if not known.any():
+        raise ValueError("no row of the bank has a label of 0 or more: nobody to vote")
     similarity, index = neighbours(train_x[known.cpu()], test_x, max(ks))
     classes, labels = train_y[known].to(index.device).unique(return_inverse=True)  # however large their numbers are
     labels = labels[index]  # (n, k), nearest first

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidino.images.pixels import Pixels
+from minidino.probes.knn import PAIRS_AT_A_TIME
 from minidino.probes.linear import Rows, as_tensor
 
 PROTOCOLS = {  # name: (positives, left out of the ranking)
@@ -28,6 +29,9 @@ CONVERT = (
     "\"import json, pickle; json.dump(pickle.load(open('gnd.pkl', 'rb')), open('gnd.json', 'w'), "
     'default=lambda x: x.tolist())"'
 )
+
+
+Judged = tuple[float, list[float], list[float]]  # of a query: average precision, precisions and recalls at ks
 
 
 class Query(NamedTuple):
@@ -112,10 +116,17 @@ def mean_average_precision(
         positive)}, the official mP@k; "recall" {k: share of the positives among the first k}.
     Raises:
         ValueError: another protocol, not one Query per row, rows that do not exist, rows both positive and ignored,
-            NaN, or no query with positives.
+            NaN, a list shorter than 1, or no query with positives.
     Source: Radenovic et al. 2018; revisitop python/evaluate.py and example_evaluate.py (3bb68d3).
     Differs: equal similarities have a fixed order; the official argsort leaves it open.
     """
+    return _means(_judged(similarity, ground_truth, protocol, ks, interpolation), protocol, ks)
+
+
+def _judged(
+    similarity: Rows, ground_truth: Sequence[Query], protocol: str, ks: Sequence[int], interpolation: str
+) -> list[Judged | None]:
+    """Each query judged, None without positives; raises what `mean_average_precision` does, but for no positives."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"expected protocol {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
     values = as_tensor(similarity)
@@ -123,7 +134,13 @@ def mean_average_precision(
         raise ValueError(f"expected similarity ({len(ground_truth)}, N), got {tuple(values.shape)}")
     if values.isnan().any():
         raise ValueError("the similarity holds NaN: the network that made these features is broken")
-    found = [_judge(row, query, protocol, ks, interpolation) for row, query in zip(values, ground_truth, strict=True)]
+    if ks and min(ks) < 1:
+        raise ValueError(f"expected lists of 1 or more for ks, got {list(ks)}")
+    return [_judge(row, query, protocol, ks, interpolation) for row, query in zip(values, ground_truth, strict=True)]
+
+
+def _means(found: Sequence[Judged | None], protocol: str, ks: Sequence[int]) -> dict:
+    """What `mean_average_precision` returns, of all queries."""
     counted = [query for query in found if query is not None]
     if not counted:
         raise ValueError(f"no query has a positive by protocol {protocol!r}: nothing to judge")
@@ -140,7 +157,7 @@ def mean_average_precision(
 
 def _judge(
     similarity: Float[Tensor, "N"], query: Query, protocol: str, ks: Sequence[int], interpolation: str
-) -> tuple[float, list[float], list[float]] | None:
+) -> Judged | None:
     """Average precision, precisions and recalls at ks; None without positives."""
     relevant, ignored = (_marked(query, names, len(similarity)) for names in PROTOCOLS[protocol])
     if (relevant & ignored).any():
@@ -203,8 +220,12 @@ def leave_one_out(
     queries = groups_ground_truth(groups)
     if not queries:
         raise ValueError("no picture belongs to a group: nothing to judge")
-    found = similarity(features[[query.row for query in queries]], features)
-    return mean_average_precision(found, queries, "easy", ks, interpolation)
+    at_once, found = max(1, PAIRS_AT_A_TIME // len(features)), []
+    for start in range(0, len(queries), at_once):
+        some = queries[start : start + at_once]
+        near = similarity(features[[query.row for query in some]], features)
+        found += _judged(near, some, "easy", ks, interpolation)
+    return _means(found, "easy", ks)
 
 
 def read_ground_truth(path: str | Path) -> GroundTruth:
