@@ -175,6 +175,11 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 05; all of them when none is named")
     parser.add_argument("--seeds", type=int, default=5, help="how many; of `one`, which")
     options = parser.parse_args()
+    there = [path.name[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    if unknown := [number for number in options.notebooks if options.what == "run" and number not in there]:
+        parser.error(f"expected some of {', '.join(there)}; got {', '.join(unknown)}")
+    if options.what == "one" and len(options.notebooks) != 1:
+        parser.error("one: expected the name of one notebook's file")
     if options.what == "one":
         print(json.dumps(claims_of(NOTEBOOKS / options.notebooks[0], options.seeds)))
     elif options.what == "run":

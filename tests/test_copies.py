@@ -141,6 +141,13 @@ def test_training_teaches_to_know_pictures_again(monkeypatch):
     assert not net.training and np.mean(losses[:8]) > np.log(31) > np.mean(losses[-8:]) + 0.2
 
 
+def test_no_picture_is_told_from_itself(monkeypatch):
+    looked, seeds = [], copies.crop_seed
+    monkeypatch.setattr(copies, "crop_seed", lambda seed, step, i: looked.append((step, i)) or seeds(seed, step, i))
+    list(train_copies(scenes_pixels(11), CopyNet(width=4, dim=8), steps=4, batch_size=8, size=16))
+    assert len(set(looked)) == len(looked)
+
+
 def test_training_is_the_same_each_time_and_needs_two_pictures():
     def run():
         torch.manual_seed(0)

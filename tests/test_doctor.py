@@ -239,6 +239,22 @@ def test_prescription_is_numbered_and_fits_the_terminal():
         assert finding.evidence in squeezed and finding.advice in squeezed
 
 
+def test_a_network_that_stands_still_is_found_though_holes_change_its_loss():
+    still = run(dino=lambda t: 6.4 - (0.4 if t >= 0.4 else 0), teacher_entropy=lambda t: 4.0, lr=lambda t: 1e-8,
+                ibot_weight=lambda t: 0.3 * (t >= 0.4))  # fmt: skip
+    assert doctor.diagnose(still, CONFIG)[0].title.startswith("The learning rate is too small")
+
+
+def test_one_prototype_for_all_is_not_one_feature_for_all():
+    top = doctor.diagnose(run(dino=lambda t: 0.01, teacher_entropy=lambda t: 0.001), CONFIG)[0]
+    assert top.title.startswith("One prototype for every image") and "temperature" in top.advice
+
+
+def test_a_tight_clip_is_no_large_rate():
+    findings = doctor.diagnose(run(), CONFIG | {"optim": {"clip": 0.01}})
+    assert {finding.severity for finding in findings} == {"info"}
+
+
 @pytest.mark.parametrize("loss, n_local", [({"dino": 0.5}, 2), ({"dino_divisor": "released"}, 0)])
 def test_a_weighted_loss_is_compared_with_ln_k_without_its_weight(loss, n_local):
     weight = 0.5 if "dino" in loss else 2 / 3

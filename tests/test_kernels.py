@@ -159,6 +159,12 @@ def test_it_is_an_operation_like_those_of_torch():
     assert set(torch.library.opcheck(torch.ops.minidino.packed_attention, given).values()) == {"SUCCESS"}
 
 
+def test_gradients_of_gradients_are_refused():
+    q = drawn([5, 37])[0].unbind(1)[0].detach().requires_grad_()
+    with pytest.raises(NotImplementedError, match="no second derivative; choose 'reference'"):
+        torch.autograd.grad(attention(q, q, q, [5, 37], "triton").sum(), q, create_graph=True)
+
+
 def test_compile_keeps_one_graph_and_checkpointing_works():
     from minidino.kernels.attention import packed_attention
 

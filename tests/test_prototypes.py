@@ -113,6 +113,25 @@ def test_weights_of_zero_and_a_published_scale_lose_nothing_in_half_precision(im
     assert all(torch.equal(x, torch.zeros_like(x)) for x in found)
 
 
+@pytest.mark.parametrize("impl", FUSED)
+def test_many_rows_that_err_alike_do_not_overflow_in_half_precision(impl):
+    n = 1024
+    student = F.normalize(torch.ones(n, 16), dim=-1).half().requires_grad_()
+    prototypes = F.normalize(torch.eye(16)[:3] + torch.tensor([[9.0], [0.0], [0.0]]), dim=-1).half().requires_grad_()
+    given = student, prototypes, torch.tensor([[-1.0, 1.0, -1.0]]), torch.zeros(n, 1, dtype=torch.int64)
+    found, expected = (answers(*given, torch.ones(n, 1), torch.ones(n), each) for each in (impl, "reference"))
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_gradients_of_gradients_are_refused(impl):
+    student, prototypes, logits, index, weight, _ = drawn(3, 9, 16, 3, 1)
+    loss = prototype_loss(student, prototypes, sinkhorn_potentials(logits, TEMP), index, weight, impl=impl)
+    with pytest.raises((NotImplementedError, RuntimeError), match="no second derivative|no autograd formula"):
+        torch.autograd.grad(loss.sum(), student, create_graph=True)[0].square().sum().backward()
+
+
 # ---------------------------------------------------------------- potentials
 
 
@@ -158,6 +177,17 @@ def test_potentials_over_processes_are_those_of_one(impl, split, monkeypatch):
     parts = Processes.run(lambda x, r: sinkhorn_potentials(x, TEMP, all_reduce=r, impl=impl), logits.split(split))
     found = torch.cat([part.dense() for part in parts])
     torch.testing.assert_close(found, losses.sinkhorn_knopp(logits, TEMP), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_logit_that_is_not_a_number_is_not_taken_for_a_probability_of_0(impl):
+    student, prototypes, logits, index, weight, _ = drawn(4, 70, 16, 4, 1)
+    logits[1, 5] = torch.nan
+    found = center_potentials(logits, torch.zeros(1, 70, device=DEVICE), TEMP, impl)
+    assert found.dense().isnan().any(1).tolist() == [False, True, False, False]
+    for teacher in (found, sinkhorn_potentials(logits, TEMP, impl=impl)):
+        loss = prototype_loss(student, prototypes, teacher, torch.ones_like(index), weight, impl=impl)
+        assert loss.isnan().all()
 
 
 def test_potentials_are_cut_like_the_tensor_that_they_stand_for():
@@ -209,6 +239,8 @@ def test_compile_keeps_one_graph():
 
 @needs_triton
 def test_what_the_kernels_cannot_do_is_refused():
+    from minidino.kernels.prototypes import prototype_loss as prototype_loss_of_kernels
+
     student, prototypes, logits, index, weight, _ = drawn(2, 5, 16, 2, 1)
     teacher = sinkhorn_potentials(logits, TEMP)
     with pytest.raises(TypeError, match="one dtype"):
@@ -217,6 +249,10 @@ def test_what_the_kernels_cannot_do_is_refused():
         prototype_loss(student.double(), prototypes.double(), teacher, index, weight, impl="triton")
     with pytest.raises(ValueError, match="at most 512, got 520"):
         prototype_loss(torch.zeros(2, 520), torch.zeros(5, 520), teacher, index, weight, impl="triton")
+    for beyond in ((prototypes[:, :8], index, weight), (prototypes[:4], index, weight), (prototypes, index[:1], weight[:1]),
+                   (prototypes, index, weight.repeat(1, 2))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"of shapes \(\(5, 16\), \(2, 1\), \(2, 1\), \(2,\), \(5,\), \(\)\)"):
+            prototype_loss_of_kernels(student, beyond[0], *teacher[1:5], *beyond[1:], 0.1, *teacher[5:])
 
 
 def test_resolve_names_what_runs_or_says_what_to_do(monkeypatch):

@@ -307,7 +307,9 @@ def packed_attention(
     Raises:
         ValueError: another width, shapes that differ, or lengths that do not sum to T.
         TypeError: another dtype, or dtypes that differ.
-    Differs: float32 is multiplied as such, or as tf32 where `torch.set_float32_matmul_precision` allows it.
+        NotImplementedError: on the way back, where gradients are to be differentiated once more.
+    Differs: float32 is multiplied as such, or as tf32 where `torch.set_float32_matmul_precision` allows it. A NaN or
+        infinity among the values of a short crop spoils the crops in its tile as well, since 0 times it is NaN.
     """
     if not q.shape == k.shape == v.shape or q.dim() != 3 or q.shape[2] not in WIDTHS:
         raise ValueError(f"expected q, k and v of one shape (T, h, d) with d of {WIDTHS}, got {tuple(q.shape)}, "
@@ -361,6 +363,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():  # create_graph=True, whose answer would be silent about what it leaves out
+            raise NotImplementedError("attention 'triton' has no second derivative; choose 'reference'")
         return *_backward(grad, *ctx.saved_tensors, ctx.runs), None
 
 

@@ -261,7 +261,7 @@ def prototype_loss(
         student, prototypes: of one dtype, float16, bfloat16 or float32.
         logits, row, column, peak, floor: the teacher's probabilities, exp((l - peak) / temp + row + column).
     Raises:
-        ValueError: a bottleneck wider than 512.
+        ValueError: a bottleneck wider than 512, or shapes that do not fit together.
         TypeError: another dtype, or two of them.
     Differs: float32 is multiplied as such, or as tf32 where `torch.set_float32_matmul_precision` allows it.
     """
@@ -270,6 +270,12 @@ def prototype_loss(
                         f"{prototypes.dtype}")  # fmt: skip
     if student.shape[1] > MAX_WIDTH:
         raise ValueError(f"expected a bottleneck of at most {MAX_WIDTH}, got {student.shape[1]}")
+    (n_rows, width), (n_teachers, n_columns) = student.shape, logits.shape
+    expected = (n_columns, width), (n_rows, index.shape[-1]), (n_rows, index.shape[-1]), (n_teachers,), (n_columns,), ()
+    got = tuple(tuple(x.shape) for x in (prototypes, index, weight, row, column, peak))
+    if got != expected:  # the kernels would read and write beyond what is there
+        raise ValueError(f"expected prototypes, index, weight, row, column and peak of shapes {expected}, to fit student "
+                         f"{tuple(student.shape)} and logits {tuple(logits.shape)}, got {got}")  # fmt: skip
     shift = row.float()[index]  # (R, J)
     teacher = logits, column.float(), peak.float(), index, shift, weight.float()
     return _loss(student, prototypes, *teacher, student_temp, teacher_temp, floor)[0]

@@ -23,9 +23,9 @@ COLUMN_SUMS = (Tiling(8, 256, 4), Tiling(8, 1024, 8))
 
 @triton.jit
 def probability(logit, shift, peak, sharpness, floor):
-    """exp((logit - peak) / temp + shift); 0 where the readable Sinkhorn's first exp is."""
+    """exp((logit - peak) / temp + shift); 0 where the readable Sinkhorn's first exp is, and never for a NaN."""
     z = (logit - peak) * sharpness
-    return tl.where(z > floor, tl.exp(z + shift), 0.0)
+    return tl.where(z <= floor, 0.0, tl.exp(z + shift))
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def row_sums_kernel(
         inside = (row < R)[:, None] & (column < K)[None, :]
         z = (tl.load(base + column[None, :], mask=inside, other=0.0).to(tl.float32) - top) * sharpness
         shift = tl.load(columns + column, mask=column < K, other=float("-inf"))
-        z = tl.where(z > floor, z + shift[None, :], float("-inf"))
+        z = tl.where(z <= floor, float("-inf"), z + shift[None, :])
         higher = tl.maximum(highest, tl.max(z, 1))
         level = tl.maximum(higher, -1e30)  # a number, also while nothing but -inf was seen
         total = total * tl.exp(highest - level) + tl.sum(tl.exp(z - level[:, None]), 1)

@@ -143,7 +143,8 @@ def train_copies(
     Args:
         pixels: the pool; its duplicates need not be known.
         net: changed in place.
-        steps, batch_size: pictures are seen in the order of `batch_indices`; at most as many as there are in a batch.
+        steps, batch_size: pictures are seen in the order of `batch_indices`; at most as many as there are in a batch,
+            and none twice: it would be told from itself.
         size: px of a view.
         lr: of AdamW, falling to 0 by a cosine after a tenth of the steps of warm-up.
         temperature: of InfoNCE.
@@ -163,7 +164,7 @@ def train_copies(
     device = next(net.parameters()).device
     net.train()
     for step in range(steps):
-        index = batch_indices(len(pixels), batch_size, step, seed)
+        index = batch_indices(len(pixels), batch_size, step, seed).unique()  # the end of a pass may meet the next
         images, sizes = pixels.batch(index.numpy())
         seeds = [crop_seed(seed, step, int(i)) for i in index]
         (original, copy), _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)

@@ -128,7 +128,7 @@ class _History:
         first_dino = self.early("dino")
         n_prototypes = config.get("heads", {}).get("n_prototypes")
         self.uniform = math.log(n_prototypes) if n_prototypes else first_dino or 1.0  # ln K
-        self.clip = config.get("optim", {}).get("clip") or 3.0
+        self.clip = max(config.get("optim", {}).get("clip") or 3.0, 3.0)  # a tighter one says nothing of the rate
 
     def series(self, key: str, after: int = 0) -> np.ndarray:
         """What was recorded under this key; the DINO loss without its weight, in nats."""
@@ -262,6 +262,11 @@ def _point_collapse(h: _History) -> Finding | None:
     seen = [text.format(value) for text, (value, bad) in measured.items() if bad]
     if h.flat() or not seen or len(seen) < min(2, len(measured)):
         return None
+    of_features = [measured[text][1] for text in list(signs)[:3] if text in measured]
+    if of_features and not any(of_features):
+        evidence = f"By step {h.last_step}: {', '.join(seen)} (ln K = {h.uniform:.2f}), while features are spread out."
+        return Finding(severity="critical", title="One prototype for every image: the targets say nothing",
+                       evidence=evidence, advice="Raise the teacher temperature; use Sinkhorn targets.")  # fmt: skip
     return Finding(
         severity="critical",
         title="Point collapse: every image gets the same feature",
@@ -331,7 +336,7 @@ def _large_rate(h: _History) -> Finding | None:
         return None
     seen = [f"{spikes} of {len(loss)} records of the DINO loss jump above their neighbourhood"] if spikes else []
     if clipped > 0.5:
-        seen.append(f"{worst} is over three times the clip of {h.clip:g} in {clipped:.0%} of the records")
+        seen.append(f"{worst} is over three times {h.clip:g} in {clipped:.0%} of the records")
     peak = h.series("lr").max(initial=0.0)
     return Finding(
         severity="warning",
@@ -349,7 +354,7 @@ def _is_spike(before: np.ndarray, value: float, least: float) -> bool:
 
 
 def _small_rate(h: _History) -> Finding | None:
-    if h.late("dino") is None or h.flat() or abs(_fallen(h)) > 0.01 or _large_rate(h):
+    if h.late("dino") is None or h.flat() or _moved(h) > 0.01 or _large_rate(h):
         return None
     peak = h.series("lr").max(initial=0.0)
     norms = {name: float(np.median(values)) for name, values in h.gradient_norms().items()}
@@ -369,6 +374,12 @@ def _fallen(h: _History) -> float:
     """Share of the first DINO loss that is gone."""
     first, last = h.early("dino"), h.late("dino")
     return 0.0 if not first or last is None else 1 - last / first
+
+
+def _moved(h: _History) -> float:
+    """By what share the DINO loss has changed, before iBOT came where it comes late: its holes alone change it, too."""
+    before = np.array([r["dino"] for r in h.records if "dino" in r and r.get("ibot_weight") == 0])
+    return abs(1 - np.median(before[-len(before) // 4 :]) / np.median(before[:5])) if len(before) >= 10 else abs(_fallen(h))
 
 
 def _forgetting(h: _History) -> Finding | None:

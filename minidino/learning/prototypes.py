@@ -27,13 +27,16 @@ from minidino.model.attention import autocast_off
 FLOOR = -150 * math.log(2)  # exp of less is 0 in float32
 PART = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers looked at in one turn
 BOOST = 1024.0  # the largest gradient of a logit, before it is rounded to half precision
+MOST = 2.0**15  # half of what float16 can hold
 SMALLEST = 1e-30
 
 
 class Potentials(NamedTuple):
     """Teacher probabilities that are not stored; cut like the tensor that they stand for.
 
-        p_ik = exp((l_ik - peak) / temp + row_i + column_k),   0 where (l_ik - peak) / temp is below floor
+        p_ik = exp((l_ik - peak) / temp + row_i + column_k),   0 where (l_ik - peak) / temp is at most floor
+
+    A logit that is not a number gives a probability that is none.
 
     Source: Cuturi 2013 (Sinkhorn distances): the plan is the kernel between two diagonal matrices.
     """
@@ -126,7 +129,7 @@ def _log_row_sums(logits: Tensor, column: Tensor, peak: Tensor, temp: float, flo
     sums = logits.new_full((len(logits),), -torch.inf, dtype=torch.float32)
     for part in _parts(logits.shape[1], len(logits), logits.device):
         z = (logits[:, part].float() - peak) / temp
-        z = torch.where(z > floor, z + column[part], -torch.inf)
+        z = torch.where(z <= floor, -torch.inf, z + column[part])
         sums = torch.logaddexp(sums, z.logsumexp(1))
     return sums
 
@@ -141,7 +144,7 @@ def _probabilities(teacher: Potentials, index: Tensor, part: slice) -> Tensor:
     """Of some rows and a part of the columns."""
     z = (teacher.logits[:, part][index].float() - teacher.peak) / teacher.temp
     shift = teacher.row[index][..., None] + teacher.column[part]
-    return torch.where(z > teacher.floor, (z + shift).exp(), 0.0)
+    return torch.where(z <= teacher.floor, 0.0, (z + shift).exp())
 
 
 def _parts(n: int, n_rows: int, device: torch.device) -> Iterator[slice]:
@@ -187,10 +190,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("prototype loss 'chunked' has no second derivative; choose 'reference'")
         student, prototypes, weight, lse, mass = ctx.saved_tensors
         d_student, d_prototypes = torch.zeros_like(student, dtype=torch.float32), torch.zeros_like(prototypes)
         largest = (grad[:, None] * weight).abs().amax().clamp(min=SMALLEST) if len(student) else 1.0
-        gain, unit = grad * BOOST / largest, largest / BOOST / ctx.student_temp
+        boost = min(BOOST, MOST / max(len(student), 1))  # the sum over all rows is rounded to half precision, too
+        gain, unit = grad * boost / largest, largest / boost / ctx.student_temp
         for part in _parts(len(prototypes), len(student), student.device):
             g = _scores(student, prototypes[part], ctx.student_temp)
             g.sub_(lse[:, None]).exp_().mul_(mass[:, None]).sub_(_targets(ctx.teacher, weight, part))
