@@ -164,7 +164,8 @@ def train_copies(
     device = next(net.parameters()).device
     net.train()
     for step in range(steps):
-        index = batch_indices(len(pixels), batch_size, step, seed).unique()  # the end of a pass may meet the next
+        index = batch_indices(len(pixels), batch_size, step, seed)
+        index = torch.tensor(list(dict.fromkeys(index.tolist())))  # the end of a pass may meet the next
         images, sizes = pixels.batch(index.numpy())
         seeds = [crop_seed(seed, step, int(i)) for i in index]
         (original, copy), _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)
