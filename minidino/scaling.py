@@ -201,9 +201,8 @@ def step_flops(s: Sizes, n_images: int, n_masked: float, n_parts: int = 1) -> di
     dino, ibot = s.heads_of()
     products = {"reference": 3, "chunked": 4, "triton": 5}[s.prototypes]
     global_crops = s.groups(n_images)[:1]
-    (crops, _), *_ = global_crops
     teacher = _look_flops(s, global_crops, global_crops)
-    teacher += _head_flops(dino, d, crops, 1, 1) + _head_flops(ibot, d, n_masked, 1, 1)
+    teacher += _head_flops(dino, d, global_crops[0][0], 1, 1) + _head_flops(ibot, d, n_masked, 1, 1)
     found = {
         "patches": 2 * patches * embed,  # pictures have no gradient
         "blocks": (3 + s.recompute) * s.depth * rows * block,

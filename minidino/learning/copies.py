@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidino.images.attacks import attack
-from minidino.images.batches import batch_indices
+from minidino.images.batches import batch_indices, repeats
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.learning.losses import koleo_loss
@@ -165,7 +165,7 @@ def train_copies(
     net.train()
     for step in range(steps):
         index = batch_indices(len(pixels), batch_size, step, seed)
-        index = torch.tensor(list(dict.fromkeys(index.tolist())))  # the end of a pass may meet the next
+        index = index[repeats(index) == 0]  # the end of a pass may meet the next
         images, sizes = pixels.batch(index.numpy())
         seeds = [crop_seed(seed, step, int(i)) for i in index]
         (original, copy), _ = multi_crop(images.to(device), sizes, laws, laws[0], 0, seeds)

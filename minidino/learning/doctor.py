@@ -336,7 +336,7 @@ def _large_rate(h: _History) -> Finding | None:
         return None
     seen = [f"{spikes} of {len(loss)} records of the DINO loss jump above their neighbourhood"] if spikes else []
     if clipped > 0.5:
-        seen.append(f"{worst} is over three times {h.clip:g} in {clipped:.0%} of the records")
+        seen.append(f"{worst} is over {3 * h.clip:g} in {clipped:.0%} of the records")
     peak = h.series("lr").max(initial=0.0)
     return Finding(
         severity="warning",
@@ -377,7 +377,7 @@ def _fallen(h: _History) -> float:
 
 
 def _moved(h: _History) -> float:
-    """By what share the DINO loss has changed, before iBOT came where it comes late: its holes alone change it, too."""
+    """By what share the DINO loss has changed, before iBOT came where it comes late: later there is more to learn from."""
     before = np.array([r["dino"] for r in h.records if "dino" in r and r.get("ibot_weight") == 0])
     return abs(1 - np.median(before[-len(before) // 4 :]) / np.median(before[:5])) if len(before) >= 10 else abs(_fallen(h))
 
