@@ -410,8 +410,9 @@ class OnlineKnn:
 
     def __call__(self, backbone: VisionTransformer) -> float:
         bank, queries = (features.extract(backbone, images, progress=False)["cls"] for images in self.images)
-        k = min(K, len(bank))
-        return knn_accuracy(bank, self.labels[0], queries, self.labels[1], (k,))[k]
+        if not torch.cat([bank, queries]).isfinite().all():
+            raise FloatingPointError("the network gives NaN or infinity, the run has diverged: see doctor")
+        return knn_accuracy(bank, self.labels[0], queries, self.labels[1], (k := min(K, len(bank)),))[k]
 
 
 def some(n: int, at_most: int) -> np.ndarray:

@@ -312,12 +312,22 @@ def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkey
         (dict(size=(32, 48)), "looked at in squares"),
         (dict(size=0), "a size of at least 1 px, got 0"),
         (dict(task="depth", size=(48, -48)), "a size of at least 1 px"),
-        (dict(task="retrieval"), "no file or folder scenes"),
+        (dict(task="retrieval"), "drawn scenes are in no groups"),
+        (dict(truth="queries.json"), "truth goes with retrieval, not with knn"),
+        (dict(task="segmentation", depth_unit=0.5), "depth_unit goes with depth, dpt, not with segmentation"),
     ],
 )
 def test_what_cannot_be_asked_is_told(options, words, run, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         evaluate(run, **options, out=tmp_path / "out", cache=tmp_path / "c")
+
+
+def test_the_answer_of_another_network_is_not_replaced(run, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"source": "runs/other", "answers": {}}))
+    with pytest.raises(FileExistsError, match="tells of runs/other: choose another folder with --out"):
+        evaluate(run, out=tmp_path, cache=run.parent / "features")
+    (tmp_path / "results.json").write_text(json.dumps({"source": f"{run}/"}))
+    assert evaluate(run, out=tmp_path, cache=run.parent / "features")["source"] == str(run)
 
 
 def test_weights_need_data(tmp_path):
