@@ -118,3 +118,9 @@ def test_a_validation_part_that_cannot_be_read_does_not_stop_learning(tmp_path, 
         run, world = pretrain(tiny(f"data.source={folder}", "run.steps=1"), tmp_path / "run")
     assert world.test is None and len(world.train) == 8 and len(run.records()) == 1
     assert "cut.png" in (tmp_path / "run" / "pixels" / "val" / "quarantine.csv").read_text()
+
+
+def test_a_run_that_has_diverged_is_told_so_where_k_nn_is_read(tmp_path, capsys):
+    wild = ["run.steps=4", "run.knn_every=2", "optim.base_lr=1e30", "optim.clip=inf", "run.precision=fp32"]
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY, *wild]) == 2
+    assert "the run has diverged: see doctor" in capsys.readouterr().err
