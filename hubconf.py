@@ -23,7 +23,7 @@ def _official(name):
 
     Args:
         pretrained: with the released weights, downloaded once; without, drawn at random.
-        cache: folder of the downloads; None is ~/.cache/minidino/weights.
+        cache: folder of the downloads; None is $XDG_CACHE_HOME/minidino/weights, or else ~/.cache/minidino/weights.
         options: of minidino.model.vit.build_vit.
     """
     return entry

@@ -18,6 +18,7 @@ from minidino.evaluate import TASKS, evaluate
 from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled
+from minidino.model.vit import SIZES as VIT_SIZES
 from minidino.ranges import Positive, Stage, require
 from minidino.report import Section, write_report
 from minidino.runs import Run, write_atomically
@@ -55,7 +56,16 @@ class Chain(Stage, name="chain"):
             raise ValueError("students, tasks: expected at least one of each, such as vit_tiny and knn")
         if set(self.baselines) - {"random", "pixels"}:
             raise ValueError(f"baselines: expected random or pixels, got {', '.join(self.baselines)}")
-        self.configs()  # says what is impossible before anything has begun
+        if len(set(self.students)) < len(self.students):
+            raise ValueError(f"students: expected different ones, got {', '.join(self.students)}")
+        configs = self.configs()  # says what is impossible before anything has begun
+        patch = configs[0].vit.patch_size
+        good = self.size is None or self.size % patch == 0
+        require(good, "chain.size", f"a multiple of vit.patch_size {patch} px", f"{self.size} px")
+        shallow = min((config.vit.depth or VIT_SIZES[config.vit.name][1]) for config in configs)
+        require("dpt" not in self.tasks or shallow >= 4, "tasks", "networks of 4 blocks or more for dpt", shallow)
+        grouped = "retrieval" not in self.tasks or configs[0].data.source != "scenes"
+        require(grouped, "tasks", "pictures in groups for retrieval, by data.source in changes", "drawn scenes")
 
     def configs(self) -> list[RunConfig]:
         """Of pretraining, of the phase at a higher resolution, and of each student."""
@@ -67,9 +77,13 @@ class Chain(Stage, name="chain"):
 
 def read_chain(path: str | Path) -> Chain:
     """A chain from JSON. Raises ValueError for what is no field, with those that are."""
-    said, known = json.loads(Path(path).read_text()), {field.name for field in fields(Chain)}
+    known = {field.name for field in fields(Chain)}
+    try:
+        said = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(said, dict) or set(said) - known:
-        strange = sorted(set(said) - known)
+        strange = sorted(set(said) - known) if isinstance(said, dict) else [f"a {type(said).__name__}"]
         raise ValueError(f"{path}: expected fields of {', '.join(sorted(known))}, got {', '.join(strange)}")
     return Chain(**{key: tuple(value) if isinstance(value, list) else value for key, value in said.items()})
 
@@ -84,10 +98,14 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
     Returns:
         {network: {"parameters", "images", "seconds", task: {subject: score}}}; results.json holds it too.
     Raises:
-        ValueError: the folder holds another chain.
+        FileExistsError: the folder holds a run.
+        ValueError: the folder holds another chain, which has begun.
     """
     written = json.dumps(asdict(plan), indent=1)
-    if (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
+    if Run(folder).config_path.exists():
+        raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
+    begun = Run(folder / "pretrain").config_path.exists()
+    if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
     write_atomically(folder / PLAN, written.encode())
     runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}

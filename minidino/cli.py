@@ -100,21 +100,30 @@ def _curate(stages) -> None:
 def _train(stages) -> None:
     def run(options) -> int | None:
         from minidino.learning import prototypes
+        from minidino.learning.adapt import going_on
         from minidino.model import attention
         from minidino.model.weights import backbone_of
         from minidino.runs import pick_device, pick_precision
         from minidino.stages import go_on, pretrain
 
         if options.resume is not None:
-            if options.changes or options.data or options.weights or options.out or not options.resume:
+            given = (options.changes, options.data, options.weights, options.out, options.preset, options.heads_first)
+            if any(given) or not options.resume:
                 raise ValueError("a resumed run keeps its config and its folder: give --resume RUN alone")
             return _go_on(Path(options.resume))
+        if options.heads_first is not None and not options.weights:
+            raise ValueError("fresh heads learn alone where a backbone is given: --heads-first goes with --weights")
+        options.preset = options.preset or "scenes-cpu"
         folder = Path(options.out or f"runs/{options.preset}")
         if _interrupted(folder):
             return _go_on(folder)
         _expect_new(folder)
         vit = backbone_of(options.weights) if options.weights else None
-        config = override(_base(options), [*options.changes, *([f"vit.patch_size={vit.patch_size}"] if vit else [])])
+        config = override(_base(options), [*([f"vit.patch_size={vit.patch_size}"] if vit else []), *options.changes])
+        if vit:
+            asked = {change.partition("=")[0].strip() for change in options.changes}
+            if lost := asked & set(difference(config, going_on(config, vit, 0.0))):
+                raise ValueError(f"the backbone of --weights stays as it is, and cannot change {', '.join(sorted(lost))}")
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
@@ -126,18 +135,19 @@ def _train(stages) -> None:
               f"{attention.resolve(config.vit.attention, device)}, prototype loss "
               f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
         if vit:
-            return _told(go_on(vit, folder, config, options.heads_first)[0])
+            heads_first = 0.2 if options.heads_first is None else options.heads_first
+            return _told(go_on(vit, folder, config, heads_first)[0])
         pretrain(config, folder)
 
     parser = _stage(stages, "train", "pretrain a backbone", "minidino train --preset scenes-cpu vit.depth=6", run)
-    parser.add_argument("--preset", default="scenes-cpu", help=", ".join(PRESETS))
+    parser.add_argument("--preset", help=", ".join(PRESETS) + " (default scenes-cpu)")
     parser.add_argument("--data", metavar="PATH", help="folder, archive, torchvision name, or manifest.csv of curate")
     parser.add_argument("--out", help="run folder (default runs/PRESET)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder where it was killed")
     parser.add_argument("--weights", metavar="WEIGHTS", help="go on from this backbone, with fresh heads: a file, or a "
                         "name such as dinov2_vits14; fails when k-NN falls by it")  # fmt: skip
-    parser.add_argument("--heads-first", type=float, default=0.2, metavar="FRACTION", help="of the steps, in which those "
-                        "heads learn alone (default %(default)s)")  # fmt: skip
+    parser.add_argument("--heads-first", type=float, metavar="FRACTION", help="of the steps, in which those heads learn "
+                        "alone (default 0.2)")  # fmt: skip
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
 
 
@@ -284,7 +294,12 @@ def _export(stages) -> None:
         from minidino.model.weights import backbone_of, export_weights
         from minidino.runs import Run, pick_device
 
+        out = Path(options.out)
+        if out.name in ("weights.safetensors", "heads.safetensors") and is_run(out.parent):
+            raise FileExistsError(f"{out} belongs to the run {out.parent}: choose another with --out")
         if is_run(options.source):
+            if options.heads is not None:
+                raise ValueError("a run knows its heads: --heads goes with weights that do not tell")
             vit = trained_backbone(Run(options.source), pick_device("cpu"))
         else:
             vit = backbone_of(options.source, options.heads)
@@ -306,6 +321,8 @@ def _plan(stages) -> None:
         from minidino.plan import describe, make_plan, plan_table
 
         o = options
+        if o.price_per_hour is not None and not 0 <= o.price_per_hour < float("inf"):
+            raise ValueError(f"--price-per-hour: expected a number >= 0, got {o.price_per_hour}")
         machine = {"gpus": o.gpus, "device": o.device, "utilisation": o.utilisation}
         if o.preset is None:
             print(plan_table(**machine))

@@ -35,7 +35,7 @@ class DataConfig(Stage, name="data"):
     source: str = "scenes"  # "scenes" (drawn), a path, or a torchvision name such as "cifar10"
     n_scenes: Positive = 8000  # drawn scenes in the training set; ignored for photographs
     n_test_scenes: Positive = 2000  # drawn scenes to judge with, from another world
-    scene_seed: Count = 1  # the world from which they are drawn
+    scene_seed: Annotated[int, Range(0, 2**62)] = 1  # the world from which they are drawn
     short_side: Annotated[int, Range(8, unit="px")] = 64  # of images as they are stored; drawn scenes are squares of it
     pool: str = ""  # a path such as manifest.csv: learn from these images and judge with those of the source
     channels: Positive = 3  # of a picture: 1 for grey ones, other numbers for arrays of numpy; see `images.decode`
@@ -100,7 +100,7 @@ class VitConfig(Stage, name="vit"):
     layerscale: AtLeastZero = 1e-5  # start value of gamma [released]; 0: none
     drop_path_rate: Annotated[float, Range(0, 0.99)] = 0.3  # the same in every block [released]
     drop_path: Literal["subset", "scale"] = "subset"  # compute only the kept rows, or scale residuals
-    interpolate_offset: float = 0.1  # [released]; 0.0 with registers
+    interpolate_offset: Annotated[float, Range(0, 0.99)] = 0.1  # [released]; 0.0 with registers
     interpolate_antialias: bool = False  # [released]; True with registers
     init_std: AtLeastZero = 0.02  # of linear weights at the start [released]; a narrow net wants more
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
@@ -160,7 +160,7 @@ class OptimConfig(Stage, name="optim"):
     batch_size: Annotated[int, Range(2, unit="(KoLeo needs a neighbour)")] = 2048  # images per update [released]
     accumulate: Positive = 1  # the batch is computed in this many parts
     base_lr: AboveZero = 4e-3  # at batch 1024; AdamW [released]
-    final_lr: AtLeastZero = 1e-6  # [released]
+    final_lr: AtLeastZero = 1e-6  # the cosine ends here, not above the rate it comes from [released]
     warmup_frac: Share = 0.1  # of the run [released]
     warmup_start: Literal["released", "fixed"] = "released"  # `released`: lr 0 at step 0; `fixed`: lr / warm-up steps
     beta2: Share = 0.999  # beta1 is 0.9 [released]
@@ -169,7 +169,7 @@ class OptimConfig(Stage, name="optim"):
     decay_tokens: bool = True  # weight decay on class, mask, register tokens and positions [released]
     layerwise_decay: AtLeastZero = 0.9  # [released]
     patch_embed_lr_mult: AtLeastZero = 0.2  # [released]
-    clip: AboveZero = 3.0  # largest gradient norm [released]
+    clip: Annotated[float, Range(0, open=True, endless=True)] = 3.0  # largest gradient norm [released]; inf: any
     clip_scope: Literal["module", "global"] = "module"  # `module`: backbone and heads each for itself [released]
     freeze_last_layer_frac: Share = 0.01  # of the run: the prototypes stand still [released]
     freeze_backbone_frac: Share = 0.0  # of the run: heads alone learn, for a backbone that was trained elsewhere
@@ -183,6 +183,8 @@ class OptimConfig(Stage, name="optim"):
         super().__post_init__()
         good = self.batch_size % self.accumulate == 0
         require(good, "optim.accumulate", f"a divisor of batch_size {self.batch_size}", self.accumulate)
+        falls, most = self.final_lr <= self.lr, f"at most {self.lr:.3g}, the rate by base_lr and batch_size"
+        require(falls, "optim.final_lr", most, self.final_lr)
 
 
 @dataclass(frozen=True, kw_only=True)

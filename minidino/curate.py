@@ -18,14 +18,14 @@ from minidino.curation.duplicates import COPY, LEAK, component_sizes
 from minidino.curation.embeddings import network, seen
 from minidino.curation.pipeline import Curation, Describer
 from minidino.engine import pick_engine
-from minidino.images.pixels import Pixels
-from minidino.judge import trained_backbone
+from minidino.images.pixels import Pixels, some
+from minidino.judge import is_run, trained_backbone
 from minidino.learning.copies import CopyDescriptor, CopyNet, train_copies
 from minidino.model.weights import backbone_of
 from minidino.probes.features import state_hash
+from minidino.ranges import require
 from minidino.report import Section, write_report
 from minidino.runs import Run, alone_in, pick_device, write_atomically
-from minidino.stages import some
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 600, 96
 WHITENING = 20_000  # pictures that the whitening is learned from
@@ -74,20 +74,30 @@ def curate(
     Returns:
         Where the manifest is.
     Raises:
-        ValueError: queries and a budget, one of them without features, or an engine that is not there.
+        ValueError: queries and a budget, one of them without features, an impossible number, a file of copies that is
+            no model, an engine that is not there, or a folder that is the pool.
+        FileExistsError: the folder holds a run.
         BlockingIOError: another process is at work in the folder.
     """
     if queries is not None and budget is not None:
         raise ValueError("expected queries or a budget, got both: queries already say how many pictures are wanted")
     if features is None and (queries is not None or budget is not None):
         raise ValueError("queries and budgets need --features: a run folder or weights that know what pictures show")
+    for name, number, least in (("budget", budget, 1), ("copy_steps", copy_steps, 0), ("neighbours", n_neighbours, 1)):
+        require(number is None or number >= least, name, f">= {least}", number)
+    for name, cosine in (("copy_threshold", copy_threshold), ("leak_threshold", leak_threshold)):
+        require(cosine is None or -1 <= cosine <= 1, name, "a cosine from -1 to 1", cosine)
+    if Run(out).config_path.exists():
+        raise FileExistsError(f"{out} holds a run, which has a report of its own: choose another with --out")
+    given = copy_model(copies) if copies else None
+    semantic = semantic_describer(features) if features is not None else None
     picked = pick_engine(engine)
     Path(out).mkdir(parents=True, exist_ok=True)
     with alone_in(Path(out)):
         curation = Curation(pool, out, short_side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
-        describer = copy_model(copies) if copies else trained_describer(distinct, curation.folder, copy_steps, seed)
+        describer = given or trained_describer(distinct, curation.folder, copy_steps, seed)
         if copies:
             copy_threshold = COPY if copy_threshold is None else copy_threshold
             leak_threshold = LEAK if leak_threshold is None else leak_threshold
@@ -95,9 +105,9 @@ def curate(
         for protected in protect:
             curation.drop_leaks(protected, leak_threshold)
         if queries is not None:
-            curation.retrieve(queries, semantic_describer(features), n_neighbours, n_clusters)
+            curation.retrieve(queries, semantic, n_neighbours, n_clusters)
         elif budget is not None:
-            curation.balance(budget, semantic_describer(features))
+            curation.balance(budget, semantic)
         manifest = curation.write()
         draw(curation)
         return manifest
@@ -137,14 +147,17 @@ def _stored(path: Path) -> dict[str, torch.Tensor] | None:
 
 def copy_model(path: str | Path) -> Describer:
     """A published copy-detection model in TorchScript, such as sscd_disc_mixup."""
-    module = torch.jit.load(str(path), map_location=pick_device()).eval()
+    try:
+        module = torch.jit.load(str(path), map_location=pick_device()).eval()
+    except RuntimeError as error:
+        raise ValueError(f"copies: expected a TorchScript model such as sscd_disc_mixup, got {path}") from error
     return Describer("copy", network(module), SSCD_SIZE, f"{Path(path).name} {state_hash(module)[:16]}")
 
 
 def semantic_describer(source: str | Path) -> Describer:
     """The class token of a run's backbone, or of a weights file, looking at its own training size."""
     run = Run(source)
-    if run.config_path.exists():
+    if is_run(source):
         vit, size = trained_backbone(run, pick_device()), run.config().crops.global_size
     else:
         vit, size = backbone_of(Path(source)).to(pick_device()).eval(), 224

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minidino import looking, pictures
 from minidino.images.corruptions import CORRUPTIONS, corrupt, mean_corruption_error
+from minidino.images.pixels import some
 from minidino.probes.depth import linear_depth, predict_depth
 from minidino.probes.dpt import dpt_depth
 from minidino.probes.finetune import finetune
@@ -40,8 +41,7 @@ from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_pre
 from minidino.probes.segmentation import linear_segmentation, predict
 from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
-from minidino.runs import environment, pick_device, write_atomically
-from minidino.stages import some
+from minidino.runs import Run, environment, pick_device, write_atomically
 from minidino.subjects import Cache, Subject, subjects_of
 
 Answers = dict[str, dict[str, Any]]  # {subject: what was found}
@@ -125,7 +125,8 @@ def ask_finetune(subjects: Sequence[Subject], data: Labelled, folder: Path) -> A
 
 def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
     """Top-1 on the same held-out pictures, clean and corrupted; the classifier has seen clean pictures alone."""
-    clean = data.test.pixels.select(some(len(data.test.pixels), N_CORRUPTED))
+    known = data.test.pixels.labelled()
+    clean = known.select(some(len(known), N_CORRUPTED))
     images, truth = clean.squares(data.test.size), torch.from_numpy(clean.labels)
     fitted = {subject.name: logistic_regression(*data.rows(subject))["model"] for subject in subjects}
 
@@ -317,6 +318,7 @@ def evaluate(
     Returns:
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
     Raises:
+        FileExistsError: the folder holds a run, or what another network answered.
         ValueError: another task; pictures that lack labels, groups or pairs; weights without data; a size below 1 px; a
             network of other channels than three, which robustness and the tasks of pixels cannot ask; features that are
             not finite.
@@ -324,15 +326,22 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
     question, begun = TASKS[task], time.perf_counter()
+    for name, given, kind in (("truth", truth, "grouped"), ("depth_unit", depth_unit, "depth")):
+        if given is not None and question.data != kind:
+            wanted = ", ".join(key for key, other in TASKS.items() if other.data == kind)
+            raise ValueError(f"{name} goes with {wanted}, not with {task}")
     subjects, config = subjects_of(source, baselines, dense=question.data in ("segmentation", "depth"))
     if data is None and config is None:
         raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
+    if question.data == "grouped" and data is None and config.data.source == "scenes":
+        raise ValueError("drawn scenes are in no groups: say with --data which pictures show the same things")
     channels = subjects[0].vit.patch_embed.proj.in_channels
     if channels != 3 and (task == "robustness" or question.data in ("segmentation", "depth")):
         raise ValueError(f"{task} is asked with pictures of red, green and blue: {source} sees {channels} channels")
     store = Cache(Path(cache))
     opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
+    _expect_room(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
     answers = question.ask(subjects, opened, folder)
     found = {
@@ -343,6 +352,19 @@ def evaluate(
     write_atomically(folder / "results.json", json.dumps(_without_nan(found), indent=1, allow_nan=False).encode())
     _report(found, folder)
     return found
+
+
+def _expect_room(folder: Path, source: str | Path) -> None:
+    """Raise FileExistsError where results.json and report.html of something else would be lost."""
+    if Run(folder).config_path.exists():
+        raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
+    path = folder / "results.json"
+    try:
+        said = json.loads(path.read_text())["source"] if path.exists() else str(source)
+    except (ValueError, KeyError, TypeError):
+        said = "something else"
+    if Path(said) != Path(source):
+        raise FileExistsError(f"{path} tells of {said}: choose another folder with --out, or remove this one")
 
 
 def _without_nan(x: Any) -> Any:

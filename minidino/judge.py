@@ -75,7 +75,7 @@ def judge_knn(world: World, rows: Iterable[tuple[str, tuple[Tensor, Tensor]]]) -
 
 
 def _readings(bank: Tensor, queries: Tensor, bank_y: np.ndarray, queries_y: np.ndarray) -> dict[str, float]:
-    ks = [k for k in (5, K, 100) if k <= len(bank)] or [1]
+    ks = [k for k in (5, K, 100) if k <= (bank_y >= 0).sum()] or [1]
     plain = knn_accuracy(bank, bank_y, queries, queries_y, ks)
     mean = bank.mean(0)
     centred = knn_accuracy(bank - mean, bank_y, queries - mean, queries_y, ks)
@@ -140,8 +140,11 @@ def is_run(folder: str | Path) -> bool:
 
 
 def trained_backbone(run: Run, device: torch.device) -> VisionTransformer:
-    """The EMA teacher's backbone of a finished run."""
-    return load_weights(build_backbone(run.config()), run.folder / "weights.safetensors").to(device).eval()
+    """The EMA teacher's backbone of a finished run. Raises FileNotFoundError where it is not finished."""
+    weights = run.folder / "weights.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{run.folder} has no {weights.name} yet: finish it with train --resume {run.folder}")
+    return load_weights(build_backbone(run.config()), weights).to(device).eval()
 
 
 def judge(run: Run, world: World) -> dict[str, Any]:

@@ -167,11 +167,11 @@ def budget(minutes: float) -> Callable[[], None]:
     Returns:
         To be called at the end: says how long it took.
     """
-    begun = time.perf_counter()
-    print(f"planned: {minutes:g} minutes on two CPU cores")
+    begun, planned = time.perf_counter(), f"planned: {minutes:g} minute{'s' * (minutes != 1)}"
+    print(f"{planned} on two CPU cores")
 
     def spent() -> None:
-        print(f"planned: {minutes:g} minutes; measured: {(time.perf_counter() - begun) / 60:.1f} minutes")
+        print(f"{planned}; measured: {(time.perf_counter() - begun) / 60:.1f} minutes")
 
     return spent
 

@@ -8,15 +8,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be: between two others, both included, or above the first where `open`."""
+    """What a number may be: between two others, both included, or above the first where `open`; finite, or also inf
+    where `endless`."""
 
     low: float
     high: float = math.inf
     open: bool = False
     unit: str = ""
+    endless: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.open else self.low <= value) and value <= self.high
+        least = self.low < value if self.open else self.low <= value
+        return least and value <= self.high and (self.endless or value != math.inf)
 
     def __str__(self) -> str:
         least = f"{'>' if self.open else '>='} {self.low}"

@@ -24,7 +24,7 @@ from minidino.config import RunConfig, difference, override
 from minidino.distributed import first_goes_first, is_first, my_rows, wait, whole
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
-from minidino.images.pixels import Pixels, load_pixels
+from minidino.images.pixels import Pixels, load_pixels, some
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, expect_same_network, going_on, start_adapted, start_from
 from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
@@ -403,17 +403,14 @@ class OnlineKnn:
     def __init__(self, world: World, size: int):
         self.ready, self.n_queries = world.test is not None, 0
         if self.ready:
-            bank = world.train.select(some(len(world.train), ONLINE_BANK))
-            queries = world.test.select(some(len(world.test), ONLINE_QUERIES))
+            bank, queries = world.train.labelled(), world.test.labelled()
+            bank, queries = bank.select(some(len(bank), ONLINE_BANK)), queries.select(some(len(queries), ONLINE_QUERIES))
             self.labels, self.n_queries = (bank.labels, queries.labels), len(queries)
             self.images = bank.squares(size), queries.squares(size)
 
     def __call__(self, backbone: VisionTransformer) -> float:
         bank, queries = (features.extract(backbone, images, progress=False)["cls"] for images in self.images)
+        if not torch.cat([bank, queries]).isfinite().all():
+            raise FloatingPointError("the network gives NaN or infinity, the run has diverged: see doctor")
         k = min(K, len(bank))
         return knn_accuracy(bank, self.labels[0], queries, self.labels[1], (k,))[k]
-
-
-def some(n: int, at_most: int) -> np.ndarray:
-    """Evenly spread rows, so that sorted classes are all there."""
-    return np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(int))

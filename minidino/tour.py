@@ -19,7 +19,7 @@ from minidino.config import RunConfig, difference, preset
 from minidino.curate import curate
 from minidino.images.batches import make_batch
 from minidino.images.datasets import open_images
-from minidino.images.pixels import load_pixels
+from minidino.images.pixels import load_pixels, some
 from minidino.images.pools import Pool, make_pool, write_pool
 from minidino.images.scenes import KINDS
 from minidino.judge import class_tokens, judge, judge_knn, n_parameters, random_backbone, trained_backbone
@@ -31,7 +31,7 @@ from minidino.probes.knn import neighbours
 from minidino.probes.patches import attention_to
 from minidino.report import Section, write_report
 from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
-from minidino.stages import K, World, distill, open_world, pretrain, some
+from minidino.stages import K, World, distill, open_world, pretrain
 
 Say = Callable[[str], None]
 TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up

@@ -43,6 +43,12 @@ def test_what_the_phase_changes_and_nothing_else():
     }  # fmt: skip
 
 
+def test_a_rate_that_hardly_falls_ends_where_the_halved_one_is_at_the_latest():
+    config = tiny("optim.final_lr=6e-4")  # of 7e-4
+    o = adapted(config, 40, 7).optim
+    assert o.final_lr == o.lr == config.optim.lr / 2
+
+
 def test_a_size_between_patches_is_refused():
     with pytest.raises(ValueError, match="crops.global_size.*multiple of vit.patch_size 8"):
         adapted(tiny(), 42, 7)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,10 @@ def test_another_chain_does_not_go_on_in_the_folder(whole):
         ({"baselines": ["guess"]}, "baselines: expected random or pixels, got guess"),
         ({"tasks": ["knn", "guess"]}, "tasks: expected some of knn, .*, got guess"),
         ({"distill_changes": ["vit.dept=3"]}, "keys are vit.name"),
+        ({"students": [SMALL, SMALL]}, "students: expected different ones"),
+        ({"size": 50}, "chain.size: expected a multiple of vit.patch_size 8 px, got 50 px"),
+        ({"tasks": ["knn", "dpt"]}, "tasks: expected networks of 4 blocks or more for dpt, got 1"),
+        ({"tasks": ["retrieval"]}, "tasks: expected pictures in groups for retrieval"),
         ({"size_px": 3}, "expected fields of adapt_changes, .*, got size_px"),
     ],
 )
@@ -106,6 +110,21 @@ def test_an_impossible_chain_is_refused_before_it_begins(tmp_path, capsys, chang
         read_chain(tmp_path / "plan.json")
     assert main(["chain", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 2
     assert "minidino chain:" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, words", [("[{}]", "got a list"), ("3", "got a int"), ('{"size": 3,}', "expected JSON")])
+def test_what_is_no_chain_is_refused_by_the_name_of_its_file(tmp_path, text, words):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=f"plan.json: expected .*{words}|plan.json: {words}"):
+        read_chain(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{}", encoding="utf-8-sig")  # as an editor on Windows writes it
+    assert read_chain(tmp_path / "plan.json") == Chain()
+
+
+def test_a_chain_that_could_not_begin_can_be_mended_in_its_folder(tmp_path):
+    for wrong in ("nowhere", "elsewhere"):  # and not that another chain is there
+        with pytest.raises(FileNotFoundError, match=wrong):
+            run_chain(replace(PLAN, changes=(*TINY, f"data.source={wrong}")), tmp_path, say=lambda _: None)
 
 
 # ---------------------------------------------------------------- kill -9

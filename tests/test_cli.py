@@ -10,6 +10,8 @@ from PIL import Image
 
 from minidino.cli import _interrupted, main
 from minidino.config import PRESETS, preset
+from minidino.model.vit import build_vit
+from minidino.model.weights import save_backbone
 from minidino.runs import Run
 
 STAGES = ["tour", "curate", "train", "adapt", "probe", "export", "plan", "bench", "doctor", "data list", "data get",
@@ -60,12 +62,23 @@ def test_what_argparse_refuses(arguments, capsys):
         ("train --resume nowhere vit.depth=4", "give --resume RUN alone"),
         ("train --resume nowhere --data photographs", "give --resume RUN alone"),
         ("train --data nowhere", "nowhere"),
+        ("train --resume nowhere --preset imagenette-cpu", "give --resume RUN alone"),
+        ("train --resume nowhere --heads-first 0.5", "give --resume RUN alone"),
+        ("train --heads-first 0.5", "--heads-first goes with --weights"),
         ("train --out full", "full is not empty and not a run folder"),
         ("tour --data nowhere", "nowhere"),
         ("plan vits16", "no preset 'vits16'; there are: scenes-cpu"),
         ("plan vit.depth=4", "expected a preset first"),
         ("plan vits16-in1k --device abacus", "no device 'abacus'; there are: cpu"),
         ("plan vits16-in1k --utilisation 2", "expected utilisation in (0, 1]"),
+        ("plan vits16-in1k --price-per-hour -1", "--price-per-hour: expected a number >= 0, got -1.0"),
+        ("curate full --copy-steps -1", "copy_steps: expected >= 0, got -1"),
+        ("curate full --budget 0 --features full", "budget: expected >= 1, got 0"),
+        ("curate full --neighbours 0", "neighbours: expected >= 1, got 0"),
+        ("curate full --leak-threshold 7", "leak_threshold: expected a cosine from -1 to 1, got 7.0"),
+        ("curate full --out full", "full is the pool"),
+        ("curate full --budget 3 --features nowhere", "no weights at nowhere"),
+        ("curate full --copies full/letter.txt", "copies: expected a TorchScript model"),
         ("plan vits16-in1k vit.dept=4", "got 'vit.dept=4'; keys are vit.name"),
         ("doctor nowhere", "nowhere is not a run folder"),
         ("data check nowhere", "nowhere"),
@@ -161,3 +174,34 @@ def test_a_process_that_torchrun_replaced_goes_on_with_its_own_run_alone(tmp_pat
     assert not _interrupted(there.folder)
     assert main(["train", "--out", str(there.folder), "run.steps=50"]) == 2
     assert "holds a run" in capsys.readouterr().err
+
+
+def test_no_command_writes_over_what_a_run_has_written(tmp_path, capsys):
+    folder = tiny_run(tmp_path / "run", [5.0]).folder
+    vit = build_vit("vit_tiny", width=64, depth=4, heads=2, patch_size=8, img_size=48)
+    kept = save_backbone(vit, folder / "weights.safetensors").read_bytes()
+    for command in ("probe run --out run", "chain --out run", "curate pool --out run",
+                    "export run --out run/weights.safetensors"):  # fmt: skip
+        assert main(command.split()) == 2
+        assert "choose another with --out" in capsys.readouterr().err
+    assert (folder / "weights.safetensors").read_bytes() == kept
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "weights.safetensors"}  # fmt: skip
+    assert main("export run --out other.pth --heads 4".split()) == 2
+    assert "a run knows its heads" in capsys.readouterr().err
+
+
+def test_a_backbone_that_is_given_cannot_be_another_one(tmp_path, capsys):
+    vit = build_vit("vit_tiny", width=64, depth=4, heads=2, patch_size=8, img_size=48)
+    save_backbone(vit, tmp_path / "w.safetensors")
+    assert main("train --weights w.safetensors --out run vit.width=128 vit.depth=4".split()) == 2
+    assert "stays as it is, and cannot change vit.width\n" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main("train --weights w.safetensors --out run vit.patch_size=16 crops.local_size=16".split()) == 2
+    assert "cannot change vit.patch_size\n" in capsys.readouterr().err
+
+
+def test_what_needs_a_finished_run_says_how_to_finish_it(tmp_path, capsys):
+    tiny_run(tmp_path / "run", [5.0])
+    for command in ("probe run", "export run --out other.pth"):
+        assert main(command.split()) == 2
+        assert "finish it with train --resume run" in capsys.readouterr().err

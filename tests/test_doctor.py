@@ -239,12 +239,6 @@ def test_prescription_is_numbered_and_fits_the_terminal():
         assert finding.evidence in squeezed and finding.advice in squeezed
 
 
-def test_a_network_that_stands_still_is_found_though_its_loss_falls_with_ibot():
-    still = run(dino=lambda t: 6.4 - (0.4 if t >= 0.4 else 0), teacher_entropy=lambda t: 4.0, lr=lambda t: 1e-8,
-                ibot_weight=lambda t: 0.3 * (t >= 0.4))  # fmt: skip
-    assert doctor.diagnose(still, CONFIG)[0].title.startswith("The learning rate is too small")
-
-
 def test_one_prototype_for_all_is_not_one_feature_for_all():
     top = doctor.diagnose(run(dino=lambda t: 0.01, teacher_entropy=lambda t: 0.001), CONFIG)[0]
     assert top.title.startswith("One prototype for every image") and "temperature" in top.advice

@@ -141,6 +141,7 @@ RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 
 def test_a_baseline_without_an_error_leaves_no_mce(run, tmp_path, monkeypatch):
     data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    Image.new("RGB", (32, 32), GREEN).save(tmp_path / "set" / "val" / "of-no-class", "png")  # does not count
     monkeypatch.setattr(evaluate_module, "CORRUPTIONS", {"contrast": None, "pixelate": None})
     monkeypatch.setattr(evaluate_module, "corrupt", lambda images, name, severity, seed: images)
     found = evaluate(run, "robustness", data, baselines=("pixels",), out=tmp_path / "out", cache=tmp_path / "c")
@@ -312,12 +313,22 @@ def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkey
         (dict(size=(32, 48)), "looked at in squares"),
         (dict(size=0), "a size of at least 1 px, got 0"),
         (dict(task="depth", size=(48, -48)), "a size of at least 1 px"),
-        (dict(task="retrieval"), "no file or folder scenes"),
+        (dict(task="retrieval"), "drawn scenes are in no groups"),
+        (dict(truth="queries.json"), "truth goes with retrieval, not with knn"),
+        (dict(task="segmentation", depth_unit=0.5), "depth_unit goes with depth, dpt, not with segmentation"),
     ],
 )
 def test_what_cannot_be_asked_is_told(options, words, run, tmp_path):
     with pytest.raises((ValueError, OSError), match=words):
         evaluate(run, **options, out=tmp_path / "out", cache=tmp_path / "c")
+
+
+def test_the_answer_of_another_network_is_not_replaced(run, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"source": "runs/other", "answers": {}}))
+    with pytest.raises(FileExistsError, match="tells of runs/other: choose another folder with --out"):
+        evaluate(run, out=tmp_path, cache=run.parent / "features")
+    (tmp_path / "results.json").write_text(json.dumps({"source": f"{run}/"}))
+    assert evaluate(run, out=tmp_path, cache=run.parent / "features")["source"] == str(run)
 
 
 def test_weights_need_data(tmp_path):

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from minidino.cli import main
 from minidino.config import override, preset
+from minidino.curate import semantic_describer
 from minidino.learning.teacher import build_backbone
 from minidino.model import layouts, released, weights
 from minidino.model.layers import swiglu_hidden
@@ -341,3 +342,9 @@ def test_layouts_there_and_back_touch_nothing():
         back = layouts.to_hub_layout(away(state))
         assert torch.equal(back["blocks.1.mlp.w12.weight"], before["blocks.1.mlp.w12.weight"])
     assert state.keys() == before.keys() and all(torch.equal(x, state[k]) for k, x in before.items())
+
+
+def test_a_hugging_face_folder_can_be_the_semantic_network_of_a_curation(tmp_path):
+    vit = build_vit("vit_tiny", width=32, depth=1, heads=2, patch_size=8, img_size=32)
+    described = semantic_describer(export_weights(vit, tmp_path / "hf", "huggingface"))
+    assert (described.kind, described.size) == ("semantic", 224)

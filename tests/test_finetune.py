@@ -96,3 +96,11 @@ def test_what_cannot_be_learned_from_is_refused(change, words):
     given = {"train": quarters(64), "test": quarters(32), "size": 16, "steps": 2, "progress": False}
     with pytest.raises(ValueError, match=words):
         finetune(network(), **given | change)
+
+
+def test_a_network_in_half_precision_learns_in_float32_and_stays_as_it_is():
+    vit = network().bfloat16()
+    found = finetune(vit, quarters(64), quarters(32), 16, steps=3, progress=False)
+    assert vit.cls_token.dtype == torch.bfloat16 and found["classifier"].backbone.cls_token.dtype == torch.float32
+    same = finetune(network().bfloat16().float(), quarters(64), quarters(32), 16, steps=3, progress=False)
+    assert torch.equal(found["classifier"].head.weight, same["classifier"].head.weight)

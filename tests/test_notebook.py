@@ -208,6 +208,8 @@ def test_the_clock_is_read_at_the_end(capsys):
     spent()
     out = "planned: 2.5 minutes on two CPU cores\nplanned: 2.5 minutes; measured: 0.0 minutes\n"
     assert capsys.readouterr().out == out
+    budget(1)
+    assert capsys.readouterr().out == "planned: 1 minute on two CPU cores\n"
 
 
 # ------------------------------------------------------------------------------------------------ the notebooks

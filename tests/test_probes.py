@@ -406,3 +406,11 @@ def test_dense_patches_interleave_the_looks_at_shifted_windows():
         assert torch.allclose(dense[:, top // 2 :: 2, left // 2 :: 2].flatten(1, 2), look, atol=1e-6)
     with pytest.raises(ValueError, match="stride"):
         features.dense_patches(vit, images, 4, 3)
+
+
+def test_a_linear_probe_asks_for_the_classes_that_occur_whatever_their_numbers():
+    x, y = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
+    x[torch.arange(300), y] += 3
+    ids = torch.tensor([7, 1999, 10**12])  # a row of every head for each number up to the largest is more than memory
+    one = linear.linear_probe(x[:200], y[:200], x[200:], y[200:], epochs=4)
+    assert linear.linear_probe(x[:200], ids[y[:200]], x[200:], ids[y[200:]], epochs=4) == one

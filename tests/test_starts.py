@@ -12,6 +12,7 @@ from minidino import runs, stages
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.images.scenes import draw_scenes
+from minidino.judge import judge
 from minidino.runs import Run, alone_in, write_atomically
 from minidino.stages import pretrain
 
@@ -118,3 +119,21 @@ def test_a_validation_part_that_cannot_be_read_does_not_stop_learning(tmp_path, 
         run, world = pretrain(tiny(f"data.source={folder}", "run.steps=1"), tmp_path / "run")
     assert world.test is None and len(world.train) == 8 and len(run.records()) == 1
     assert "cut.png" in (tmp_path / "run" / "pixels" / "val" / "quarantine.csv").read_text()
+
+
+def test_a_run_that_has_diverged_is_told_so_where_k_nn_is_read(tmp_path, capsys):
+    wild = ["run.steps=4", "run.knn_every=2", "optim.base_lr=1e30", "optim.clip=inf", "run.precision=fp32"]
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY, *wild]) == 2
+    assert "the run has diverged: see doctor" in capsys.readouterr().err
+
+
+def test_k_nn_is_read_among_the_pictures_that_have_labels(tmp_path):
+    """Five among pictures of no class, as in STL-10: there are not the voters for 20 votes."""
+    generator, folder = np.random.default_rng(0), tmp_path / "set"
+    for place, n in (("train/a", 3), ("train/b", 2), ("unlabeled", 30), ("val/a", 1), ("val/b", 1)):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / place / f"{i}.png")
+    run, world = pretrain(tiny(f"data.source={folder}", "run.steps=1"), tmp_path / "run")
+    assert (len(world.train), len(world.train.labelled()), len(world.test.labelled())) == (35, 5, 2)
+    assert {run.records()[-1]["knn"], judge(run, world)["knn"]["trained"]} <= {0, 0.5, 1}

@@ -11,11 +11,12 @@ from PIL import Image
 from minidino import tour as tour_module
 from minidino.config import override, preset
 from minidino.evaluate import evaluate
+from minidino.images.pixels import some
 from minidino.images.pools import Pool
 from minidino.images.scenes import KINDS
 from minidino.judge import BASELINES, judge, patch_truth
 from minidino.runs import Run, pick_device
-from minidino.stages import open_world, pretrain, some
+from minidino.stages import open_world, pretrain
 from minidino.tour import draw, expect_own, found_copies, report, shrink, tour
 
 PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn", "sizes")

@@ -402,3 +402,11 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(answer, words, tmp
     assert list(tmp_path.rglob("*.*")) == []
     with pytest.raises(ValueError, match="no released weights 'dinov2_vitx14': expected one of dinov2_vits14"):
         released.fetch("dinov2_vitx14")
+
+
+def test_downloads_lie_where_the_system_keeps_its_copies(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there = tmp_path / "cache" / "minidino" / "weights" / "dinov2_vits14_pretrain.pth"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"PK by hand")
+    assert released.fetch("dinov2_vits14", base_url="file:///nowhere") == there

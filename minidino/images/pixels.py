@@ -101,6 +101,10 @@ class Pixels:
             files=[self.files[i] for i in rows],
         )
 
+    def labelled(self) -> "Pixels":
+        """Those whose label is known."""
+        return self.select(np.flatnonzero(self.labels >= 0))
+
     def squares(self, size: int) -> UInt8[Tensor, "n C size size"]:
         """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
         centre cut out."""
@@ -124,6 +128,11 @@ class Pixels:
                 image = image[:, top:bottom, left:right]
             row[:] = by_pillow(image, lambda picture: picture.resize((size, size), Image.Resampling.BICUBIC))
         return torch.from_numpy(result)
+
+
+def some(n: int, at_most: int) -> np.ndarray:
+    """Evenly spread rows, so that sorted classes are all there."""
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).astype(int))
 
 
 def by_pillow(

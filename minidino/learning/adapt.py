@@ -49,11 +49,12 @@ def adapted(config: RunConfig, size: int, steps: int, fit_memory: bool = False) 
         data=replace(config.data, short_side=grown(config.data.short_side)),
         crops=replace(crops, global_size=size, local_size=grown(crops.local_size)),
         loss=replace(config.loss, ibot_start_frac=0.0, ibot_full_frac=0.0),
-        optim=replace(config.optim, base_lr=config.optim.base_lr / 2, freeze_backbone_frac=0.0),
+        optim=replace(config.optim, base_lr=config.optim.base_lr / 2, final_lr=0.0, freeze_backbone_frac=0.0),
         run=replace(config.run, steps=steps),
     )
     batch_size = fitting_batch(config, larger) if fit_memory else config.optim.batch_size
-    return replace(larger, optim=replace(larger.optim, batch_size=batch_size))
+    optim = replace(larger.optim, batch_size=batch_size)
+    return replace(larger, optim=replace(optim, final_lr=min(config.optim.final_lr, optim.lr)))
 
 
 def expect_same_network(before: RunConfig, after: RunConfig) -> None:

@@ -354,7 +354,7 @@ def _is_spike(before: np.ndarray, value: float, least: float) -> bool:
 
 
 def _small_rate(h: _History) -> Finding | None:
-    if h.late("dino") is None or h.flat() or _moved(h) > 0.01 or _large_rate(h):
+    if h.late("dino") is None or h.flat() or abs(_fallen(h)) > 0.01 or _large_rate(h):
         return None
     peak = h.series("lr").max(initial=0.0)
     norms = {name: float(np.median(values)) for name, values in h.gradient_norms().items()}
@@ -374,12 +374,6 @@ def _fallen(h: _History) -> float:
     """Share of the first DINO loss that is gone."""
     first, last = h.early("dino"), h.late("dino")
     return 0.0 if not first or last is None else 1 - last / first
-
-
-def _moved(h: _History) -> float:
-    """By what share the DINO loss has changed, before iBOT came where it comes late: later there is more to learn from."""
-    before = np.array([r["dino"] for r in h.records if "dino" in r and r.get("ibot_weight") == 0])
-    return abs(1 - np.median(before[-len(before) // 4 :]) / np.median(before[:5])) if len(before) >= 10 else abs(_fallen(h))
 
 
 def _forgetting(h: _History) -> Finding | None:

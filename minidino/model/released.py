@@ -1,6 +1,7 @@
 """The eight official backbones by name: their sizes, where they lie, and a copy at home, checked at every use."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -38,7 +39,7 @@ def fetch(name: str, cache: str | Path | None = None, base_url: str = BASE_URL) 
 
     Args:
         name: a key of RELEASED, such as "dinov2_vits14" or "dinov2_vitb14_reg".
-        cache: the folder of the copies; None is ~/.cache/minidino/weights.
+        cache: the folder of the copies; None is $XDG_CACHE_HOME/minidino/weights, or else ~/.cache/minidino/weights.
         base_url: a mirror of the official server.
     Raises:
         ValueError: an unknown name; or the file is not the one that was recorded.
@@ -49,7 +50,8 @@ def fetch(name: str, cache: str | Path | None = None, base_url: str = BASE_URL) 
         raise ValueError(f"no released weights {name!r}: expected one of {', '.join(RELEASED)}")
     stem = name.removesuffix("_reg")
     file = f"{stem}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-    folder = Path.home() / ".cache" / "minidino" / "weights" if cache is None else Path(cache).expanduser()
+    own = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(f"{own}/minidino/weights" if cache is None else cache).expanduser()
     if not (folder / file).exists():
         _download(f"{base_url}/{stem}/{file}", folder / file)
     _check(folder / file)

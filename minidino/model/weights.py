@@ -54,7 +54,7 @@ def load_weights(vit: VisionTransformer, source: Source, cache: str | Path | Non
         vit: a backbone of the right sizes; it is changed in place.
         source: a .pth, .pt or .safetensors file, a Hugging Face folder, the name of a released backbone such as
             "dinov2_vitb14_reg" (downloaded once), or a state dict. A path that exists comes before a name.
-        cache: the folder of downloads; None is ~/.cache/minidino/weights.
+        cache: the folder of downloads; None is that of `released.fetch`.
     Returns:
         The same backbone.
     Raises:

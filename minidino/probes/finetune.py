@@ -62,7 +62,7 @@ def finetune(
     """Train a copy of a backbone, with a linear head, on randomly cropped and flipped pictures with labels.
 
     Args:
-        vit: stays as it is; its stochastic depth is that of the copy, too.
+        vit: stays as it is; its stochastic depth is that of the copy, too. The copy learns in float32.
         train, test: pictures with labels; those with a label below 0 (unknown) do not count.
         size: px, side of the crops and of the squares it is judged on.
         steps, batch_size, weight_decay: of AdamW; gradients longer than 1 are clipped.
@@ -94,7 +94,7 @@ def finetune(
     n_images = steps * min(batch_size, int((train.labels >= 0).sum()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = Classifier(copy.deepcopy(vit), n_classes).to(device).requires_grad_(True).train()
+        model = Classifier(copy.deepcopy(vit).float(), n_classes).to(device).requires_grad_(True).train()
         with tqdm(total=n_images, unit="images", disable=not progress, leave=False) as bar:
             for images in _learn(model, crops, steps, lr, layerwise_decay, weight_decay, smoothing):
                 bar.update(len(images))

@@ -40,7 +40,7 @@ def linear_probe(
 
     Args:
         train_x, train_y, test_x, test_y: features (n, D) and labels; rows with a label below 0 (unknown) are dropped.
-        n_classes: None counts from the largest label.
+        n_classes: labels are below it; None counts those that occur, whatever their numbers.
         lrs: the grid, before the batch rule.
         epochs: passes over the training rows.
         batch_size: rows a step; a last incomplete batch is left out.
@@ -59,7 +59,9 @@ def linear_probe(
     test_x, test_y = labelled(test_x, test_y)
     if len(train_x) < 2 or len(test_x) < 1:
         raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(train_x)} and {len(test_x)}")
-    n_classes = n_classes or int(max(train_y.max(), test_y.max())) + 1
+    if n_classes is None:  # numbers far apart, such as years, would each take a row of every head
+        classes = torch.cat([train_y, test_y]).unique()
+        train_y, test_y, n_classes = *(torch.searchsorted(classes, y) for y in (train_y, test_y)), len(classes)
     val, train = held_out(len(train_x), val_frac, generator)
     x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
     spans = [(0, x.shape[1])]
