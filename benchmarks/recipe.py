@@ -311,9 +311,9 @@ def _photographs_table(stored: dict[str, dict[str, Any]]) -> str:
     untrained = {name: r for name, r in runs[0]["knn_readings"].items() if not name.startswith("trained")}
     lines += [f"| {name} | {cells(reading)} |" for name, reading in untrained.items()]
     columns = ["minutes of training", "steps", "crops, px", "k = 20", "best of six", "whole images, px", "k = 20",
-               "best of six"]  # fmt: skip
+               "best of six", "MiB at most", "commit"]  # fmt: skip
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    notes = []
+    made_on = set()
     for (name, one), run in zip(stored.items(), runs, strict=True):
         training, seen = run["training"], run["knn_readings"]
         config = one.get("config") or flatten(preset(training["preset"]))
@@ -321,13 +321,13 @@ def _photographs_table(stored: dict[str, dict[str, Any]]) -> str:
         minutes, size = f"{training['seconds'] / 60:.1f}", config["data.short_side"] if whole in seen else ""
         minutes = f"then {minutes} more" if name.endswith(f"{HIGH}px") else minutes
         lines.append(f"| {minutes} | {training['steps']:,} | {config['crops.global_size']} | {cells(seen['trained'])} "
-                     f"| {size} | {cells(seen.get(whole, {}))} |")  # fmt: skip
+                     f"| {size} | {cells(seen.get(whole, {}))} | {run['peak_memory_mb']:,.0f} "
+                     f"| {run['environment']['commit']} |")  # fmt: skip
         e = run["environment"]
-        notes.append(f"{minutes}: {e['machine']}, torch {e['versions']['torch']}, {training['precision']}, "
-                     f"{run['peak_memory_mb']:.0f} MiB at most, {e['date'][:10]}, commit {e['commit']}")  # fmt: skip
+        made_on.add(f"{e['machine']}; {training['precision']}, torch {e['versions']['torch']}, {e['date'][:10]}")
     lines += ["", f"One run and one seed each, batches of {runs[0]['training']['batch_size']}; {runs[0]['n_train']:,} "
               f"training and {runs[0]['n_test']:,} held-out images, of which a share has a standard error of at most "
-              f"0.008. Minutes {'; '.join(notes)}."]  # fmt: skip
+              f"0.008. {'; '.join(sorted(made_on))}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -366,13 +366,15 @@ def _study_table(stored: dict[str, Any], what: str) -> str:
 
 
 def put(written: dict[str, str]) -> None:
-    """Put tables into the README, each between its marks."""
-    readme = (ROOT / "README.md").read_text()
-    for name, table in written.items():
-        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = readme.split(first)
-        readme = f"{before}{first}\n{table}\n{last}{rest.split(last)[1]}"
-    (ROOT / "README.md").write_text(readme)
+    """Put tables between their marks, in the README or in docs/measured.md."""
+    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md"):
+        text = path.read_text()
+        for name, table in written.items():
+            first, last = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+            if first in text:
+                before, rest = text.split(first)
+                text = f"{before}{first}{table}{last}{rest.split(last)[1]}"
+        path.write_text(text)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def gather(sources: Path) -> None:
     """Write all that Sphinx reads; files that did not change keep their time, so the next build is short."""
     wanted = {path.relative_to(HERE): path.read_bytes() for path in HERE.rglob("*") if path.suffix in (".css", ".py")}
     wanted |= {Path(path.name): filled(path.read_text()).encode() for path in sorted(HERE.glob("*.md"))}
-    for folder, pattern in (("notebooks", "*.ipynb"), ("docs", "*.png")):
+    for folder, pattern in (("notebooks", "*.ipynb"), ("docs", "*.png"), ("docs", "*.md")):
         wanted |= {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / folder).glob(pattern)}
     wanted |= {Path("api") / name: text.encode() for name, text in api_pages().items()}
     for path in [path for path in sources.rglob("*") if path.is_file() and path.relative_to(sources) not in wanted]:

@@ -39,7 +39,7 @@ WHERE = {  # the machine that a preset is for, where none is named; the last two
 ELSEWHERE = ("h100-sxm", 1)
 KNOWN = {  # what the unchanged preset took, and who says so
     "scenes-cpu": "0.06 h measured, 2 cores",  # data/results/recipe-scenes.json
-    "imagenette-cpu": "0.61 h measured to step 10,489, 2 cores",  # README, What it reaches
+    "imagenette-cpu": "0.61 h measured to step 10,489, 2 cores",  # docs/measured.md, Photographs
     "vitl16-short": "24 h published",  # official README: about a day
     "vitl14-lvd": "79 h published",  # official README: about 3.3 days
 }

@@ -18,7 +18,7 @@ import torch
 from minidino.model.layers import Groups
 
 N_GLOBAL = 2  # global crops of an image
-UTILISATION = 0.3  # assumption: share of the peak rate; see README, Plan, for the two published runs behind it
+UTILISATION = 0.3  # assumption: share of the peak rate; see docs/measured.md, Plan, for the two published runs behind it
 
 
 class Device(NamedTuple):

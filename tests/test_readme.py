@@ -1,4 +1,4 @@
-"""What the README claims is what is stored."""
+"""What the README and docs/measured.md claim is what is stored."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import pytest
 from minidino.evaluate import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README, MEASURED = ((ROOT / name).read_text() for name in ("README.md", "docs/measured.md"))
 BENCHMARKS = {
     "recipe": {"scenes", "ablations", "ladder", "photographs"},
     "copies": {"copies"},
@@ -38,7 +38,26 @@ def test_the_tables_are_those_of_the_stored_results(name, monkeypatch):
     assert set(tables) == BENCHMARKS[name]
     for mark, table in tables.items():
         stored = f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->"
-        assert stored in README, f"{mark}: run python benchmarks/{name}.py draw"
+        assert stored in README + MEASURED, f"{mark}: run python benchmarks/{name}.py draw"
+
+
+def parts():
+    """{anchor: text} of docs/measured.md, by its headings."""
+    titles_and_texts = re.split(r"^## (.+)\n", MEASURED, flags=re.MULTILINE)[1:]
+    return {title.lower().replace(" ", "-"): text for title, text in zip(titles_and_texts[::2], titles_and_texts[1::2], strict=True)}
+
+
+def test_the_readme_leads_to_each_part_of_what_was_measured():
+    assert set(re.findall(r"\(docs/measured.md#([\w-]+)\)", README)) == set(parts())
+
+
+ANSWERS = re.findall(r"^\| \[.+\]\(docs/measured.md#([\w-]+)\) \| (.+) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("anchor, answer", ANSWERS)
+def test_a_short_answer_has_its_numbers_from_the_part_that_it_links(anchor, answer):
+    numbers = re.compile(r"\d[\d.,]*\d|\d")
+    assert set(numbers.findall(answer)) <= set(numbers.findall(parts()[anchor]))
 
 
 def test_every_file_of_the_map_exists_and_every_module_is_on_it():
@@ -48,9 +67,13 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_it():
     assert named - there <= {"hubconf.py", "memcheck.py", "imagenette.py", *(f"{name}.py" for name in BENCHMARKS)}, named - there
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+LINKS = [(ROOT, link) for link in re.findall(r"\]\(([^)#]+)", README)] + [
+    (ROOT / "docs", link) for link in re.findall(r"\]\(([^)#]+)", MEASURED)]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder, link", LINKS)
+def test_links_lead_somewhere(folder, link):
+    assert (folder / link).exists()
 
 
 def test_the_trained_net_beats_every_baseline_by_three_sigma():

@@ -285,7 +285,7 @@ def test_what_is_known_of_small_runs_is_stored():
     runs = json.loads((ROOT / "data" / "results" / "recipe-scenes.json").read_text())["runs"]
     hours = sum(run["training"]["seconds"] for run in runs) / len(runs) / 3600
     assert KNOWN["scenes-cpu"].startswith(f"{hours:.2f} h measured")
-    assert "10,489" in KNOWN["imagenette-cpu"] and "10,489" in (ROOT / "README.md").read_text()
+    assert "10,489" in KNOWN["imagenette-cpu"] and "10,489" in (ROOT / "docs" / "measured.md").read_text()
 
 
 # ---------------------------------------------------------------- plans
