@@ -47,10 +47,12 @@ def together() -> Iterator[None]:
 
 
 def rank() -> int:
+    """Of this process; 0 where there is one alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def n_processes() -> int:
+    """How many learn together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -63,10 +63,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Is the peak below the share of the memory of a device that can be used?"""
         return self.memory["peak"] <= USABLE * self.limit.memory_gib * GIB
 
     @property
     def device_hours(self) -> float:
+        """Hours of all devices together."""
         return self.gpus * self.seconds / 3600
 
 

@@ -48,6 +48,7 @@ class Described:
         return f"{self.name} {self.pixels.fingerprint()}{' whole' * self.whole}"
 
     def features(self, subject: Subject) -> dict[str, Tensor]:
+        """Descriptions of all pictures, (n, ...) each, from the cache or computed now."""
         squares = self.pixels.whole if self.whole else self.pixels.squares
         found = self.cache.whole(subject, self.key, self.size, lambda: squares(self.size))
         return {name: torch.from_numpy(np.array(x)) for name, x in found.items()}
@@ -193,6 +194,7 @@ class Dense:
         return tuple(f"{self.pairs.name} {name} {fingerprint(part.images)}" for name, part in parts.items())
 
     def maps(self, subject: Subject, reading: str) -> tuple[Tensor, Tensor]:
+        """Maps (n, C, Hp, Wp) of the training and of the held-out pictures, from the cache or computed now."""
         parts = zip(self.keys, (self.train, self.test), strict=True)
         return tuple(self.cache.maps(subject, key, part.images, reading) for key, part in parts)
 

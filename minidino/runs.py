@@ -284,6 +284,7 @@ class Run:
     # -- metrics: one JSON object a line
 
     def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         with open(self.metrics_path, "a") as file:
             file.write(json.dumps(record) + "\n")
 

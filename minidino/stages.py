@@ -153,6 +153,7 @@ def enrol(learner: Learner) -> None:
 
 
 def begin(config: RunConfig, device: torch.device, frozen: Frozen | None) -> State:
+    """The state before the first step, of pretraining or, with a teacher, of distillation."""
     return start(config, device) if frozen is None else start_distilled(config, device, frozen)
 
 

@@ -26,6 +26,8 @@ ORDER, MASKS = -1, -2  # stand in for an image index where a seed is wanted for 
 
 
 class Batch(NamedTuple):
+    """What one step sees."""
+
     crops_global: Float[Tensor, "G B C H W"]  # normalised
     crops_local: Float[Tensor, "L B C h w"]
     masks: Bool[Tensor, "G B N"]  # True = iBOT asks for it: hidden from the student, but not in distillation

@@ -45,6 +45,8 @@ class Targets(NamedTuple):
 
 
 class TeacherLogits(NamedTuple):
+    """Before Sinkhorn or centring, and before the temperature."""
+
     dino: Float[Tensor, "G B K"]
     ibot: Float[Tensor, "M K"] | None
 

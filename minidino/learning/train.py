@@ -92,6 +92,7 @@ class State:
         })  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
+        """Take back what `save` gave, in place; RuntimeError of torch where it is of another network."""
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center = None if saved["center"] is None else Center(*saved["center"])
@@ -118,6 +119,7 @@ def start(config: RunConfig, device: torch.device) -> State:
 
 
 def adamw(student: nn.Module, o: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameter groups of a config, fused where the device can."""
     groups = parameter_groups(student, o.layerwise_decay, o.patch_embed_lr_mult, decay_tokens=o.decay_tokens)
     fused = next(student.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, o.beta2), fused=fused)

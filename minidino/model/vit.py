@@ -111,6 +111,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """One token for each patch, row by row; ValueError where channels or sides do not fit."""
         patch_size, channels = self.proj.stride[0], self.proj.in_channels
         if images.shape[1] != channels:
             raise ValueError(f"expected images (B, {channels}, H, W), got {tuple(images.shape)}")

@@ -230,6 +230,7 @@ class DepthHead(nn.Module):
                 part.uniform_(-(in_channels**-0.5), in_channels**-0.5, generator=generator)
 
     def forward(self, maps: Float[Tensor, "n C Hp Wp"]) -> Float[Tensor, "n H4 W4"]:
+        """Distances in m, at four times the patch grid."""
         logits = self.conv_depth(self.bn(maps))
         logits = F.interpolate(logits, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
         return expected_depth(logits, self.bins)

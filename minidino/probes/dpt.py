@@ -111,6 +111,7 @@ class DPTHead(nn.Module):
         ))  # fmt: skip
 
     def forward(self, maps: Float[Tensor, "n C Hp Wp"]) -> Float[Tensor, "n H16 W16"]:
+        """Distances in m, at sixteen times the patch grid; at most max_depth where it does not learn."""
         blocks = self.reassemble_blocks(maps.chunk(4, 1))
         *finer, coarsest = (conv(x) for conv, x in zip(self.convs, blocks, strict=True))
         found = self.fusion_blocks[0](coarsest)
