@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     if later:
         options.changes += later
     try:
-        with _together(options.stage):
+        with _together(options.stage), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what we use; not for whoever uses us
+            warnings.showwarning = lambda message, *_: print(f"minidino {options.stage}: {message}", file=sys.stderr)
             return options.run(options) or 0
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)

@@ -129,6 +129,18 @@ def test_a_name_that_is_no_utf8_though_it_says_so_costs_no_other_file(method, tm
     assert images.classes == ["a", "b"] and check_images(images, progress=False)["decoded"] == 3
 
 
+def test_names_in_utf8_that_the_zip_does_not_call_so_are_read_as_such(tmp_path):
+    """As the Archive Utility of macOS writes them."""
+    path = write_zip(tmp_path / "x.zip", {"caf\u00e9/1.png": PNG, "na\u00efve/2.png": SIX["1.png"]}, zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    for at in [i for i in range(len(data)) if data[i : i + 4] == b"PK\x01\x02"]:
+        assert data[at + 9] & 0x08
+        data[at + 9] &= ~0x08
+    path.write_bytes(data)
+    images = open_images(path, tmp_path / "c")
+    assert images.classes == ["caf\u00e9", "na\u00efve"] and images.read(1) == SIX["1.png"]
+
+
 @pytest.mark.parametrize("start, packer", [(b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")])
 def test_a_packing_that_cannot_be_read_at_random_says_what_to_do(start, packer, tmp_path):
     (tmp_path / "x.tar").write_bytes(start + bytes(99))

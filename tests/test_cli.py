@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -205,3 +207,11 @@ def test_what_needs_a_finished_run_says_how_to_finish_it(tmp_path, capsys):
     for command in ("probe run", "export run --out other.pth"):
         assert main(command.split()) == 2
         assert "finish it with train --resume run" in capsys.readouterr().err
+
+
+def test_a_warning_is_a_line_that_does_not_say_where_in_the_code(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "more.zip").write_bytes(b"PK")
+    with warnings.catch_warnings(action="default"):
+        main(["data", "check", "."])
+    assert re.search(r"^minidino data: archives beside pictures stay closed, .*$", capsys.readouterr().err, re.MULTILINE)

@@ -129,7 +129,10 @@ def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
 
 
 class _Named(io.BufferedReader):
-    """A zip of which names that are no UTF-8, but are said to be, are read as those of old zips (cp437)."""
+    """A zip whose names are read as UTF-8 where they are, whatever it says of them, and else as those of old zips (cp437).
+
+    macOS writes UTF-8 and does not say so; other programs say so of names that are none.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
         data, at = bytearray(super().read(size)), 0
@@ -137,8 +140,9 @@ class _Named(io.BufferedReader):
             end = at + 46 + int.from_bytes(data[at + 28 : at + 30], "little")
             try:
                 data[at + 46 : end].decode()
+                data[at + 9] |= 0x08  # bit 11 of the flags: the name is UTF-8
             except UnicodeDecodeError:
-                data[at + 9] &= ~0x08  # bit 11 of the flags: the name is UTF-8
+                data[at + 9] &= ~0x08
             at = end + sum(struct.unpack_from("<HH", data, at + 30))  # the extra field and the comment
         return bytes(data)
 
