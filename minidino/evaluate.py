@@ -396,7 +396,8 @@ def _report(found: dict[str, Any], folder: Path) -> None:
         linear = [a["linear"] for a in found["answers"].values()]
         beside = ["a linear head", *(x[task.score] if isinstance(x, dict) else x for x in linear)]
         numbers = [(*row, number) for row, number in zip(numbers, beside, strict=True)]
-    words = f"{found['data']}, {found['size_px']} px, {'more' if task.up else 'less'} is better."
+    size = " x ".join(map(str, np.atleast_1d(found["size_px"])))
+    words = f"{found['data']}, {size} px, {'more' if task.up else 'less'} is better."
     sections = [Section(found["task"], words, folder / "figure.png", numbers)]
     if "table" in first and found["task"] == "segmentation":
         rows = [("class", "IoU"), *first["table"].items()]

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import tee
+from itertools import combinations, tee
 from pathlib import Path
 from typing import Any
 
@@ -331,13 +331,13 @@ def distill(
         FileNotFoundError, ValueError: the teacher cannot teach these students; says why. One student given twice.
     """
     keep_freed_memory()
-    if len(set(students)) < len(students):
-        raise ValueError(f"expected different students, got {', '.join(students)}")
     if imitate is None:
         plans = [distilled(Run(source).config(), source, student, steps) for student in students]
     else:
         plans = [imitating(imitate, source, student, steps, changes) for student in students]
     plans = [override(plan, list(changes)) for plan in plans]
+    if any(one.vit == other.vit for one, other in combinations(plans, 2)):
+        raise ValueError(f"expected students of different sizes, got {', '.join(students)}")
     folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))
 

@@ -396,8 +396,10 @@ def test_weights_with_patches_of_14_px_go_on_with_crops_that_fit_them_alone(tmp_
 
 
 def test_one_student_given_twice_is_refused(teacher, world, tmp_path):
-    with pytest.raises(ValueError, match="expected different students"):
-        distill(teacher.folder, tmp_path / "twice", [SMALL, SMALL], 2, world=world)
+    name, *words = SMALL.split(",")
+    for again in (SMALL, ",".join([name, *reversed(words)])):
+        with pytest.raises(ValueError, match="expected students of different sizes"):
+            distill(teacher.folder, tmp_path / "twice", [SMALL, again], 2, world=world)
 
 
 def test_several_students_keep_the_step_before_the_last(teacher, world, tmp_path):
