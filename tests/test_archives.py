@@ -33,8 +33,11 @@ def test_damage_inside_archives_is_reported(tmp_path):
     shard.write_bytes(shard.read_bytes()[:2048])  # cut inside the label
     assert check_images(open_images(shard, tmp_path / "c"), progress=False)["decoded"] == 1
     (tmp_path / "bad.zip").write_bytes(whole[:50])
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="cannot be opened: not a readable archive"):
         open_images(tmp_path / "bad.zip", tmp_path / "c")
+    (tmp_path / "one.png").write_bytes(PNG)
+    with pytest.raises(ValueError, match="cannot be opened: expected a folder, a zip or tar archive, or a manifest.csv"):
+        open_images(tmp_path / "one.png", tmp_path / "c")
 
 
 def flipped(data: bytes, at: int) -> bytes:

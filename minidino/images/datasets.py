@@ -248,7 +248,8 @@ def _build_index(root: Path, found: list[tuple[str, int, int]], cache: Path) -> 
             places.append(place)
             owners.append(name if name in archives else "")
     if not root.is_dir() and all(place.kind == "bad" for place in places):
-        raise ValueError(f"{root} cannot be opened: {places[0].reason if places else 'the archive is empty'}")
+        wanted = "" if _archives([root.name]) else "expected a folder, a zip or tar archive, or a manifest.csv; "
+        raise ValueError(f"{root} cannot be opened: {wanted}{places[0].reason if places else 'the archive is empty'}")
     labels, splits = folder_labels(files)
     for i, value in _shard_labels(files, places).items():
         labels[i] = value
