@@ -207,11 +207,12 @@ def _told(path: Path, width: int) -> dict[str, int | float | bool | None]:
 
 def _guess_heads(width: int) -> int:
     """Heads 64 wide, as published."""
+    how = "give heads=, or have it told by: minidino export WEIGHTS --heads H --layout huggingface --out FOLDER"
     if width % 64:
-        raise ValueError(f"a width of {width} is no multiple of 64 and nothing tells the number of heads: give heads=")
+        raise ValueError(f"a width of {width} is no multiple of 64 and nothing tells the number of heads: {how}")
     if width not in {size[0] for size in SIZES.values()}:
         said = f"nothing tells the number of heads of this backbone {width} wide: {width // 64}, 64 wide each, assumed"
-        warnings.warn(said, stacklevel=3)
+        warnings.warn(f"{said}; where that is wrong {how}", stacklevel=3)
     return width // 64
 
 
