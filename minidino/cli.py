@@ -21,11 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _plan, _bench, _doctor, _data):
         add(stages)
     options, later = parser.parse_known_args(argv)
-    takes_changes = hasattr(options, "changes")  # argparse takes key=value words before an option only
-    unknown = [word for word in later if not takes_changes or "=" not in word or word.startswith("-")]
+    unknown = [word for word in later if not hasattr(options, "changes") or "=" not in word or word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if later:
+    if later:  # argparse takes key=value words before an option only
         options.changes += later
     try:
         with _together(options.stage), warnings.catch_warnings():
@@ -324,8 +323,6 @@ def _plan(stages) -> None:
         from minidino.plan import describe, make_plan, plan_table
 
         o = options
-        if o.price_per_hour is not None and not 0 <= o.price_per_hour < float("inf"):
-            raise ValueError(f"--price-per-hour: expected a number >= 0, got {o.price_per_hour}")
         machine = {"gpus": o.gpus, "device": o.device, "utilisation": o.utilisation}
         if o.preset is None:
             print(plan_table(**machine))

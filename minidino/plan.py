@@ -5,6 +5,7 @@
 Each number says where it comes from: formula, published (by the maker of a device), assumption, or measured here.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -203,7 +204,11 @@ def describe(plan: Plan, price: float | None = None) -> str:
 
     Args:
         price: of one device for an hour, of any currency.
+    Raises:
+        ValueError: a price below 0, or without end.
     """
+    if price is not None and not 0 <= price < math.inf:
+        raise ValueError(f"price per hour: expected a number >= 0, got {price}")
     c, m, o, name = plan.counts, plan.memory, plan.config.optim, plan.config.preset
     steps, limit = plan.config.run.steps, plan.limit
     told = "measured" if plan.device == "cpu" else "published"

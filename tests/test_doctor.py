@@ -239,6 +239,14 @@ def test_prescription_is_numbered_and_fits_the_terminal():
         assert finding.evidence in squeezed and finding.advice in squeezed
 
 
+@pytest.mark.parametrize("first, cure", [(1.9, "Divide the learning rate by 10"), (4.6, "Sharpen the teacher")])
+def test_a_teacher_that_was_sharp_lost_it_to_a_large_rate(first, cure):
+    """First entropies of the preset with base_lr 0.5, and with the published temperatures; ln K = 5.55."""
+    collapsed = run(dino=lambda t: LN_K, teacher_entropy=lambda t: LN_K * (first / 5.55 if t == 0 else 0.99))
+    top = doctor.diagnose(collapsed, CONFIG)[0]
+    assert top.title.startswith("Uniform collapse") and top.advice.startswith(cure)
+
+
 def test_one_prototype_for_all_is_not_one_feature_for_all():
     top = doctor.diagnose(run(dino=lambda t: 0.01, teacher_entropy=lambda t: 0.001), CONFIG)[0]
     assert top.title.startswith("One prototype for every image") and "temperature" in top.advice

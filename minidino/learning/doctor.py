@@ -238,14 +238,19 @@ def _not_a_number(records: Sequence[dict]) -> Finding | None:
 def _uniform_collapse(h: _History) -> Finding | None:
     if not h.flat():
         return None
-    teacher, dino = h.late("teacher_entropy"), h.late("dino")
+    teacher, dino, first = h.late("teacher_entropy"), h.late("dino"), h.series("teacher_entropy")[0]
+    cure = (
+        f"Divide the learning rate by 10: the teacher was sharp at the start ({first:.2f} nats), and training undid it."
+        if first < 0.6 * h.uniform
+        else "Sharpen the teacher: a lower, constant teacher temperature (0.015 to 0.02 for a short run). Then fewer "
+        "prototypes, a later and lighter iBOT, and only then a higher learning rate."
+    )
     return Finding(
         severity="critical",
         title="Uniform collapse: the teacher calls everything equally likely",
         evidence=f"By step {h.last_step} the teacher's entropy is {teacher:.2f} nats and the DINO loss {dino:.2f}, "
         f"both at ln K = {h.uniform:.2f}; they must have left it within the first {h.settled} steps.",
-        advice="Sharpen the teacher: a lower, constant teacher temperature (0.015 to 0.02 for a short run). Then fewer "
-        "prototypes, a later and lighter iBOT, and only then a higher learning rate.",
+        advice=cure,
         strength=1 + teacher / h.uniform,
     )
 
