@@ -331,7 +331,7 @@ def _plan(stages) -> None:
         else:
             print(describe(make_plan(override(preset(o.preset), o.changes), **machine), o.price_per_hour))
 
-    parser = _stage(stages, "plan", "what a run will take, by formula: parameters, FLOPs, memory, time, cost",
+    parser = _stage(stages, "plan", "what a run will take, by formula: parameters, FLOPs, memory, time, cost, energy",
                     "minidino plan vits16-in1k --gpus 8 --device h200 loss.prototypes=triton", run)  # fmt: skip
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="without it a table of all: " + ", ".join(PRESETS))
     parser.add_argument("--gpus", type=int, metavar="N", help="devices; without it as the preset is meant")

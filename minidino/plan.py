@@ -1,4 +1,4 @@
-"""What a run will take before it is started: parameters, FLOPs, memory, time and cost of a config, by formula.
+"""What a run will take before it is started: parameters, FLOPs, memory, time, cost and energy, by formula.
 
     RunConfig -> Sizes -> Plan -> words
 
@@ -21,11 +21,14 @@ from minidino.model.layers import swiglu_hidden
 from minidino.model.vit import SIZES
 from minidino.runs import pick_precision
 from minidino.scaling import (
+    CARBON,
     DEVICES,
+    PUE,
     UTILISATION,
     Device,
     HeadSizes,
     Sizes,
+    energy,
     expected_masked,
     matrix_tflops,
     parameters,
@@ -231,6 +234,10 @@ def describe(plan: Plan, price: float | None = None) -> str:
         f"cost         {plan.device_hours:,.4g} device-hours"
         + (f", {price * plan.device_hours:,.2f} at {price:g} an hour" if price is not None else ""),
     ]  # fmt: skip
+    if limit.watts:
+        kwh, carbon = energy(plan.device_hours, limit.watts)
+        lines.append(f"energy       {kwh:,.4g} kWh: {limit.watts:g} W [{told}] x {PUE} for the building, {carbon:,.4g} kg CO2e at "
+                     f"{CARBON} kg a kWh  [assumptions of the paper, table 14]")  # fmt: skip
     if plan.config == preset(name) and (plan.device, plan.gpus) == WHERE.get(name) and name in KNOWN:
         lines.append(f"known        {KNOWN[name]}")
     if not plan.fits:

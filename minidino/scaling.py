@@ -18,30 +18,32 @@ import torch
 from minidino.model.layers import Groups
 
 N_GLOBAL = 2  # global crops of an image
+PUE, CARBON = 1.1, 0.385  # W of the building for each of its devices; kg CO2e a kWh: assumptions of the paper, table 14
 UTILISATION = 0.3  # assumption: share of the peak rate; see docs/measured.md, Plan, for the two published runs behind it
 
 
 class Device(NamedTuple):
-    """What the maker publishes: dense half-precision TFLOP/s with float32 sums, and GiB of memory."""
+    """What the maker publishes: dense half-precision TFLOP/s with float32 sums, GiB of memory, and the largest power."""
 
     tflops: float
     memory_gib: float
+    watts: float | None = None  # None: not known
 
 
 DEVICES = {
-    "a100-40gb": Device(312, 40),
-    "a100-80gb": Device(312, 80),
-    "h100-sxm": Device(989, 80),
-    "h100-pcie": Device(756, 80),
-    "h200": Device(989, 141),
-    "b200": Device(2250, 180),
-    "l4": Device(121, 24),
-    "l40s": Device(362, 48),
-    "a10": Device(125, 24),
-    "rtx-a6000": Device(155, 48),
-    "rtx-3090": Device(71, 24),
-    "rtx-4090": Device(165, 24),
-    "mi300x": Device(1307, 192),
+    "a100-40gb": Device(312, 40, 400),
+    "a100-80gb": Device(312, 80, 400),
+    "h100-sxm": Device(989, 80, 700),
+    "h100-pcie": Device(756, 80, 350),
+    "h200": Device(989, 141, 700),
+    "b200": Device(2250, 180, 1000),
+    "l4": Device(121, 24, 72),
+    "l40s": Device(362, 48, 350),
+    "a10": Device(125, 24, 150),
+    "rtx-a6000": Device(155, 48, 300),
+    "rtx-3090": Device(71, 24, 350),
+    "rtx-4090": Device(165, 24, 450),
+    "mi300x": Device(1307, 192, 750),
 }
 
 
@@ -246,6 +248,20 @@ def training_seconds(flops: float, tflops: float, gpus: int = 1, utilisation: fl
         raise ValueError("expected utilisation in (0, 1], a rate above 0 and 1 or more devices, got "
                          f"{utilisation}, {tflops}, {gpus}")  # fmt: skip
     return flops / (gpus * tflops * 1e12 * utilisation)
+
+
+def energy(device_hours: float, watts: float) -> tuple[float, float]:
+    """What so much work takes out of the socket, and what that leaves in the air.
+
+    Args:
+        device_hours: of all devices together.
+        watts: of one device, running at its largest power all the time.
+    Returns:
+        kWh, and kg CO2 equivalent at the average of the United States.
+    Source: DINOv2 paper, section 9 and table 14, after Touvron et al. 2023 (LLaMA).
+    """
+    kwh = device_hours * watts * PUE / 1000
+    return kwh, kwh * CARBON
 
 
 def matrix_tflops(dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:

@@ -24,6 +24,7 @@ from minidino.scaling import (
     Device,
     HeadSizes,
     Sizes,
+    energy,
     expected_masked,
     fit_power_law,
     matrix_tflops,
@@ -305,10 +306,15 @@ def test_ibot_counts_in_its_share_of_the_steps():
 def test_a_plan_says_where_its_numbers_come_from():
     told = describe(make_plan(preset("vits16-in1k"), gpus=8, device="h200"), price=2.5)
     for words in ("vits16-in1k on 8 x h200, ddp", "backbone 21,675,264", "[formula, exact]", "141 GiB [published]",
-                  "989 TFLOP/s [published] x 0.30 [assumption]", "device-hours,", "at 2.5 an hour"):  # fmt: skip
+                  "989 TFLOP/s [published] x 0.30 [assumption]", "device-hours,", "at 2.5 an hour", "kWh: 700 W [published]"):
         assert words in told
     told = describe(make_plan(preset("scenes-cpu"), limit=Device(0.1, 16)))
-    assert "16 GiB [measured]" in told and "measured, 2 cores" in told and "an hour" not in told
+    assert "16 GiB [measured]" in told and "measured, 2 cores" in told and "an hour" not in told and "kWh" not in told
+
+
+def test_the_energy_of_the_paper_is_that_of_its_table_14():
+    kwh, carbon = energy(22_016, DEVICES["a100-40gb"].watts)
+    assert (round(kwh / 1000, 1), round(carbon / 1000, 1)) == (9.7, 3.7)  # MWh, t CO2e
 
 
 def test_remedies_fit():
