@@ -111,7 +111,7 @@ def knn_accuracy(
     known = test_y >= 0
     if not known.any():
         raise ValueError("no query has a label of 0 or more: nothing to judge")
-    predictions = _predictions(train_x, train_y, test_x[known.cpu()], ks, temperature)
+    predictions = _predictions(train_x, train_y, test_x[known.cpu().numpy()], ks, temperature)
     return {k: (p.cpu() == test_y[known].cpu()).double().mean().item() for k, p in predictions.items()}
 
 
@@ -127,7 +127,7 @@ def _predictions(
     known = train_y >= 0
     if not known.any():
         raise ValueError("no row of the bank has a label of 0 or more: nobody to vote")
-    similarity, index = neighbours(train_x[known.cpu()], test_x, max(ks))
+    similarity, index = neighbours(train_x[known.cpu().numpy()], test_x, max(ks))
     classes, labels = train_y[known].to(index.device).unique(return_inverse=True)  # however large their numbers are
     labels = labels[index]  # (n, k), nearest first
     return {k: classes[_vote(similarity[:, :k], labels[:, :k], len(classes), temperature)] for k in ks}
