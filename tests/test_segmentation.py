@@ -247,6 +247,11 @@ def test_neighbours_name_patches_as_a_loop_does():
     assert 0 < small["miou"] < found["miou"]
     with pytest.raises(ValueError, match="no patch to compare with"):
         propagation.knn_segmentation(maps, masks * 0 - 1, test_maps, test_masks, CLASSES)
+    for temperature in (0, -1):  # of which the softmax names everything class 0, or prefers what is least alike
+        with pytest.raises(ValueError, match=f"a temperature above 0, got {temperature}"):
+            propagation.knn_segmentation(maps, masks, test_maps, test_masks, CLASSES, temperature=temperature)
+        with pytest.raises(ValueError, match=f"a temperature above 0, got {temperature}"):
+            propagation.propagate_labels(maps, masks, test_maps, CLASSES, temperature=temperature)
 
 
 def test_labels_are_carried_to_a_moved_picture():

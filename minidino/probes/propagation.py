@@ -26,6 +26,8 @@ def _transfer(
     temperature: float,
 ) -> Float[Tensor, "n K Hp Wp"]:
     """What the k most similar patches of the bank hold, weighted by softmax(cosine / temperature)."""
+    if temperature <= 0:
+        raise ValueError(f"expected a temperature above 0, got {temperature}")
     queries = maps.permute(0, 2, 3, 1).flatten(0, 2)
     similarity, index = neighbours(bank, queries, min(k, len(bank)))
     weights = torch.softmax(similarity / temperature, 1)
@@ -70,6 +72,9 @@ def knn_segmentation(
         others: as for `linear_segmentation`.
     Returns:
         What `mean_iou` returns; shares are upsampled bilinearly, and the largest names the pixel.
+    Raises:
+        ValueError: shapes that do not fit, labels out of range, nothing labelled, features that are not finite, k below
+            1, or a temperature that is not above 0.
     Source: after DINOv2's k-NN on images (section 7) and the label propagation of Caron et al. 2021.
     """
     bank, shares = _bank(train_maps, train_masks, n_classes, patch_size, n_patches, seed)
@@ -99,6 +104,8 @@ def propagate_labels(
         maps: (n, C, Hp, Wp), of pictures as large as the references.
     Returns:
         A class for every pixel.
+    Raises:
+        ValueError: as `knn_segmentation`.
     Source: Caron et al. 2021 (DINO), video segmentation: 5 neighbours, temperature 0.1.
     Differs: no frame before the last one and no limit to a neighbourhood: pictures need not come from a video.
     """
