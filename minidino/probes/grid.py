@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.probes.features import look
-from minidino.probes.knn import class_numbers
+from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
     Rows,
-    as_tensor,
     counted,
     head_accuracies,
     held_out,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
-from minidino.probes.knn import class_numbers
+from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
 Rows = Tensor | np.ndarray
@@ -254,11 +254,6 @@ def _with_depth(patches: Rows, depth: Rows) -> tuple[Float[Tensor, "n D"], Float
 
 
 # ---------------------------------------------------------------- rows
-
-
-def as_tensor(x: Rows) -> Tensor:
-    """On the CPU; arrays are copied, because torch cannot hold a read-only memory map."""
-    return x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
 
 
 def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.probes.dense import checked, patch_shares, upsample
-from minidino.probes.knn import neighbours
+from minidino.probes.knn import as_tensor, class_numbers, neighbours
 from minidino.probes.segmentation import expect_classes, judged
 
 Rows = Tensor | np.ndarray
@@ -40,8 +40,9 @@ def _bank(
 ) -> tuple[Float[Tensor, "m D"], Float[Tensor, "m K"]]:
     """Labelled patches of all pictures, at most n_patches of them, and what each holds."""
     maps, masks = checked(maps, masks, "training")
+    masks = class_numbers(masks)
     expect_classes(masks, n_classes)
-    shares = patch_shares(masks.long(), maps.shape[2:], n_classes, patch_size).permute(0, 2, 3, 1).flatten(0, 2)
+    shares = patch_shares(masks, maps.shape[2:], n_classes, patch_size).permute(0, 2, 3, 1).flatten(0, 2)
     labelled = shares.sum(1).nonzero()[:, 0]
     if not len(labelled):
         raise ValueError("every training pixel is ignored (-1): no patch to compare with")
@@ -110,7 +111,7 @@ def propagate_labels(
     Differs: no frame before the last one and no limit to a neighbourhood: pictures need not come from a video.
     """
     bank, shares = _bank(reference_maps, reference_masks, n_classes, patch_size, 2**31, 0)
-    held = _transfer(bank, shares, torch.as_tensor(maps).float(), k, temperature)
-    return upsample(held, torch.as_tensor(reference_masks).shape[1:], patch_size).argmax(1)
+    held = _transfer(bank, shares, as_tensor(maps).float(), k, temperature)
+    return upsample(held, reference_masks.shape[1:], patch_size).argmax(1)
 
 
