@@ -154,6 +154,17 @@ def test_each_operation_is_torchvisions(ours, theirs, low, high):
     torch.testing.assert_close(ours(x, parameters), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_crops_of_less_than_half_a_kernel_are_mirrored_again(size):
+    x = torch.rand(3, 3, size, size, generator=generator())
+    kernel = crops.gaussian_kernel(torch.tensor([0.1, 1.0, 2.0]))
+    expected = np.pad(x, [(0, 0), (0, 0), (4, 4), (4, 4)], mode="reflect")
+    for axis in (3, 2):
+        windows = np.lib.stride_tricks.sliding_window_view(expected, crops.BLUR_KERNEL, axis)
+        expected = np.einsum("nchwk,nk->nchw", windows, kernel)
+    np.testing.assert_allclose(crops.blur(x, kernel), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", [crops.brightness, crops.contrast, crops.saturation, crops.hue])
 def test_a_row_alone_is_changed_as_among_others(change):
     x, factors = torch.rand(5, 3, 11, 11, generator=generator()), [-0.5, -0.1, 0.4, 1.0, 1.9]

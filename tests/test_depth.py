@@ -238,6 +238,18 @@ def test_the_same_seed_gives_the_same_head_and_memory_maps_and_half_floats_are_t
     assert other["rmse"] != found[0]["rmse"]
 
 
+def test_distances_may_be_arrays_of_any_kind():
+    maps, metres = rooms(2)
+    metres = metres.round()
+    expected = depth.linear_depth(maps, metres, maps, metres, 0.1, 5, steps=3)["rmse"]
+    for kind in ("uint16", "uint32", ">f4", ">i2"):
+        array = metres.numpy().astype(kind)
+        assert depth.linear_depth(maps, array, maps, array, 0.1, 5, steps=3)["rmse"] == pytest.approx(expected)
+        assert depth.depth_errors(metres + 1, array) == depth.depth_errors(metres + 1, metres)
+    mirrored = metres.numpy()[:, ::-1]
+    assert depth.depth_errors(mirrored + 1, mirrored) == depth.depth_errors(metres.flip(1) + 1, metres.flip(1))
+
+
 def test_pictures_of_which_nothing_is_known_are_passed_over():
     maps, metres = rooms(3)
     metres[1:] = 0

@@ -65,6 +65,9 @@ def test_the_same_seed_gives_the_same_head_and_nobody_elses_numbers_change():
     one, again, other = (dpt_depth(*data, **given, seed=seed) for seed in (2, 2, 3))
     assert torch.rand(1) == expected
     assert one["rmse"] == again["rmse"] != other["rmse"]
+    whole = data[1].round()
+    rmse = [dpt_depth(data[0], x, data[0], x, **given)["rmse"] for x in (whole, whole.numpy().astype("uint16"))]
+    assert rmse[0] == pytest.approx(rmse[1])
 
 
 def test_padded_pictures_with_an_odd_number_of_patches():

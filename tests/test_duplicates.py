@@ -126,7 +126,10 @@ def test_components_are_the_closure_of_near_pairs():
 def test_the_best_picture_represents_and_the_first_of_equals():
     labels = np.array([0, 0, 0, 1, 1, 2])
     quality = np.array([[2, 9], [3, 1], [3, 4], [5, 5], [5, 5], [0, 0]])
-    assert representatives(labels, quality).tolist() == [2, 3, 5]
+    for dtype in (int, float, np.uint8, np.float16):
+        assert representatives(labels, quality.astype(dtype)).tolist() == [2, 3, 5]
+    assert representatives(np.zeros(3, int), np.array([[0], [2], [1]], np.uint16)).tolist() == [1]
+    assert representatives(np.zeros(3, int), np.array([[False], [True], [False]])).tolist() == [1]
     assert representatives(labels).tolist() == [0, 3, 5]
 
 

@@ -114,6 +114,8 @@ def test_linear_grid_drops_unknown_rows_and_says_what_is_wrong():
     unknown[100:] = -1
     short = grid.linear_grid(part(found, slice(0, 100)), y[:100], found, y, epochs=2)
     assert grid.linear_grid(found, unknown, found, y, epochs=2) == short
+    far = torch.tensor([7, 2024, 10**9, 10**12])  # a row of every head for each number below would not fit
+    assert grid.linear_grid(part(found, slice(0, 100)), far[y[:100]], found, far[y], epochs=2) == short
     with pytest.raises(ValueError, match="'held-out' or 'test'"):
         grid.linear_grid(found, y, found, y, choose="validation")
     with pytest.raises(ValueError, match="extract with blocks=4"):

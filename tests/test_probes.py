@@ -229,6 +229,8 @@ def test_unknown_labels_neither_vote_nor_count():
     assert knn.knn_accuracy(x[:30], y[:30], x[30:], hidden, ks=(3,)) == knn.knn_accuracy(
         x[:30], y[:30], x[30:40], y[30:40], ks=(3,)
     )
+    one = x[:1].numpy(), y[:1].numpy()  # numpy takes a mask of one element, if it is a tensor, for a number
+    assert knn.knn_accuracy(*one, *one, ks=(1,)) == {1: 1.0}
 
 
 def test_knn_says_what_is_wrong():

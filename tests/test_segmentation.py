@@ -72,6 +72,9 @@ def test_scores_at_the_edges():
         ([0, 3], [0, 1], "expected predictions from 0 to 2"),
         ([0, -1], [0, 1], "expected predictions from 0 to 2"),
         ([0], [0, 1], "one prediction per target"),
+        ([0.2, 0.9], [0, 1], "whole numbers, got .0.2"),  # probabilities, which would all be class 0
+        ([0, 1], [-0.5, 1], "whole numbers, got .-0.5"),
+        ([0, 1], [math.nan, 1], "whole numbers, got .nan"),
     ],
 )
 def test_impossible_labels_are_refused(prediction, target, words):
@@ -221,6 +224,27 @@ def test_one_picture_of_one_class_is_enough():
     assert found["miou"] == found["accuracy"] == 1.0
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", ">i2", "<f4", "mirrored", "torch.uint16"])
+def test_masks_may_be_arrays_of_any_kind(kind):
+    """A 16-bit PNG is uint16, a file of another machine has its bytes in another order."""
+    maps, masks = coloured(2)
+    array = masks.numpy().astype("i8" if kind in ("mirrored", "torch.uint16") else kind)
+    array = array[:, ::-1][:, ::-1] if kind == "mirrored" else array
+    array = masks.to(torch.uint16) if kind == "torch.uint16" else array
+    for given in ((maps, masks), (maps.numpy().astype(">f4")[::-1][::-1], array)):
+        head = segmentation.linear_segmentation(*given, *given, CLASSES, steps=3)
+        near = propagation.knn_segmentation(*given, *given, CLASSES)
+        carried = propagation.propagate_labels(*given, given[0], CLASSES)
+        found = [{**head, "head": 0}, near, segmentation.mean_iou(carried, given[1], CLASSES)]
+        expected = found if given[1] is masks else expected
+    assert found == expected and 0 < head["miou"] < 1
+    floats = torch.where(masks == 1, 0.5, masks.float())
+    with pytest.raises(ValueError, match="whole numbers, got .0.5"):
+        segmentation.linear_segmentation(maps, floats, maps, masks, CLASSES, steps=1)
+    with pytest.raises(ValueError, match="whole numbers, got .0.5"):
+        propagation.knn_segmentation(maps, floats, maps, masks, CLASSES)
+
+
 def test_classes_of_one_name_keep_a_row_each():
     train = coloured(4)
     found = segmentation.linear_segmentation(*train, *train, CLASSES, 2, patch_size=8, classes=["a", "b", "a"])
@@ -247,6 +271,11 @@ def test_neighbours_name_patches_as_a_loop_does():
     assert 0 < small["miou"] < found["miou"]
     with pytest.raises(ValueError, match="no patch to compare with"):
         propagation.knn_segmentation(maps, masks * 0 - 1, test_maps, test_masks, CLASSES)
+    for temperature in (0, -1):  # of which the softmax names everything class 0, or prefers what is least alike
+        with pytest.raises(ValueError, match=f"a temperature above 0, got {temperature}"):
+            propagation.knn_segmentation(maps, masks, test_maps, test_masks, CLASSES, temperature=temperature)
+        with pytest.raises(ValueError, match=f"a temperature above 0, got {temperature}"):
+            propagation.propagate_labels(maps, masks, test_maps, CLASSES, temperature=temperature)
 
 
 def test_labels_are_carried_to_a_moved_picture():

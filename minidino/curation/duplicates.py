@@ -133,7 +133,7 @@ def representatives(
     labels: Int[np.ndarray, "N"], quality: Float[np.ndarray, "N q"] | None = None
 ) -> Int[np.ndarray, "C"]:
     """The best row of each component; of equals the first."""
-    columns = [] if quality is None else [-column for column in np.asarray(quality).T]
+    columns = [] if quality is None else [-column for column in np.asarray(quality, dtype=np.float64).T]  # bytes have no minus
     order = np.lexsort([np.arange(len(labels)), *columns[::-1], labels])  # the last key counts first
     _, first = np.unique(labels[order], return_index=True)
     return order[first]

@@ -404,10 +404,10 @@ def blur(x: Float[Tensor, "n C s s"], kernel: Float[Tensor, "n 9"]) -> Float[Ten
 
 @lru_cache(maxsize=8)
 def _mirrored(n: int, size: int, device: torch.device) -> Int[Tensor, "lines 9"]:
-    """Of n crops below each other, the nine lines around each line, mirrored at both ends of its crop."""
-    source = (torch.arange(size)[:, None] + torch.arange(BLUR_KERNEL) - BLUR_KERNEL // 2).abs()
-    source = (size - 1) - (size - 1 - source).abs()
-    return (torch.arange(0, n * size, size)[:, None, None] + source).flatten(0, 1).to(device)
+    """Of n crops below each other, the nine lines around each, mirrored at the ends of its crop, at need again."""
+    period = max(2 * (size - 1), 1)  # there and back
+    source = (torch.arange(size)[:, None] + torch.arange(BLUR_KERNEL) - BLUR_KERNEL // 2) % period
+    return (torch.arange(0, n * size, size)[:, None, None] + source.minimum(period - source)).flatten(0, 1).to(device)
 
 
 def solarize(x: Float[Tensor, "n C s s"]) -> Float[Tensor, "n C s s"]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.probes.features import as_seen, expect_pixels, frozen
+from minidino.probes.knn import as_tensor
 
 Rows = Tensor | np.ndarray
 
@@ -154,8 +155,7 @@ def patch_shares(
 
 def checked(maps: Rows, targets: Rows, name: str) -> tuple[Float[Tensor, "n C Hp Wp"], Float[Tensor, "n H W"]]:
     """Maps and targets as tensors on the CPU. Raises ValueError where they do not fit each other or are not finite."""
-    maps, targets = (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in (maps, targets))
-    maps, targets = maps.detach().cpu(), targets.detach().cpu()
+    maps, targets = as_tensor(maps), as_tensor(targets)
     if maps.ndim != 4 or targets.ndim != 3 or len(maps) != len(targets) or len(maps) == 0:
         raise ValueError(
             f"expected {name} maps (n, C, Hp, Wp) and as many targets (n, H, W), got {tuple(maps.shape)} and "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
 from minidino.probes.features import frozen
+from minidino.probes.knn import as_tensor
 from minidino.probes.segmentation import batches
 
 Rows = Tensor | np.ndarray
@@ -180,8 +181,8 @@ def depth_errors(prediction: Rows, target: Rows, valid: Rows | None = None) -> d
     Source: Eigen et al. 2014; the depth toolbox that official dinov2 builds upon (means over pictures).
     Differs: no crop of the border (published: Eigen's for NYU, Garg's for KITTI); give `valid` for that.
     """
-    prediction, target = (torch.as_tensor(x).detach().cpu() for x in (prediction, target))
-    valid = (target > 0) & target.isfinite() if valid is None else torch.as_tensor(valid).cpu().bool()
+    prediction, target = as_tensor(prediction), as_tensor(target)
+    valid = (target > 0) & target.isfinite() if valid is None else as_tensor(valid).bool()
     if not prediction.shape == target.shape == valid.shape or target.ndim != 3:
         shapes = [tuple(x.shape) for x in (prediction, target, valid)]
         raise ValueError(f"expected prediction, target and valid of one shape (n, H, W), got {shapes}")

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidino.probes.depth import Rows, fit_depth, within
+from minidino.probes.knn import as_tensor
 
 CHANNELS = 256  # of the released decoder
 LARGEST_LR = 1e-3  # a tenth of the linear head's: this one is deep
@@ -148,7 +149,7 @@ def dpt_depth(
     def make(n_channels: int, generator: torch.Generator) -> DPTHead:
         if n_channels % 8:
             raise ValueError(f"expected maps of four blocks with their class tokens, 8 D channels, got {n_channels}")
-        depth = torch.as_tensor(train_depth)
+        depth = as_tensor(train_depth)
         guess = depth[within(depth, min_depth, max_depth)].median().item()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator.initial_seed())

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.probes.features import look
-from minidino.probes.knn import class_numbers
+from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
     Rows,
-    as_tensor,
+    counted,
     head_accuracies,
     held_out,
     labelled,
@@ -46,7 +46,7 @@ def linear_grid(
     Args:
         train, test: what `features.extract(..., blocks=4)` gives: "cls_blocks" (n, b, D), "mean_patch" (n, D).
         train_y, test_y: labels; rows with a label below 0 (unknown) are dropped.
-        n_classes: None counts from the largest label.
+        n_classes: labels are below it; None counts those that occur, whatever their numbers.
         lrs: the grid, before the batch rule.
         blocks: how many last blocks the heads see; the features must hold that many.
         epochs: passes over the training rows.
@@ -71,7 +71,8 @@ def linear_grid(
     test_x, test_y = labelled(_joined(test, max(blocks)), test_y)
     if len(x) < 2 or len(test_x) < 1:
         raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
-    n_classes = n_classes or int(max(y.max(), test_y.max())) + 1
+    if n_classes is None:
+        y, test_y, n_classes = counted(y, test_y)
     val_x, val_y = test_x, test_y
     if choose == "held-out":
         val, rows = held_out(len(x), val_frac, generator)

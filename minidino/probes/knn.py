@@ -34,6 +34,17 @@ def neighbours(train_x: Rows, test_x: Rows, k: int) -> tuple[Float[Tensor, "n k"
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 
+def as_tensor(x: Rows) -> Tensor:
+    """On the CPU; arrays are copied, because torch cannot hold a read-only memory map, nor one of other byte order or
+    with negative strides. Unsigned numbers of 16 bits and more, with which torch hardly computes, become int64."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+    else:
+        x = np.array(x, order="C")
+        x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), copy=False))
+    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+
+
 def _unit_rows(x: Rows, name: str) -> Float[Tensor, "n D"]:
     """A float32 copy with rows of length 1 (rows of zeros stay zeros)."""
     x = x.detach().float() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, dtype=np.float32))
@@ -46,11 +57,11 @@ def _unit_rows(x: Rows, name: str) -> Float[Tensor, "n D"]:
 
 def class_numbers(y: Rows) -> Int[Tensor, "*n"]:
     """Labels as a tensor of integers. Raises ValueError for what is no whole number, such as words, NaN and shares."""
-    y = y.detach() if isinstance(y, Tensor) else np.array(y)
+    y = y.detach() if isinstance(y, Tensor) else np.asarray(y)
     if isinstance(y, np.ndarray) and y.dtype.kind not in "biuf":
         few = y.ravel()[:3].tolist()
         raise ValueError(f"expected labels as the numbers of classes, below 0 where unknown, got {few}")
-    y = torch.as_tensor(y)
+    y = y if isinstance(y, Tensor) else as_tensor(y)
     if y.is_floating_point() and (y.frac() != 0).any():  # also where it is not finite
         raise ValueError(f"expected labels as whole numbers, got {y[y.frac() != 0][:3].tolist()}")
     return y.long()
@@ -111,7 +122,7 @@ def knn_accuracy(
     known = test_y >= 0
     if not known.any():
         raise ValueError("no query has a label of 0 or more: nothing to judge")
-    predictions = _predictions(train_x, train_y, test_x[known.cpu()], ks, temperature)
+    predictions = _predictions(train_x, train_y, test_x[known.cpu().numpy()], ks, temperature)
     return {k: (p.cpu() == test_y[known].cpu()).double().mean().item() for k, p in predictions.items()}
 
 
@@ -127,7 +138,7 @@ def _predictions(
     known = train_y >= 0
     if not known.any():
         raise ValueError("no row of the bank has a label of 0 or more: nobody to vote")
-    similarity, index = neighbours(train_x[known.cpu()], test_x, max(ks))
+    similarity, index = neighbours(train_x[known.cpu().numpy()], test_x, max(ks))
     classes, labels = train_y[known].to(index.device).unique(return_inverse=True)  # however large their numbers are
     labels = labels[index]  # (n, k), nearest first
     return {k: classes[_vote(similarity[:, :k], labels[:, :k], len(classes), temperature)] for k in ks}

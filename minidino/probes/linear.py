@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
-from minidino.probes.knn import class_numbers
+from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
 Rows = Tensor | np.ndarray
@@ -59,9 +59,8 @@ def linear_probe(
     test_x, test_y = labelled(test_x, test_y)
     if len(train_x) < 2 or len(test_x) < 1:
         raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(train_x)} and {len(test_x)}")
-    if n_classes is None:  # numbers far apart, such as years, would each take a row of every head
-        classes = torch.cat([train_y, test_y]).unique()
-        train_y, test_y, n_classes = *(torch.searchsorted(classes, y) for y in (train_y, test_y)), len(classes)
+    if n_classes is None:
+        train_y, test_y, n_classes = counted(train_y, test_y)
     val, train = held_out(len(train_x), val_frac, generator)
     x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
     spans = [(0, x.shape[1])]
@@ -73,6 +72,14 @@ def linear_probe(
     best = int(table.argmax())  # the first, that is the smallest rate, where several are equal
     accuracy = head_accuracies([weights], spans, len(lrs), test_x, test_y)[best].item()
     return {"accuracy": accuracy, "best_lr": lrs[best], "table": dict(zip(lrs, table.tolist(), strict=True))}
+
+
+def counted(
+    train_y: Int[Tensor, "n"], test_y: Int[Tensor, "m"]
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"], int]:
+    """The labels that occur as 0, 1, ..., and how many there are: a number, such as a year, takes no row in a head."""
+    classes = torch.cat([train_y, test_y]).unique()
+    return torch.searchsorted(classes, train_y), torch.searchsorted(classes, test_y), len(classes)
 
 
 def held_out(n: int, val_frac: float, generator: torch.Generator) -> tuple[Int[Tensor, "v"], Int[Tensor, "t"]]:
@@ -247,11 +254,6 @@ def _with_depth(patches: Rows, depth: Rows) -> tuple[Float[Tensor, "n D"], Float
 
 
 # ---------------------------------------------------------------- rows
-
-
-def as_tensor(x: Rows) -> Tensor:
-    """On the CPU; arrays are copied, because torch cannot hold a read-only memory map."""
-    return x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
 
 
 def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:

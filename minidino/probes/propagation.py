@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.probes.dense import checked, patch_shares, upsample
-from minidino.probes.knn import neighbours
+from minidino.probes.knn import as_tensor, class_numbers, neighbours
 from minidino.probes.segmentation import expect_classes, judged
 
 Rows = Tensor | np.ndarray
@@ -26,6 +26,8 @@ def _transfer(
     temperature: float,
 ) -> Float[Tensor, "n K Hp Wp"]:
     """What the k most similar patches of the bank hold, weighted by softmax(cosine / temperature)."""
+    if temperature <= 0:
+        raise ValueError(f"expected a temperature above 0, got {temperature}")
     queries = maps.permute(0, 2, 3, 1).flatten(0, 2)
     similarity, index = neighbours(bank, queries, min(k, len(bank)))
     weights = torch.softmax(similarity / temperature, 1)
@@ -38,8 +40,9 @@ def _bank(
 ) -> tuple[Float[Tensor, "m D"], Float[Tensor, "m K"]]:
     """Labelled patches of all pictures, at most n_patches of them, and what each holds."""
     maps, masks = checked(maps, masks, "training")
+    masks = class_numbers(masks)
     expect_classes(masks, n_classes)
-    shares = patch_shares(masks.long(), maps.shape[2:], n_classes, patch_size).permute(0, 2, 3, 1).flatten(0, 2)
+    shares = patch_shares(masks, maps.shape[2:], n_classes, patch_size).permute(0, 2, 3, 1).flatten(0, 2)
     labelled = shares.sum(1).nonzero()[:, 0]
     if not len(labelled):
         raise ValueError("every training pixel is ignored (-1): no patch to compare with")
@@ -70,6 +73,9 @@ def knn_segmentation(
         others: as for `linear_segmentation`.
     Returns:
         What `mean_iou` returns; shares are upsampled bilinearly, and the largest names the pixel.
+    Raises:
+        ValueError: shapes that do not fit, labels out of range, nothing labelled, features that are not finite, k below
+            1, or a temperature that is not above 0.
     Source: after DINOv2's k-NN on images (section 7) and the label propagation of Caron et al. 2021.
     """
     bank, shares = _bank(train_maps, train_masks, n_classes, patch_size, n_patches, seed)
@@ -99,11 +105,13 @@ def propagate_labels(
         maps: (n, C, Hp, Wp), of pictures as large as the references.
     Returns:
         A class for every pixel.
+    Raises:
+        ValueError: as `knn_segmentation`.
     Source: Caron et al. 2021 (DINO), video segmentation: 5 neighbours, temperature 0.1.
     Differs: no frame before the last one and no limit to a neighbourhood: pictures need not come from a video.
     """
     bank, shares = _bank(reference_maps, reference_masks, n_classes, patch_size, 2**31, 0)
-    held = _transfer(bank, shares, torch.as_tensor(maps).float(), k, temperature)
-    return upsample(held, torch.as_tensor(reference_masks).shape[1:], patch_size).argmax(1)
+    held = _transfer(bank, shares, as_tensor(maps).float(), k, temperature)
+    return upsample(held, reference_masks.shape[1:], patch_size).argmax(1)
 
 

@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidino.images.pixels import Pixels
-from minidino.probes.knn import PAIRS_AT_A_TIME
-from minidino.probes.linear import Rows, as_tensor
+from minidino.probes.knn import PAIRS_AT_A_TIME, Rows, as_tensor
 
 PROTOCOLS = {  # name: (positives, left out of the ranking)
     "easy": (("easy",), ("junk", "hard")),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minidino.probes.dense import at_pixels, checked, feature_maps, upsample
 from minidino.probes.features import frozen
+from minidino.probes.knn import class_numbers
 
 Rows = Tensor | np.ndarray
 MS_SCALES = (1.0, 1.32, 1.73, 2.28, 3.0)  # published, of the multi-scale test
@@ -28,9 +29,10 @@ def confusion(prediction: Rows, target: Rows, n_classes: int) -> Int[Tensor, "K 
     """Count the pixels of each true class (rows) that were given each class (columns); a target of -1 is ignored.
 
     Raises:
-        ValueError: unequal shapes, a target that is no class and not -1, a prediction that is no class.
+        ValueError: unequal shapes, a target that is no class and not -1, a prediction that is no class, such as a
+            probability.
     """
-    prediction, target = torch.as_tensor(prediction).long().cpu(), torch.as_tensor(target).long().cpu()
+    prediction, target = class_numbers(prediction).cpu(), class_numbers(target).cpu()
     if prediction.shape != target.shape:
         raise ValueError(f"expected one prediction per target, got {tuple(prediction.shape)}, {tuple(target.shape)}")
     expect_classes(target, n_classes)
@@ -126,7 +128,7 @@ def train_head(
             expectation for a fraction of the time. None takes all.
     """
     maps, masks = checked(maps, masks, "training")
-    masks = masks.long()
+    masks = class_numbers(masks)
     expect_classes(masks, n_classes)
     if not (masks >= 0).any():
         raise ValueError("every training pixel is ignored (-1): nothing to learn from")
@@ -220,6 +222,7 @@ def linear_segmentation(
     Differs: features are computed once, so there is no augmentation; BatchNorm in one process; fewer steps.
     """
     test_maps, test_masks = checked(test_maps, test_masks, "test")
+    test_masks = class_numbers(test_masks)
     expect_classes(test_masks, n_classes)
     if not (test_masks >= 0).any():
         raise ValueError("every test pixel is ignored (-1): nothing to judge")
@@ -229,8 +232,8 @@ def linear_segmentation(
                       device)  # fmt: skip
     predictions = predict(head, test_maps, test_masks.shape[1:], patch_size)
     found = judged(predictions, test_masks, n_classes)
-    labels = torch.as_tensor(train_masks)
-    commonest = torch.bincount(labels[labels >= 0].long(), minlength=n_classes).argmax()
+    labels = class_numbers(train_masks).cpu()
+    commonest = torch.bincount(labels[labels >= 0], minlength=n_classes).argmax()
     constant = scores(confusion(commonest.expand(test_masks.shape), test_masks, n_classes))
     names = classes or [f"class {i}" for i in range(n_classes)]
     names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
