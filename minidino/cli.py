@@ -101,11 +101,10 @@ def _curate(stages) -> None:
 
 def _train(stages) -> None:
     def run(options) -> int | None:
-        from minidino.learning import prototypes
         from minidino.learning.adapt import going_on
-        from minidino.model import attention
+        from minidino.learning.train import resolved
         from minidino.model.weights import backbone_of
-        from minidino.runs import pick_device, pick_precision
+        from minidino.runs import pick_device
         from minidino.stages import go_on, pretrain
 
         if options.resume is not None:
@@ -129,13 +128,7 @@ def _train(stages) -> None:
         print(f"preset {options.preset}; against vitl14-lvd:")
         for key, (here, published) in difference(config, preset("vitl14-lvd")).items():
             print(f"  {key} = {here}  (published: {published})")
-        o, t, device = config.optim, config.teacher, pick_device(config.run.device)
-        horizon = 1 / max(1 - t.momentum, 1e-9)
-        print(f"resolved: {pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay "
-              f"{o.weight_decay} to {o.final_weight_decay}, EMA horizon {horizon:.1f} steps or "
-              f"{horizon * o.batch_size:,.0f} images at the start, attention "
-              f"{attention.resolve(config.vit.attention, device)}, prototype loss "
-              f"{prototypes.resolve(config.loss.prototypes, device)}")  # fmt: skip
+        print(f"resolved: {resolved(config, pick_device(config.run.device))}")
         if vit:
             heads_first = 0.2 if options.heads_first is None else options.heads_first
             return _told(go_on(vit, folder, config, heads_first)[0])

@@ -147,6 +147,16 @@ def spread(config: RunConfig, state: State) -> None:
     shard_moments(state.optimizer)
 
 
+def resolved(config: RunConfig, device: torch.device) -> str:
+    """What a config leaves open and this machine decides, and what follows from several of its numbers, in words."""
+    o = config.optim
+    horizon = doctor.ema_horizon(config.teacher.momentum)
+    return (f"{pick_precision(config.run.precision, device)} on {device}, lr {o.lr:.2e}, weight decay {o.weight_decay} to "
+            f"{o.final_weight_decay}, EMA horizon {horizon:.1f} steps or {horizon * o.batch_size:,.0f} images at the start, "
+            f"attention {resolve_attention(config.vit.attention, device)}, prototype loss "
+            f"{resolve(config.loss.prototypes, device)}")  # fmt: skip
+
+
 def schedules(config: RunConfig) -> dict[str, Schedule]:
     """Every number that moves during a run, as a function of the step."""
     o, t, w, steps = config.optim, config.teacher, config.loss, config.run.steps
