@@ -129,6 +129,13 @@ def made_on(found: dict[str, Any]) -> str:
     return f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."
 
 
+def count(text: str) -> int:
+    """A number on a command line that counts something: at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
 def spread(values: list[float]) -> dict[str, float]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
@@ -380,13 +387,15 @@ def put(written: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "choices", "photographs", "adapt", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of each ablation run")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=500, help="of each ablation run")
     parser.add_argument("--only", help="factors whose name holds this text")
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("changes", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()  # key=value may stand after options
+    if options.what in ("choices", "photographs") and options.data is None:
+        parser.error(f"{options.what}: expected --data PATH, the folder of Imagenette")
     keep_freed_memory()
     begun = time.perf_counter()
     if options.what == "report":

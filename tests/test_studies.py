@@ -139,3 +139,20 @@ def test_a_queue_balances_the_rows_of_the_steps_before_too(study):
     torch.testing.assert_close(told[0], plain(TeacherLogits(steps[0], None), 0.1)[0].dino)
     rows = torch.cat([step.flatten(0, 1) for step in steps])[-15:]  # nine of the steps before, six of the last
     torch.testing.assert_close(told[3].flatten(0, 1), sinkhorn_knopp(rows, 0.1)[-6:])
+
+
+@pytest.mark.parametrize("name, words, told", [
+    ("copies", "run", "--data PATH"), ("probes", "photographs", "--data PATH"), ("probes", "decoders", "--data PATH"),
+    ("distill", "photographs", "--data PATH"), ("recipe", "choices", "--data PATH"), ("recipe", "photographs", "--data PATH"),
+    ("recipe", "report --seeds 0", "expected at least 1, got 0"), ("distill", "judge --seeds -1", "expected at least 1, got -1"),
+    ("highres", "judge --seeds 0", "expected at least 1, got 0"), ("compute", "judge --seeds 0", "expected at least 1, got 0"),
+    ("ablations", "judge --seeds 1", "at least 2"), ("batch_size", "judge --seeds 1", "at least 2"),
+    ("ablations", "judge", "learn --seeds 3 comes first"), ("imagenette", "draw", "run comes first"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_is_refused_and_stores_nothing(name, words, told, study, monkeypatch, tmp_path, capsys):
+    module = study(name)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert told in capsys.readouterr().err + str(ended.value.code) and not list(tmp_path.iterdir())
