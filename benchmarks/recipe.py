@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -218,8 +219,14 @@ def short_run(changes: tuple[str, ...]) -> dict[str, Any]:
 def study(name: str, rows: dict[str, tuple[str, ...]], seeds: int, steps: int, only: str | None) -> None:
     """Each row over seeds, at the same number of steps, in the world of choosing; one run a core, none is timed."""
     path = RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"steps": None}
-    done: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
+    stored = json.loads(path.read_text()) if path.exists() else {"steps": steps, "rows": {}}
+    done: dict[str, Any] = stored["rows"]  # an interrupted study goes on
+    there = {(stored["steps"], row["knn"]["n"]) for row in done.values()} - {(steps, seeds)}
+    if there:
+        found = " and ".join(f"{n} seeds of {each} steps" for each, n in sorted(there))
+        sys.exit(f"{path} holds {found}, and {seeds} of {steps} are asked for: move it away to begin anew")
+    if not any((only or "") in row for row in rows):
+        sys.exit(f"--only: expected a part of one of {', '.join(rows)}; got {only!r}")
     todo = [row for row in rows if row not in done and (not only or only in row)]
     jobs = [(f"run.steps={steps}", *rows[row], f"run.seed={seed}") for row in todo for seed in range(seeds)]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -381,7 +388,7 @@ def put(written: dict[str, str]) -> None:
             if first in text:
                 before, rest = text.split(first)
                 text = f"{before}{first}{table}{last}{rest.split(last)[1]}"
-        path.write_text(text)
+        write_atomically(path, text.encode())
 
 
 def main() -> None:

@@ -156,3 +156,56 @@ def test_a_study_that_cannot_be_is_refused_and_stores_nothing(name, words, told,
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert told in capsys.readouterr().err + str(ended.value.code) and not list(tmp_path.iterdir())
+
+
+class Untrained:
+    """Instead of processes that train: each run comes to nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, _, jobs):
+        return iter([{"knn": 0.1, "teacher_entropy": 1.0} for _ in jobs])
+
+
+def test_a_study_goes_on_and_is_never_mixed_with_another(study, monkeypatch, tmp_path):
+    recipe, rows = study("recipe"), {"the preset": (), "no iBOT": ("loss.ibot=0.0",)}
+    monkeypatch.setattr(recipe, "ProcessPoolExecutor", Untrained)
+    recipe.study("s", rows, 3, 500, "no iBOT")
+    recipe.study("s", rows, 3, 500, None)
+    kept = (tmp_path / "s.json").read_text()
+    assert list(json.loads(kept)["rows"]) == list(rows)
+    for seeds, steps, only, words in ((5, 500, None, "3 seeds of 500 steps, and 5 of 500"), (3, 20, None, "and 3 of 20"),
+                                      (3, 500, "nothing", "a part of one of the preset, no iBOT; got 'nothing'")):  # fmt: skip
+        with pytest.raises(SystemExit, match=words):
+            recipe.study("s", rows, seeds, steps, only)
+    assert (tmp_path / "s.json").read_text() == kept
+
+
+def test_a_choice_for_other_seeds_is_not_taken_for_the_one_asked_for(study, monkeypatch, tmp_path):
+    curation = study("curation")
+    monkeypatch.setattr(curation, "WORK", tmp_path)
+    found = {"arms": {"random": [["a"]] * 3}, "copy_steps": 600}
+    (tmp_path / "x-chosen.json").write_text(json.dumps(found))
+    raw = curation.Raw(Path("x.zip"), *[None] * (len(curation.Raw._fields) - 1))
+    assert curation.choose(raw, 3, 1000, 600) == found
+    for seeds, steps in ((5, 600), (3, 50)):
+        with pytest.raises(SystemExit, match=f"'seeds': {seeds}, 'copy_steps': {steps}.* is asked for"):
+            curation.choose(raw, seeds, 1000, steps)
+
+
+def test_networks_that_were_trained_where_they_are_judged_have_a_table(study, monkeypatch, tmp_path):
+    curation = study("curation")
+    monkeypatch.setattr(curation, "RESULTS", tmp_path)
+    for name in ("balance", "helps"):
+        found = json.loads((ROOT / "data" / "results" / f"curation-{name}.json").read_text())
+        for pool in found["pools"].values():
+            pool["trained_on"] = None
+        (tmp_path / f"curation-{name}.json").write_text(json.dumps(found))
+    assert f"trained on {found['environment']['machine']}" in curation.tables()["helps"]
