@@ -144,7 +144,8 @@ def test_a_queue_balances_the_rows_of_the_steps_before_too(study):
 @pytest.mark.parametrize("name, words, told", [
     ("copies", "run", "--data PATH"), ("probes", "photographs", "--data PATH"), ("probes", "decoders", "--data PATH"),
     ("distill", "photographs", "--data PATH"), ("recipe", "choices", "--data PATH"), ("recipe", "photographs", "--data PATH"),
-    ("recipe", "report --seeds 0", "expected at least 1, got 0"), ("distill", "judge --seeds -1", "expected at least 1, got -1"),
+    ("recipe", "report --seeds 0", "expected at least 1, got 0"),
+    ("distill", "judge --seeds -1", "expected at least 1, got -1"),
     ("highres", "judge --seeds 0", "expected at least 1, got 0"), ("compute", "judge --seeds 0", "expected at least 1, got 0"),
     ("ablations", "judge --seeds 1", "at least 2"), ("batch_size", "judge --seeds 1", "at least 2"),
     ("ablations", "judge", "learn --seeds 3 comes first"), ("imagenette", "draw", "run comes first"),
