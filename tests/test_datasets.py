@@ -364,6 +364,11 @@ def test_a_named_set_opens_like_any_other(tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(train.image(int(np.flatnonzero(train.labels == 1)[0]))), noise(4, 4, 1))
 
 
+def test_pictures_without_channels_are_not_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
+        check_images(open_images(write_folder(tmp_path, {"a.png": PNG})), channels=0)
+
+
 def test_a_set_that_was_unpacked_in_part_is_not_taken_for_the_whole(tmp_path, monkeypatch):
     pytest.importorskip("torchvision.datasets")
     for split in ("train", "val"):
