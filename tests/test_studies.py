@@ -24,8 +24,15 @@ def study(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(tmp_path)
     recipe = importlib.import_module("recipe")
+    there = recipe.RESULTS
     monkeypatch.setattr(recipe, "RESULTS", tmp_path)
-    return importlib.import_module
+
+    def of(name):
+        with monkeypatch.context() as for_once:  # what is imported keeps what it finds, beyond this test
+            for_once.setattr(recipe, "RESULTS", there)
+            return importlib.import_module(name)
+
+    return of
 
 
 def test_every_part_is_left_out_judged_and_drawn(study, monkeypatch, tmp_path):
