@@ -4,8 +4,6 @@
     torch.hub.load("path/of/this/checkout", "run", "runs/tour", source="local")
 """
 
-from pathlib import Path as _Path
-
 dependencies = ["PIL", "jaxtyping", "numpy", "safetensors", "torch", "tqdm"]
 
 
@@ -37,9 +35,7 @@ dinov2_vitg14, dinov2_vitg14_reg = _official("dinov2_vitg14"), _official("dinov2
 
 def run(folder):
     """The EMA teacher's backbone of a finished run of this package."""
-    from minidino.learning.teacher import build_backbone
-    from minidino.model.weights import load_weights
-    from minidino.runs import Run
+    from minidino.judge import trained_backbone
+    from minidino.runs import Run, pick_device
 
-    vit = build_backbone(Run(folder).config())
-    return load_weights(vit, _Path(folder) / "weights.safetensors").eval()
+    return trained_backbone(Run(folder), pick_device("cpu"))

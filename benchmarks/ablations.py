@@ -11,12 +11,13 @@ find a picture again, iBOT helps patches to name what they show. Results: data/r
 import argparse
 import json
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from recipe import REPORTING, RESULTS, made_on, put, spread, store
+from recipe import REPORTING, RESULTS, count, made_on, put, spread, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.images.batches import crop_laws
@@ -116,8 +117,10 @@ def judge(seeds: int) -> None:
         runs = [reading(network(name, seed), world()) | {"seed": seed} for seed in range(seeds)]
         rows[name] = {"changes": CHANGES[name], "runs": runs,
                       "summary": {key: spread([run[key] for run in runs]) for key in READINGS}}  # fmt: skip
+    if PRESET not in rows:
+        sys.exit(f"nothing to compare with, and nothing stored: ablations.py learn --seeds {seeds} comes first")
     signs = [{"change": name, "reading": key, **paired(rows[PRESET]["runs"], rows[name]["runs"], key)}
-             for name, key in SIGNS]  # fmt: skip
+             for name, key in SIGNS if name in rows]  # fmt: skip
     store("ablations", {"steps": STEPS, "world": REPORTING, "n_queries": N_QUERIES, "signs": signs, "rows": rows})
 
 
@@ -165,9 +168,11 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("learn", "judge", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--only", nargs="+", choices=CHANGES, metavar="CHANGE", help=", ".join(CHANGES))
     options = parser.parse_args()
+    if options.what == "judge" and options.seeds < 2:
+        parser.error(f"judge: expected --seeds of at least 2, since differences come with their error; got {options.seeds}")
     {"learn": lambda: learn(options.seeds, options.only), "judge": lambda: judge(options.seeds), "draw": draw}[
         options.what
     ]()

@@ -11,8 +11,9 @@ Two times of each: `fwd_bwd`, as launched, in which a slow host counts where the
 `fwd_bwd_device`, with the host kept ahead, as it is in a network whose other layers keep the device busy. The L2 cache
 is cleared before every repeat (as triton.testing.do_bench does), and medians come with their quartiles.
 
-The result goes to data/results/attention.json with machine, versions and commit. Without a GPU the same runs at toy
-sizes, with Triton in its interpreter, into attention-toy.json; those times mean nothing.
+The result goes to data/results/attention.json with machine, versions and commit; that of a part of the shapes or rivals
+only where --out names another place. Without a GPU the same runs at toy sizes, with Triton in its interpreter, and is
+not stored either: those times mean nothing.
 """
 
 import argparse
@@ -235,8 +236,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def run(shapes: list[str], rivals: list[str], out: str) -> None:
-    """Every rival on every shape; the result is stored after each shape, so that none is lost."""
+def run(shapes: list[str], rivals: list[str], out: str | None) -> None:
+    """Every rival on every shape; with `out` the result is stored after each shape, so that none is lost."""
     device = pick_device()
     torch.set_float32_matmul_precision("high")  # float32 rows multiply in tf32, for everybody
     toy = device.type != "cuda"
@@ -260,10 +261,13 @@ def run(shapes: list[str], rivals: list[str], out: str) -> None:
             payload["rows"].append(attempt(rival, pack, truth, least))
             print(line(payload["rows"][-1]), flush=True)
         payload["claims"] = claims(payload["rows"])
-        write_atomically(RESULTS / f"{out}.json", (json.dumps(payload, indent=1) + "\n").encode())
+        if out:
+            write_atomically(RESULTS / f"{out}.json", (json.dumps(payload, indent=1) + "\n").encode())
         synchronize(device)  # raises where a rival has broken the device: nothing after that could be believed
     for claim in sorted(payload["claims"], key=lambda claim: claim["shape"] in CLAIMED):  # what is claimed comes last
         print(verdict(claim) + ("" if claim["shape"] in CLAIMED else " (not claimed)"))
+    if not out:
+        print("not stored: --out NAME would")
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
@@ -362,7 +366,8 @@ def main() -> None:
         for names, there in zip(chosen, (SHAPES, RIVALS), strict=True):
             if unknown := set(names) - set(there):
                 parser.error(f"expected some of {', '.join(there)}; got {', '.join(unknown)}")
-        run(*chosen, options.out or ("attention" if torch.cuda.is_available() else "attention-toy"))
+        whole = torch.cuda.is_available() and chosen == [list(SHAPES), list(RIVALS)]
+        run(*chosen, options.out or ("attention" if whole else None))
         return
     from recipe import put
 

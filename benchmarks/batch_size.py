@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from ablations import RUNS, learned, paired
 from compute import error, world
-from recipe import REPORTING, RESULTS, made_on, put, spread, store
+from recipe import REPORTING, RESULTS, count, made_on, put, spread, store
 from torch import Tensor
 
 from minidino.config import RunConfig, override, preset
@@ -148,9 +148,11 @@ def tables() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("learn", "judge", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
     options = parser.parse_args()
+    if options.what == "judge" and options.seeds < 2:
+        parser.error(f"judge: expected --seeds of at least 2, since differences come with their error; got {options.seeds}")
     {"learn": lambda: learn(options.seeds, options.only), "judge": lambda: judge(options.seeds),
      "draw": lambda: put(tables())}[options.what]()  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from ablations import RUNS, learned
-from recipe import REPORTING, RESULTS, made_on, put, spread, store
+from recipe import REPORTING, RESULTS, count, made_on, put, spread, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.judge import class_tokens, judge_knn, trained_backbone
@@ -99,7 +99,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("learn", "judge", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     options = parser.parse_args()
     {"learn": lambda: learn(options.seeds), "judge": lambda: judge(options.seeds), "draw": lambda: put(tables())}[
         options.what

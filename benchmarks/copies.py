@@ -16,12 +16,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from recipe import DOCS, RESULTS, put, spread, store
+from recipe import DOCS, RESULTS, count, put, spread, store
 from tqdm import tqdm
 
 from minidino.config import preset
@@ -293,9 +294,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--data", type=Path, help="folder of the sets of photographs")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=COPY_STEPS, help="of the copy network")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=COPY_STEPS, help="of the copy network")
     options = parser.parse_args()
+    if options.what == "run" and options.data is None:
+        parser.error("run: expected --data PATH, the folder of the sets pool and copies")
+    if options.what == "run" and find_spec("imagededup") is None:
+        parser.error("run: needs imagededup, whose hashes it is compared with: pip install imagededup")
     keep_freed_memory()
     if options.what == "run":
         run(options.data, options.steps, options.seeds)

@@ -43,7 +43,7 @@ from minidino.judge import class_tokens, judge_knn, judge_linear
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.pictures import COLORS, DPI, WIDTH
-from minidino.runs import environment, keep_freed_memory, pick_device
+from minidino.runs import environment, keep_freed_memory, pick_device, write_atomically
 from minidino.stages import World
 
 WORK = ROOT / "runs" / "curation"
@@ -208,7 +208,11 @@ def choose(raw: Raw, seeds: int, chooser_steps: int, copy_steps: int) -> dict[st
     """What curation chooses of a pool in two ways, and as many files at random for each seed; kept in a file."""
     path = WORK / f"{raw.name}-chosen.json"
     if path.exists():
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        kept = {"seeds": len(found["arms"]["random"]), "copy_steps": found["copy_steps"]}
+        if kept != (asked := {"seeds": seeds, "copy_steps": copy_steps}):
+            raise SystemExit(f"{path} holds a choice for {kept}, and {asked} is asked for: move {WORK} away to begin anew")
+        return found
     describer, names = chooser(raw, chooser_steps), np.array(raw.pool.names)
 
     def distinct() -> Curation:
@@ -233,7 +237,7 @@ def choose(raw: Raw, seeds: int, chooser_steps: int, copy_steps: int) -> dict[st
         "arms": {"random": [names[rows].tolist() for rows in draws], "balanced": [kept(balanced)] * seeds,
                  "retrieved": [kept(retrieved)] * seeds},
     }  # fmt: skip
-    path.write_text(json.dumps(found))
+    write_atomically(path, json.dumps(found).encode())
     return found
 
 
@@ -256,7 +260,7 @@ def learn(pools: Sequence[str], steps: int, jobs: int) -> None:
             chosen = json.loads((WORK / f"{pool}-chosen.json").read_text())
             for name in workers.map(_train, [net for arm in nets_of(chosen, steps).values() for net in arm]):
                 print(name, flush=True)
-            (WORK / f"{pool}-learned.json").write_text(json.dumps(environment(0, pick_device())))
+            write_atomically(WORK / f"{pool}-learned.json", json.dumps(environment(0, pick_device())).encode())
 
 
 def _train(net: Net) -> str:
@@ -317,7 +321,7 @@ def tables() -> dict[str, str]:
         for arm, row in pool["summary"].items():
             cells = [_spread(row[key]) for key in ("knn", "linear", "entropy", "junk", "repeated")]
             lines.append(f"| {name} | {pool['budget']:,} {arm} | " + " | ".join(cells) + " |")
-        seeds, machine = row["knn"]["n"], pool["trained_on"]["machine"]
+        seeds, machine = row["knn"]["n"], (pool["trained_on"] or helped["environment"])["machine"]
         notes.append(f"{name}: {pool['files']:,} files, {pool['steps']:,} steps, {seeds} seeds, trained on {machine}")
     return written | {"helps": "\n".join([*lines, "", f"{'; '.join(notes)}. Judged on {_source(helped)}"])}
 

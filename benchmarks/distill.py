@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from probes import network as teacher_of
-from recipe import CHOOSING, REPORTING, RESULTS, put, spread, step_seconds, store
+from recipe import CHOOSING, REPORTING, RESULTS, count, put, spread, step_seconds, store
 
 from minidino.chain import Chain, run_chain
 from minidino.config import RunConfig, override, preset
@@ -202,8 +202,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("choose", "learn", "judge", "heads", "photographs", "cost", "draw"))
     parser.add_argument("--data", help="Imagenette, for photographs")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=count)
     options = parser.parse_args()
+    if options.what == "photographs" and options.data is None:
+        parser.error("photographs: expected --data PATH, the folder of Imagenette")
     seeds = options.seeds or (1 if options.what == "choose" else 3)
     {"choose": lambda: choose(seeds), "learn": lambda: learn(seeds), "judge": lambda: judge_all(seeds),
      "heads": lambda: heads(seeds), "photographs": lambda: photographs(options.data), "cost": cost,

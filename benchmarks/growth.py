@@ -1,6 +1,7 @@
 """How curation grows with the pool: neighbour graph, components and clusters, against faiss as it comes.
 
-    python benchmarks/growth.py run [--rows 1000000]   every size up to this one, each in a process of its own
+    python benchmarks/growth.py run                    every size, each in a process of its own
+    python benchmarks/growth.py run --rows 30000       the sizes up to this one, printed and not stored
     python benchmarks/growth.py draw                   the README's table and docs/growth.png from the stored result
 
 The result goes to data/results/curation-growth.json with machine, versions and commit.
@@ -126,7 +127,9 @@ def run(largest: int) -> None:
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                     rows.append({"rows": n, "who": name} | pool.submit(measured, work, path).result())
                 tqdm.write(str(rows[-1]))
-                store("curation-growth", {"width": WIDTH, "neighbours": NEIGHBOURS, "clusters": CLUSTERS, "runs": rows})
+                found = {"width": WIDTH, "neighbours": NEIGHBOURS, "clusters": CLUSTERS, "runs": rows}
+                if largest >= SIZES[-1]:
+                    store("curation-growth", found)
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
@@ -181,8 +184,12 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "draw"))
     parser.add_argument("--rows", type=int, default=SIZES[-1], help="of the largest bank")
     options = parser.parse_args()
+    if options.rows < SIZES[0]:
+        parser.error(f"--rows: expected at least {SIZES[0]:,}, the smallest size; got {options.rows:,}")
     if options.what == "run":
         run(options.rows)
+    if options.rows < SIZES[-1]:
+        return
     put(tables())
     draw()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe import CHOOSING, REPORTING, RESULTS, made_on, put, spread, step_seconds, store
+from recipe import CHOOSING, REPORTING, RESULTS, count, made_on, put, spread, step_seconds, store
 
 from minidino.config import RunConfig, override, preset
 from minidino.images.scenes import MASK_CLASSES
@@ -170,7 +170,7 @@ def _said(value: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rates", "learn", "judge", "cost", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=count, default=3)
     options = parser.parse_args()
     {"rates": rates, "learn": lambda: learn(options.seeds), "judge": lambda: judge_all(options.seeds), "cost": cost,
      "draw": lambda: put(tables())}[options.what]()  # fmt: skip

@@ -88,6 +88,8 @@ def main() -> None:
         found = record(options.data, options.minutes, options.preset, options.changes)
         print(store(NAME, found), found["reached"])
     else:
+        if not (RESULTS / f"{NAME}.json").exists():
+            parser.error(f"draw: no {RESULTS / f'{NAME}.json'} yet: run comes first")
         picture(json.loads((RESULTS / f"{NAME}.json").read_text()), Run(FOLDER).folder / "record.png")
 
 

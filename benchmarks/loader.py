@@ -285,13 +285,18 @@ def command(name: str, doc: str, who: Sequence[str], measure: Callable, alone: C
     parser.add_argument("--toy", action="store_true", help="tiny sizes; nothing is stored")
     options = parser.parse_args()
     keep_freed_memory()
-    if options.what == "draw":
-        put(tables())
-    elif options.what == "alone":
-        print(json.dumps(alone(options.who, options.data, options.toy)))
-    else:
-        found = measure(options.data, options.toy)
-        print(table(found if options.toy else json.loads(store(name, found).read_text())))
+    try:
+        if options.what == "draw":
+            put(tables())
+        elif options.what == "alone":
+            print(json.dumps(alone(options.who, options.data, options.toy)))
+        else:
+            found = measure(options.data, options.toy)
+            print(table(found if options.toy else json.loads(store(name, found).read_text())))
+    except ImportError as error:
+        parser.error(f"needs what it compares with: pip install -e '.[test]' ({error})")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 def main() -> None:

@@ -8,6 +8,9 @@ A notebook's code runs as it stands but for its seeds, which all move by the sam
 is gain - 0.10. A claim is safe when the mean margin of each of its comparisons is at least three times the standard
 deviation over the seeds. Claims without a comparison of single numbers (tensors that are equal, bounds that hold by
 construction) only have to hold.
+
+Every notebook keeps the machine and the commit of its own runs, and is stored when it is done. One that fails is told, and
+keeps the rows that it had.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from tqdm import tqdm
 
 from minidino import config as configs
 from minidino import notebook
+from minidino.runs import environment, pick_device
 
 NOTEBOOKS, PATH = ROOT / "notebooks", RESULTS / "margins.json"
 SAFE = 3  # standard deviations
@@ -142,18 +146,47 @@ def is_safe(row: dict[str, Any]) -> bool:
     return all(row["holds"]) and row.get("sigmas", math.inf) >= SAFE
 
 
-def run(numbers: list[str], seeds: int) -> None:
-    found = json.loads(PATH.read_text())["notebooks"] if PATH.exists() else {}
+def one(path: Path, seed: int) -> list[dict[str, Any]]:
+    """`claims_of` in a process of its own. Raises RuntimeError with the last words of a notebook that fails."""
+    command = [sys.executable, __file__, "one", str(path), "--seeds", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{path.name} failed with seed {seed}: {(done.stderr.splitlines() or ['no words'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def run(numbers: list[str], seeds: int) -> list[str]:
+    """Run notebooks and store each. Returns what went wrong, in words."""
+    found = json.loads(PATH.read_text()) if PATH.exists() else {"notebooks": {}, "made": {}}
+    rows, made, wrong = found["notebooks"], made_of(found), []
     paths = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not numbers or path.name[:2] in numbers]
     for path in tqdm(paths, unit="notebook"):
-        command = [sys.executable, __file__, "one", path.name, "--seeds"]
-        runs = [json.loads(subprocess.run([*command, str(seed)], check=True, capture_output=True).stdout)
-                for seed in range(seeds)]  # fmt: skip
-        found[path.stem] = summary(runs)
-        for row in found[path.stem]:
+        try:
+            rows[path.stem] = summary([one(path, seed) for seed in range(seeds)])
+        except (RuntimeError, ValueError) as error:  # ValueError: another number of checks with another seed
+            wrong.append(str(error))
+            tqdm.write(wrong[-1])
+            continue
+        made[path.stem] = environment(0, pick_device())
+        for row in rows[path.stem]:
             if not is_safe(row):
                 tqdm.write(f"{path.stem}: {row}")
-    store("margins", {"seeds": seeds, "notebooks": dict(sorted(found.items()))})
+        store(PATH.stem, {"seeds": min(seeds_of(rows), default=seeds), "made": dict(sorted(made.items())),
+                          "notebooks": dict(sorted(rows.items()))})  # fmt: skip
+    return wrong
+
+
+def seeds_of(rows: dict[str, list[dict[str, Any]]]) -> list[int]:
+    """With how many seeds notebooks were run, from few to many; each number once."""
+    return sorted({len(row["holds"]) for claims in rows.values() for row in claims})
+
+
+def made_of(found: dict[str, Any]) -> dict[str, Any]:
+    """{notebook: what its rows depend on}; a result of the first form knows it of the notebooks of its last run alone."""
+    if "made" in found:
+        return found["made"]
+    numbers = [word for word in found["environment"]["command"] if re.fullmatch(r"\d\d", word)]
+    return {name: found["environment"] for name in found["notebooks"] if not numbers or name[:2] in numbers}
 
 
 # ---------------------------------------------------------------- the README
@@ -165,7 +198,11 @@ def tables() -> dict[str, str]:
     for name, rows in found["notebooks"].items():
         sigmas = [row["sigmas"] for row in rows if "sigmas" in row]
         lines.append(f"| {name} | {len(rows)} | {len(sigmas)} | {format(min(sigmas), '.1f') if sigmas else ''} |")
-    lines += ["", f"{found['seeds']} seeds. {made_on(found)}"]
+    many, made = seeds_of(found["notebooks"]), made_of(found)
+    seeds = f"{many[0]} to {many[-1]}" if len(many) > 1 else many[0]
+    where = dict.fromkeys(made_on({"environment": each}) for each in made.values())
+    lost = len(found["notebooks"]) - len(made) if "made" in found else 0
+    lines += ["", f"{seeds} seeds. {' '.join(where)}" + f" Of {lost} notebooks the commit was not kept." * (lost > 0)]
     return {"margins": "\n".join(lines)}
 
 
@@ -173,17 +210,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "one", "draw"), help="one: the claims of one file with one seed, as JSON")
     parser.add_argument("notebooks", nargs="*", metavar="NUMBER", help="such as 05; all of them when none is named")
-    parser.add_argument("--seeds", type=int, default=5, help="how many; of `one`, which")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, at least 2; of `one`, which")
     options = parser.parse_args()
     there = [path.name[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
     if unknown := [number for number in options.notebooks if options.what == "run" and number not in there]:
         parser.error(f"expected some of {', '.join(there)}; got {', '.join(unknown)}")
-    if options.what == "one" and len(options.notebooks) != 1:
-        parser.error("one: expected the name of one notebook's file")
+    if options.what == "run" and options.seeds < 2:
+        parser.error(f"--seeds: expected at least 2, since a spread is asked for; got {options.seeds}")
+    if options.what == "one" and (len(options.notebooks) != 1 or not (NOTEBOOKS / options.notebooks[0]).is_file()):
+        parser.error("one: expected the name of one notebook's file, such as 05_student_and_teacher.ipynb")
     if options.what == "one":
         print(json.dumps(claims_of(NOTEBOOKS / options.notebooks[0], options.seeds)))
     elif options.what == "run":
-        run(options.notebooks, options.seeds)
+        sys.exit(bool(run(options.notebooks, options.seeds)))
     else:
         put(tables())
 

@@ -49,6 +49,23 @@ ROWS = {  # preset and what is changed, so that it fits
 }
 
 
+def _attention_flops(query, key, *_, **__):
+    """Scores and mixing, of shapes."""
+    batch, heads, n, d = query
+    return 2 * 2 * batch * heads * n * key[2] * d
+
+
+def _attention_backward_flops(grad, query, key, *_, **__):
+    """The scores again, and four products of gradients."""
+    return _attention_flops(query, key) * 5 // 2
+
+
+FUSED = {  # torch has no entries for the fused kernel of the CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 def noise(config: RunConfig, device: torch.device) -> Batch:
     """A batch of the right sizes, with holes as they are."""
     g, c, n = torch.Generator().manual_seed(0), config.crops, config.optim.batch_size
@@ -114,16 +131,7 @@ def _seconds(config: RunConfig, state: State, batch: Batch) -> float:
 
 
 def _flops(config: RunConfig, state: State, batch: Batch) -> int:
-    def forward(query, key, *_, **__):
-        return 4 * query.numel() * key.shape[2] if torch.is_tensor(query) else 4 * torch.Size(query).numel() * key[2]
-
-    def backward(grad, query, key, *_, **__):
-        return forward(query, key) * 5 // 2  # the scores again, and four products
-
-    aten = torch.ops.aten  # torch has no entry for the fused kernel of the CPU
-    fused = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         learn(config, state, batch)
     return counter.get_total_flops()
 

@@ -278,6 +278,8 @@ def main() -> None:
     parser.add_argument("what", choices=("scenes", "photographs", "decoders", "finetuning", "speed", "draw"))
     parser.add_argument("--data", type=Path, help="folder with the sets of photographs")
     options = parser.parse_args()
+    if options.what in ("photographs", "decoders") and options.data is None:
+        parser.error(f"{options.what}: expected --data PATH, the folder with the sets of photographs")
     do = {"scenes": scenes, "photographs": lambda: photographs(options.data), "decoders": lambda: decoders(options.data),
           "finetuning": finetuning, "speed": speed, "draw": lambda: put(tables())}  # fmt: skip
     do[options.what]()

@@ -4,7 +4,7 @@
     python benchmarks/prototypes.py run --check               first hold the kernels to float64 on this GPU
     python benchmarks/prototypes.py draw                      the README's table of the stored result
 
-Without a GPU nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it.
+Without a GPU, or with some of the shapes, nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it.
 Ceilings are measured in the same call: a large bf16 product and a large copy. The result
 goes to data/results/prototypes.json with machine, versions, commit.
 """
@@ -265,7 +265,7 @@ def run(names: list[str], checked: bool) -> None:
                 row |= {"reached": fractions(shapes[name], row, top)} if "error" not in row else {}
                 rows.append({"name": name, "dtype": dtype, "impl": impl, "shape": shapes[name]._asdict(), **row})
                 print(_line(rows[-1]), flush=True)
-    if device.type != "cuda":
+    if device.type != "cuda" or names:
         return print("not stored")
     tilings = [[*map(str, key), tuple(tiling)] for key, tiling in _fastest().items()]
     stored = {"environment": environment(0, device), "ceilings": top, "check": checks, "rows": rows}

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -129,6 +130,13 @@ def made_on(found: dict[str, Any]) -> str:
     return f"{e['machine']}; torch {e['versions']['torch']}, {e['date'][:10]}, commit {e['commit']}."
 
 
+def count(text: str) -> int:
+    """A number on a command line that counts something: at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
 def spread(values: list[float]) -> dict[str, float]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
@@ -211,8 +219,14 @@ def short_run(changes: tuple[str, ...]) -> dict[str, Any]:
 def study(name: str, rows: dict[str, tuple[str, ...]], seeds: int, steps: int, only: str | None) -> None:
     """Each row over seeds, at the same number of steps, in the world of choosing; one run a core, none is timed."""
     path = RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"steps": None}
-    done: dict[str, Any] = stored["rows"] if stored["steps"] == steps else {}  # an interrupted study goes on
+    stored = json.loads(path.read_text()) if path.exists() else {"steps": steps, "rows": {}}
+    done: dict[str, Any] = stored["rows"]  # an interrupted study goes on
+    there = {(stored["steps"], row["knn"]["n"]) for row in done.values()} - {(steps, seeds)}
+    if there:
+        found = " and ".join(f"{n} seeds of {each} steps" for each, n in sorted(there))
+        sys.exit(f"{path} holds {found}, and {seeds} of {steps} are asked for: move it away to begin anew")
+    if not any((only or "") in row for row in rows):
+        sys.exit(f"--only: expected a part of one of {', '.join(rows)}; got {only!r}")
     todo = [row for row in rows if row not in done and (not only or only in row)]
     jobs = [(f"run.steps={steps}", *rows[row], f"run.seed={seed}") for row in todo for seed in range(seeds)]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -374,19 +388,21 @@ def put(written: dict[str, str]) -> None:
             if first in text:
                 before, rest = text.split(first)
                 text = f"{before}{first}{table}{last}{rest.split(last)[1]}"
-        path.write_text(text)
+        write_atomically(path, text.encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("report", "ablate", "ladder", "grain", "choices", "photographs", "adapt", "draw"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of each ablation run")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=500, help="of each ablation run")
     parser.add_argument("--only", help="factors whose name holds this text")
     parser.add_argument("--data")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("changes", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()  # key=value may stand after options
+    if options.what in ("choices", "photographs") and options.data is None:
+        parser.error(f"{options.what}: expected --data PATH, the folder of Imagenette")
     keep_freed_memory()
     begun = time.perf_counter()
     if options.what == "report":

@@ -404,7 +404,8 @@ def _class_legend(
     top = axes[0, -1].get_position()
     most = int(top.y1 * figure.get_figheight() / 0.17) - 2  # a line of the legend is 0.17 inches high
     kept = sorted(np.argsort(-counts, kind="stable")[:most])
-    handles = [Patch(facecolor=entries[k][1], edgecolor=COLORS["pixels"], label=entries[k][0]) for k in kept]
+    words = [name.replace("$", r"\$") for name, _ in entries]  # the name of a class is no formula
+    handles = [Patch(facecolor=entries[k][1], edgecolor=COLORS["pixels"], label=words[k]) for k in kept]
     if with_unknown:
         handles.append(Patch(facecolor=UNKNOWN, edgecolor=COLORS["pixels"], label="unknown"))
     if len(kept) < len(entries):

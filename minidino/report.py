@@ -1,11 +1,12 @@
 """One page that says what a run did: a single HTML file with its pictures inside, which asks nobody for anything."""
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from minidino.runs import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --line: #d0d0d5; --soft: #6a6a70; }
@@ -40,7 +41,7 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
     """Write a page that can be mailed, opened without a network, and read on a phone.
 
     Args:
-        path: the .html file; it appears only when complete.
+        path: the .html file; it appears only when complete, in a folder that is made where there is none.
         title: heading of the page.
         sections: in reading order; the alternative text of a figure is the heading of its section.
     Returns:
@@ -57,9 +58,7 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> P
         + "\n".join(_section(section) for section in sections)
         + "\n</body>\n</html>\n"
     )
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
-    unfinished.replace(path)
+    write_atomically(path, page.encode("utf-8", errors="backslashreplace"))  # a name may be no UTF-8
     return path
 
 

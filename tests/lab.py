@@ -3,6 +3,7 @@
     python tests/lab.py FOLDER [NAME ...]      such as 02_attention; screenshots and what went wrong end in FOLDER
 """
 
+import argparse
 import contextlib
 import json
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,20 @@ def faults(cell: dict) -> list[str]:
     return missing + [f"{o['ename']}: {o['evalue']} in {start}" for o in cell["outputs"] if o["output_type"] == "error"]
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="without it all of them")
+    options = parser.parse_args()
+    there = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if unknown := set(options.names) - set(there):
+        parser.error(f"expected some of {', '.join(there)}; got {', '.join(sorted(unknown))}")
+    needed = [name for name in ("playwright", "jupyterlab") if not find_spec(name)] + ["Chromium"] * (not browser_path())
+    if needed:
+        parser.error(f"needs {', '.join(needed)}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(run_all(options.names or there, options.folder))
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    print(run_all(sys.argv[2:], folder))
+    main()

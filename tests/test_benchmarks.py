@@ -3,6 +3,9 @@
 import importlib
 import io
 import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,52 @@ def test_operations_are_counted_as_torch_counts_them(benchmark):
         plain.step()
     # positions are stretched by matrix products
     assert step.operations(config, batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def main_of(module, monkeypatch, tmp_path, words):
+    """Run the command line of a benchmark; what it stores goes elsewhere."""
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results", raising=False)
+    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *words.split()])
+    module.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a whole run is stored")
+def test_times_that_mean_nothing_are_not_left_among_the_results(benchmark, monkeypatch, tmp_path, capsys):
+    attention, words = benchmark("attention"), "run --shapes S/16 --rivals reference"
+    main_of(attention, monkeypatch, tmp_path, words)
+    assert "not stored" in capsys.readouterr().out and not (tmp_path / "results").exists()
+    main_of(attention, monkeypatch, tmp_path, f"{words} --out mine")
+    stored = json.loads((tmp_path / "results" / "mine.json").read_text())
+    assert stored["toy"] and [row["rival"] for row in stored["rows"]] == ["reference"]
+
+
+def test_small_banks_do_not_replace_the_stored_result(benchmark, monkeypatch, tmp_path):
+    growth, done = benchmark("growth"), []
+    monkeypatch.setattr(growth, "SIZES", (3000, 6000))
+    monkeypatch.setattr(growth, "get_context", lambda _: None)
+    monkeypatch.setattr(growth, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(growth, "measured", lambda *_: {})
+    monkeypatch.setattr(growth, "tables", dict)
+    for name in ("store", "put", "draw"):
+        monkeypatch.setattr(growth, name, lambda *_, name=name: done.append(name))
+    main_of(growth, monkeypatch, tmp_path, "run --rows 3000")
+    assert done == []
+    main_of(growth, monkeypatch, tmp_path, "run --rows 6000")
+    assert done == ["store"] * 4 + ["put", "draw"]
+    with pytest.raises(SystemExit):
+        main_of(growth, monkeypatch, tmp_path, "run --rows 5")
+
+
+@pytest.mark.parametrize("name", ["loader", "step"])
+def test_a_benchmark_says_in_a_line_what_it_lacks(name, benchmark, monkeypatch, tmp_path, capsys):
+    module = benchmark(name)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    for words in (f"run --toy --data {tmp_path}", f"run --toy --data {tmp_path / 'nothing'}"):
+        with pytest.raises(SystemExit):
+            main_of(module, monkeypatch, tmp_path, words)
+        assert re.search(r"error: .*(expected at least 4 JPEG|no file or folder)", capsys.readouterr().err)
+    for package in [found for found in sys.modules if found.startswith("lightly")] + ["lightly"]:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit):
+        main_of(module, monkeypatch, tmp_path, "run --toy")
+    assert "pip install -e '.[test]'" in capsys.readouterr().err

@@ -364,6 +364,22 @@ def test_a_named_set_opens_like_any_other(tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(train.image(int(np.flatnonzero(train.labels == 1)[0]))), noise(4, 4, 1))
 
 
+def test_pictures_without_channels_are_not_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="channels: expected at least 1, got 0"):
+        check_images(open_images(write_folder(tmp_path, {"a.png": PNG})), channels=0)
+
+
+def test_a_set_that_was_unpacked_in_part_is_not_taken_for_the_whole(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision.datasets")
+    for split in ("train", "val"):
+        write_folder(tmp_path / "imagenette2-160" / split / "n01440764", {"a.jpeg": png(noise(8, 8))})
+    with pytest.raises(ValueError, match="imagenette2-160: expected .*9469.* got .*'train': 1.*delete this folder"):
+        named.download("imagenette", tmp_path)
+    assert not (tmp_path / "imagenette.zip").exists()
+    monkeypatch.setattr(named, "IMAGENETTE", {"train": 1, "val": 1})
+    assert sorted(open_images(named.download("imagenette", tmp_path)).splits) == ["train", "val"]
+
+
 def test_what_this_package_wrote_among_the_pictures_is_none_of_them(tmp_path):
     for name in ("a.png", "b.png", "runs/tour/pca.png", "runs/tour/pixels/train/x.png", "out/walls.png", "probe/figure.png"):
         path = tmp_path / name

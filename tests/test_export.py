@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -326,6 +327,10 @@ def test_torch_hub_finds_the_official_names_and_runs(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     again = torch.hub.load(str(ROOT), "run", folder, source="local")
     assert same_weights(vit, again) and not again.training
+    (tmp_path / "cut").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "cut")
+    with pytest.raises(FileNotFoundError, match="finish it with train --resume"):
+        torch.hub.load(str(ROOT), "run", tmp_path / "cut", source="local")
     smaller = dict(width=64, depth=1, heads=4)
     vit = net("mlp", 4, depth=1, img_size=518)
     export_weights(vit, tmp_path / "dinov2_vits14_reg4_pretrain.pth")

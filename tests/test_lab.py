@@ -14,6 +14,17 @@ def test_a_notebook_runs_in_jupyterlab(tmp_path):
     assert (tmp_path / "02_attention.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("words, told", [("", "required: FOLDER"), ("new 99_none", "got 99_none"), ("new", "needs Chromium")])
+def test_a_command_that_cannot_be_makes_no_folder(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "find_spec", lambda name: True)
+    monkeypatch.setattr(lab, "browser_path", lambda: None)
+    monkeypatch.setattr("sys.argv", ["lab.py", *words.split()])
+    with pytest.raises(SystemExit):
+        lab.main()
+    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_what_was_not_run_and_what_failed_is_told():
     good = {"source": ["x = 1"], "execution_count": 1, "outputs": [{"output_type": "stream", "text": ["ok"]}]}
     failed = {"source": ["1 / 0"], "execution_count": 2,

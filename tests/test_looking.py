@@ -139,6 +139,12 @@ def test_a_legend_of_many_classes_stays_on_the_sheet(tmp_path):
     assert_shows_something(tmp_path / "s.png")
 
 
+@pytest.mark.parametrize("name", [r"$\frac$", "US$", "_", "50$ to 60$"])
+def test_a_class_may_be_called_anything(name, tmp_path):
+    truth = np.zeros((1, 8, 8), int)
+    assert looking.segmentation_sheet(images(1), truth, truth, [name], tmp_path / "s.png")["accuracy"] == 1
+
+
 def test_depth_sheet_is_in_metres(tmp_path):
     truth = np.full((2, 8, 8), 2.0)
     truth[0, :4], truth[1, 0], truth[1, 1] = 8.0, 0.0, np.nan

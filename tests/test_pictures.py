@@ -1,9 +1,12 @@
 """Pictures return the numbers they drew and leave a PNG that shows something; the report asks nobody for anything."""
 
 import base64
+import errno
 import math
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +197,19 @@ def test_report_escapes_everything(page):
         assert shown in parsed.text
     assert parsed.tags.count("p") == 2 and parsed.tags.count("tr") == 3
     assert "<b>pixels</b>" in parsed.text and "0.1235" in parsed.text and ("td", "class", "number") in parsed.attributes
+
+
+def test_a_report_on_a_full_disk_leaves_nothing_behind_and_names_itself(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError):
+        report.write_report(tmp_path / "report.html", "t", [])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert report.write_report(tmp_path / "new" / "report.html", "a name \udcff", []).exists()
 
 
 def test_report_refuses_what_is_not_a_png(tmp_path):

@@ -1,5 +1,6 @@
 """Formulas of size and cost against what networks have, what a step computes and what it holds."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from minidino.config import PRESETS, RunConfig, override, preset
-from minidino.images.batches import Batch, collate
+from minidino.images.batches import Batch
 from minidino.images.masks import batch_masks
 from minidino.learning.teacher import build_student
 from minidino.learning.train import State, start, train
@@ -34,6 +35,8 @@ from minidino.scaling import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+measured = importlib.import_module("plan")  # benchmarks/plan.py counts and feeds real steps in the same way
 TINY = [
     "crops.global_size=32", "crops.local_size=16", "vit.width=32", "vit.depth=2", "heads.hidden_dim=48",
     "heads.bottleneck_dim=24", "heads.n_prototypes=80", "heads.ibot_n_prototypes=72", "optim.batch_size=6",
@@ -92,41 +95,13 @@ def test_parameters_of_the_literature():
 def ready(changes: list[str]) -> tuple[RunConfig, State, Batch]:
     """A state whose moments exist, and a batch of noise."""
     config = override(preset("scenes-cpu"), [*TINY, *changes])
-    state, batch = start(config, torch.device("cpu")), noise(config)
+    state, batch = start(config, torch.device("cpu")), measured.noise(config, torch.device("cpu"))
     for p in state.student.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step = 1  # of the first, all is read
     return config, state, batch
-
-
-def noise(config: RunConfig) -> Batch:
-    g, c, n = torch.Generator().manual_seed(0), config.crops, config.optim.batch_size
-    side = c.global_size // config.vit.patch_size
-    masks = batch_masks(2 * n, (side, side), g, config.masks.probability, config.masks.ratio).view(2, n, -1)
-    crops_global, crops_local = (
-        torch.randn(views, n, 3, size, size, generator=g)
-        for views, size in ((2, c.global_size), (c.n_local, c.local_size))
-    )
-    return collate(crops_global, crops_local, masks, torch.arange(n))
-
-
-def attention_flops(query, key, *_, **__):
-    """Scores and mixing; torch has no entry for the fused kernel of the CPU."""
-    batch, heads, n, d = query
-    return 2 * 2 * batch * heads * n * key[2] * d
-
-
-def attention_backward_flops(grad, query, key, *_, **__):
-    """The scores again, and four products of gradients."""
-    return attention_flops(query, key) * 5 // 2
-
-
-FUSED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +123,7 @@ FUSED = {
 )
 def test_flops_of_a_step(changes):
     config, state, batch = ready(changes)
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=measured.FUSED) as counter:
         next(train(config, None, state, [batch]))
     n, parts = config.optim.batch_size, config.optim.accumulate
     masked = len(batch.mask_weights) if config.loss.ibot else 0
@@ -198,7 +173,7 @@ def test_memory_of_a_process():
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from test_scaling import noise, ready, train
+from test_scaling import ready, train
 from minidino.runs import give_back_memory, peak_memory_mb
 config, state, batch = ready([])
 next(train(config, None, state, [batch]))
@@ -212,10 +187,10 @@ print(peak_memory_mb() - before, len(batch.mask_weights))
         pytest.skip("resident memory is read from Linux's /proc")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    measured, masked = map(float, done.stdout.split())
+    held, masked = map(float, done.stdout.split())
     config = override(preset("scenes-cpu"), [*TINY, *BIG])
     memory = step_memory(sizes_of(config, "cpu"), config.optim.batch_size, masked)
-    assert memory["peak"] / 2**20 == pytest.approx(measured, rel=0.15)
+    assert memory["peak"] / 2**20 == pytest.approx(held, rel=0.15)
 
 
 BIG = [

@@ -24,8 +24,15 @@ def study(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.chdir(tmp_path)
     recipe = importlib.import_module("recipe")
+    there = recipe.RESULTS
     monkeypatch.setattr(recipe, "RESULTS", tmp_path)
-    return importlib.import_module
+
+    def of(name):
+        with monkeypatch.context() as for_once:  # what is imported keeps what it finds, beyond this test
+            for_once.setattr(recipe, "RESULTS", there)
+            return importlib.import_module(name)
+
+    return of
 
 
 def test_every_part_is_left_out_judged_and_drawn(study, monkeypatch, tmp_path):
@@ -139,3 +146,74 @@ def test_a_queue_balances_the_rows_of_the_steps_before_too(study):
     torch.testing.assert_close(told[0], plain(TeacherLogits(steps[0], None), 0.1)[0].dino)
     rows = torch.cat([step.flatten(0, 1) for step in steps])[-15:]  # nine of the steps before, six of the last
     torch.testing.assert_close(told[3].flatten(0, 1), sinkhorn_knopp(rows, 0.1)[-6:])
+
+
+@pytest.mark.parametrize("name, words, told", [
+    ("copies", "run", "--data PATH"), ("probes", "photographs", "--data PATH"), ("probes", "decoders", "--data PATH"),
+    ("distill", "photographs", "--data PATH"), ("recipe", "choices", "--data PATH"), ("recipe", "photographs", "--data PATH"),
+    ("recipe", "report --seeds 0", "expected at least 1, got 0"),
+    ("distill", "judge --seeds -1", "expected at least 1, got -1"),
+    ("highres", "judge --seeds 0", "expected at least 1, got 0"), ("compute", "judge --seeds 0", "expected at least 1, got 0"),
+    ("ablations", "judge --seeds 1", "at least 2"), ("batch_size", "judge --seeds 1", "at least 2"),
+    ("ablations", "judge", "learn --seeds 3 comes first"), ("imagenette", "draw", "run comes first"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_is_refused_and_stores_nothing(name, words, told, study, monkeypatch, tmp_path, capsys):
+    module = study(name)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert told in capsys.readouterr().err + str(ended.value.code) and not list(tmp_path.iterdir())
+
+
+class Untrained:
+    """Instead of processes that train: each run comes to nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, _, jobs):
+        return iter([{"knn": 0.1, "teacher_entropy": 1.0} for _ in jobs])
+
+
+def test_a_study_goes_on_and_is_never_mixed_with_another(study, monkeypatch, tmp_path):
+    recipe, rows = study("recipe"), {"the preset": (), "no iBOT": ("loss.ibot=0.0",)}
+    monkeypatch.setattr(recipe, "ProcessPoolExecutor", Untrained)
+    recipe.study("s", rows, 3, 500, "no iBOT")
+    recipe.study("s", rows, 3, 500, None)
+    kept = (tmp_path / "s.json").read_text()
+    assert list(json.loads(kept)["rows"]) == list(rows)
+    for seeds, steps, only, words in ((5, 500, None, "3 seeds of 500 steps, and 5 of 500"), (3, 20, None, "and 3 of 20"),
+                                      (3, 500, "nothing", "a part of one of the preset, no iBOT; got 'nothing'")):  # fmt: skip
+        with pytest.raises(SystemExit, match=words):
+            recipe.study("s", rows, seeds, steps, only)
+    assert (tmp_path / "s.json").read_text() == kept
+
+
+def test_a_choice_for_other_seeds_is_not_taken_for_the_one_asked_for(study, monkeypatch, tmp_path):
+    curation = study("curation")
+    monkeypatch.setattr(curation, "WORK", tmp_path)
+    found = {"arms": {"random": [["a"]] * 3}, "copy_steps": 600}
+    (tmp_path / "x-chosen.json").write_text(json.dumps(found))
+    raw = curation.Raw(Path("x.zip"), *[None] * (len(curation.Raw._fields) - 1))
+    assert curation.choose(raw, 3, 1000, 600) == found
+    for seeds, steps in ((5, 600), (3, 50)):
+        with pytest.raises(SystemExit, match=f"'seeds': {seeds}, 'copy_steps': {steps}.* is asked for"):
+            curation.choose(raw, seeds, 1000, steps)
+
+
+def test_networks_that_were_trained_where_they_are_judged_have_a_table(study, monkeypatch, tmp_path):
+    curation = study("curation")
+    monkeypatch.setattr(curation, "RESULTS", tmp_path)
+    for name in ("balance", "helps"):
+        found = json.loads((ROOT / "data" / "results" / f"curation-{name}.json").read_text())
+        for pool in found["pools"].values():
+            pool["trained_on"] = None
+        (tmp_path / f"curation-{name}.json").write_text(json.dumps(found))
+    assert f"trained on {found['environment']['machine']}" in curation.tables()["helps"]

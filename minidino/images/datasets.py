@@ -338,7 +338,11 @@ def check_images(images: ImageSet, progress: bool = True, channels: int = 3) -> 
 
     Returns:
         {"decoded": count, "quarantined": [{"file", "reason"}, ...]}; the count and the list add up to len(images).
+    Raises:
+        ValueError: fewer channels than one.
     """
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
     decoded = decode_each(images, lambda picture: True, progress, channels=channels)
     results = [(i, r) for i, r in decoded if isinstance(r, BadImage)]
     rows = [{"file": images.files[i], "reason": str(reason)} for i, reason in results]

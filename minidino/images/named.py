@@ -18,6 +18,7 @@ DOWNLOADS = {  # what must lie under data_root if there is no internet
     "pets": ["oxford-iiit-pet/images.tar.gz", "oxford-iiit-pet/annotations.tar.gz"],
 }
 PETS_SPLITS = {"train": "trainval", "val": "test"}
+IMAGENETTE = {"train": 9469, "val": 3925}  # pictures; torchvision takes any folder of that name for the whole
 
 
 def dataset_names() -> list[str]:
@@ -32,7 +33,7 @@ def download(name: str, root: str | Path) -> Path:
     Imagenette is the 160 px edition. STL-10 brings its 100,000 unlabelled pictures.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name; a folder of Imagenette that was unpacked in part.
         ConnectionError: the download failed; says which file to put where.
     """
     if name not in DOWNLOADS:
@@ -48,6 +49,8 @@ def download(name: str, root: str | Path) -> Path:
         wanted = " and ".join(str(root / file) for file in DOWNLOADS[name])
         message = f"{name} could not be downloaded ({error}); put {wanted} there by hand and run again"
         raise ConnectionError(message) from error
+    if name == "imagenette":
+        _expect_whole({split: len(pictures) for split, pictures, _, _ in parts}, root)
     with atomic_path(target) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
         for split, pictures, labels, classes in parts:
             for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
@@ -57,6 +60,13 @@ def download(name: str, root: str | Path) -> Path:
                 data = Path(picture).read_bytes() if is_file else _png(picture)
                 archive.writestr(f"{name}/{where}/{member}", data)
     return target
+
+
+def _expect_whole(found: dict[str, int], root: Path) -> None:
+    """Raise ValueError where an unpacking that was killed has left some of the pictures."""
+    if found != IMAGENETTE:
+        folder = root / Path(DOWNLOADS["imagenette"][0]).stem
+        raise ValueError(f"{folder}: expected {IMAGENETTE} pictures, got {found}; delete this folder and run again")
 
 
 def _torchvision_parts(name: str, root: Path) -> list[tuple[str, Sequence[Any], Sequence[int], list[str]]]:
