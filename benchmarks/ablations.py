@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py learn [--seeds 3] [--only CHANGE]  networks of drawn scenes, kept in runs/ablations-*
     python benchmarks/ablations.py judge [--seeds 3]                  those that are there under the same probes
-    python benchmarks/ablations.py draw                               the README's table and its picture
+    python benchmarks/ablations.py draw                               the table of docs/measured.md and its picture
 
 The preset scenes-cpu for 500 steps on world 11, judged on world 1011. Signs to look for (paper, table 3): KoLeo helps to
 find a picture again, iBOT helps patches to name what they show. Results: data/results/ablations.json.
@@ -130,7 +130,7 @@ def paired(with_it: list[dict[str, float]], without: list[dict[str, float]], key
     return {"gain": float(gains.mean()), "standard_error": float(gains.std(ddof=1) / math.sqrt(len(gains)))}
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Packed attention against what one would use instead: forward, forward + backward, memory, error.
 
     python benchmarks/attention.py run [--shapes S/16,B/14] [--rivals sdpa,triton] [--out NAME]
-    python benchmarks/attention.py draw                the README's table and docs/attention.png from the stored result
+    python benchmarks/attention.py draw                the table of docs/measured.md and docs/attention.png from the stored result
 
 Everybody starts from what a ViT has, the (T, 3, h, d) of its qkv projection, and ends with the packed (T, h, d); the
 backward pass ends with the gradient of that same tensor. Each rival is held to the float64 reference before it is
@@ -38,7 +38,7 @@ from minidino.runs import environment, pick_device, write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 TIMES = ("fwd", "fwd_bwd", "fwd_device", "fwd_bwd_device")
-SHOWN = "fwd_bwd_device"  # in the README
+SHOWN = "fwd_bwd_device"  # in docs/measured.md
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}  # relative; float32 multiplies in tf32
 DRAWN = ("S/16", "B/14", "L/14", "g/14", "518 px")
 CLAIMED = ("S/16", "B/14", "L/14")
@@ -270,7 +270,7 @@ def run(shapes: list[str], rivals: list[str], out: str | None) -> None:
         print("not stored: --out NAME would")
 
 
-# -- the README --------------------------------------------------------------------------------------------------------
+# -- the tables --------------------------------------------------------------------------------------------------------
 
 
 def stored(name: str = "attention") -> dict[str, Any]:
@@ -287,7 +287,7 @@ def by_shape(found: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tables(name: str = "attention") -> dict[str, str]:
-    """The README's table, written from the stored result: ms of forward + backward, the fastest of each shape bold."""
+    """The table of docs/measured.md: ms of forward + backward, the fastest of each shape bold."""
     found = stored(name)
     rows, shapes = by_shape(found), [shape for shape in DRAWN if shape in found["floors"]]
     best = {s: min((r[s][SHOWN]["median"] for r in rows.values() if s in r), default=None) for s in shapes}

@@ -2,7 +2,7 @@
 
     python benchmarks/batch_size.py learn [--seeds 3] [--only NAME]   networks of drawn scenes, kept in runs/batch-*
     python benchmarks/batch_size.py judge [--seeds 3]                 their k-NN
-    python benchmarks/batch_size.py draw                              the README's table of the stored result
+    python benchmarks/batch_size.py draw                              the table of the stored result
 
 The preset scenes-cpu, made for batches of 64, on world 11, judged on world 1011; a run sees 32,000 images, or the
 preset's 96,000. What is changed with the batch: the learning rate alone, by the square root as everywhere; the
@@ -127,7 +127,7 @@ def judge(seeds: int) -> None:
     store("batch-size", {"world": REPORTING, "n_test": n, "rows": rows, "beside_batches_of_64": beside})
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:

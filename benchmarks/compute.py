@@ -2,7 +2,7 @@
 
     python benchmarks/compute.py learn [--seeds 3]     networks of drawn scenes, kept in runs/compute-*
     python benchmarks/compute.py judge [--seeds 3]     their k-NN error, laws, and what they say of the longest runs
-    python benchmarks/compute.py draw                  the README's table of the stored result
+    python benchmarks/compute.py draw                  the table of the stored result
 
 The preset scenes-cpu on world 11, judged on world 1011, at two widths and four lengths, of which the longest takes ten
 times the compute of the shortest. A law is fitted to the three shorter ones and says the error of the longest. Compute is
@@ -80,7 +80,7 @@ def judge(seeds: int) -> None:
     store("compute", {"world": REPORTING, "n_test": len(world().test), "widths": found})
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:

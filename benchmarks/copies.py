@@ -1,7 +1,7 @@
 """Copy detection measured: which copies are known again, at which threshold.
 
     python benchmarks/copies.py run --data PATH      against imagededup's hashes and nets that learned nothing
-    python benchmarks/copies.py draw                 the README's table and docs/copies-*.png from the stored result
+    python benchmarks/copies.py draw                 the table of docs/measured.md and docs/copies-*.png from the stored result
 
 PATH holds the sets `pool` and `copies` with their ground truth; `run` needs imagededup (pip install imagededup).
 
@@ -207,7 +207,7 @@ def run(data: Path, steps: int, seeds: int) -> None:
 
 
 def tables() -> dict[str, str]:
-    """The README's tables, written from the stored result."""
+    """The tables of docs/measured.md, written from the stored result."""
     found = stored()
     lines = ["| describer | altered pictures (%) | a pool (%) |", "|---|---|---|"]
     for who, runs in by_name(found["runs"]).items():

@@ -4,7 +4,7 @@
     python benchmarks/curation.py choose [--seeds 3] [--data PATH]    what curation chooses of the same pools
     python benchmarks/curation.py learn [--jobs 8]                    nets on chosen and random pictures; on a GPU, say
     python benchmarks/curation.py helps [--seeds 3] [--data PATH]     both, as far as not done before, and judge
-    python benchmarks/curation.py draw                                README tables and docs/curation-*.png
+    python benchmarks/curation.py draw                                tables of docs/measured.md and docs/curation-*.png
 
 PATH holds the set `imagenette`; --features RUN is a network that chooses among its photographs. Pools, networks and
 stages are kept in runs/curation, so that a study goes on where it was; delete that folder to begin anew.
@@ -297,7 +297,7 @@ def helps(pools: Iterator[Raw], seeds: int, steps: int, chooser_steps: int, copy
         store("curation-helps", {"pools": found})
 
 
-# -- the README --------------------------------------------------------------------------------------------------------
+# -- the tables --------------------------------------------------------------------------------------------------------
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def tables() -> dict[str, str]:
-    """The README's tables, written from the stored results."""
+    """The tables of docs/measured.md, written from the stored results."""
     even, helped = stored("balance"), stored("helps")
     names = list(even["pools"])
     lines = [f"| what is chosen | {' | '.join(f'{name} (nats)' for name in names)} |", "|---" * (1 + len(names)) + "|"]

@@ -6,7 +6,7 @@
     python benchmarks/distill.py heads [--seeds 3]   going on from a backbone without heads: shall they learn alone first?
     python benchmarks/distill.py photographs --data PATH   the chain of all stages on Imagenette
     python benchmarks/distill.py cost                a step with and without a teacher, on a quiet machine
-    python benchmarks/distill.py draw                the README's table
+    python benchmarks/distill.py draw                the table
 
 Teachers: the preset scenes-cpu, 900 steps. Chosen on world 1, reported on world 11, judged on worlds 1001 and 1011.
 Networks go to runs/distill-*, results to data/results/distill-*.json.
@@ -32,7 +32,7 @@ from minidino.stages import World, distill, go_on, guard_of, open_world, pretrai
 RUNS = Path("runs")
 TEACHER_STEPS, STEPS, CHOICE_STEPS = 900, 400, 300
 STUDENT = "vit_tiny,width=32,depth=4,heads=1"
-ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (what the README calls it, changes)
+ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (what the table calls it, changes)
     "scratch": ("alone", ()),
     "distilled": ("taught through the teacher's heads", ()),
     "fresh": ("the same, prototypes of its own", ("distill.prototypes=fresh", "heads.prototype_std=none")),
@@ -172,7 +172,7 @@ def cost() -> None:
     store("distill-cost", {"step_s": found})
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def stored(name: str) -> dict[str, Any]:

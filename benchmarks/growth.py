@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py run                    every size, each in a process of its own
     python benchmarks/growth.py run --rows 30000       the sizes up to this one, printed and not stored
-    python benchmarks/growth.py draw                   the README's table and docs/growth.png from the stored result
+    python benchmarks/growth.py draw                   the table of docs/measured.md and docs/growth.png from the stored result
 
 The result goes to data/results/curation-growth.json with machine, versions and commit.
 """
@@ -132,7 +132,7 @@ def run(largest: int) -> None:
                     store("curation-growth", found)
 
 
-# -- the README --------------------------------------------------------------------------------------------------------
+# -- the tables --------------------------------------------------------------------------------------------------------
 
 
 def stored() -> dict[str, Any]:
@@ -144,7 +144,7 @@ def seconds_of(run: dict[str, Any]) -> float:
 
 
 def tables() -> dict[str, str]:
-    """The README's table, written from the stored result."""
+    """The table of docs/measured.md, written from the stored result."""
     found = stored()
     lines = ["| descriptors | | time (s) | of it the graph | of it the clusters | recall@16 | peak memory (MiB) |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip

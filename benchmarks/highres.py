@@ -5,7 +5,7 @@
                                                    as much time and for as many steps
     python benchmarks/highres.py judge [--seeds 3] all of them under the same probes, at 128 px
     python benchmarks/highres.py cost              a step at either size, on a quiet machine
-    python benchmarks/highres.py draw              the README's table
+    python benchmarks/highres.py draw              the table
 
 The preset scenes-cpu on scenes of 128 px. Chosen on world 1, reported on world 11, judged on world 1011. Networks go to
 runs/highres-*, results to data/results/highres-*.json.
@@ -37,7 +37,7 @@ STEPS, PHASE = 500, 60  # at the small size, and in the phase at the large one
 SAME_COST = 163  # steps at the large size that take as long as STEPS and PHASE together: 0.60 s and 2.94 s on one core
 RATES = (1.0, 0.5, 0.25)  # of the phase, times the base learning rate
 N_PATCHED = 600  # scenes whose patches are learned from; half as many are judged
-WAYS = {  # name: what the README calls it
+WAYS = {  # name: what the table calls it
     "small": f"{STEPS} steps at {SMALL} px",
     "adapted": f"{STEPS} steps at {SMALL} px, then {PHASE} at {LARGE} px",
     "same-cost": f"{SAME_COST} steps at {LARGE} px",
@@ -142,7 +142,7 @@ def minutes(small_s: float, large_s: float) -> dict[str, float]:
     return {way: value / 60 for way, value in seconds.items()}
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def stored(name: str) -> dict[str, Any]:

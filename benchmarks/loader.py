@@ -1,7 +1,7 @@
 """What a loader does beside what one would use instead: crops on one core, decoding, and the whole way to a batch.
 
     python benchmarks/loader.py run [--data PATH] [--toy]     data/results/loader.json; --toy prints and stores nothing
-    python benchmarks/loader.py draw                          the README's table of the stored result
+    python benchmarks/loader.py draw                          the table of the stored result
 
 PATH holds JPEG photographs, of which 64 are taken, spread over the set; without it scenes are drawn. All start from the
 same decoded pictures, their shorter side brought to 256 px, and end with 2 x 224 + 8 x 96 normalised float crops under one
@@ -247,11 +247,11 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     return result
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:
-    """The README's table of the stored result, with the step's speed beside it where that is stored."""
+    """The table of docs/measured.md, written from the stored result, with the step's speed beside it where that is stored."""
     step = RESULTS / "step.json"
     return {"loader": table(json.loads((RESULTS / "loader.json").read_text()),
                             json.loads(step.read_text()) if step.exists() else None)}  # fmt: skip

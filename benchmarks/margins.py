@@ -1,7 +1,7 @@
 """How safe is what the notebooks claim? Each is run with five seeds, and every check says by how much it holds.
 
     python benchmarks/margins.py run [--seeds 5] [NUMBER ...]     data/results/margins.json; the others keep their rows
-    python benchmarks/margins.py draw                             the README's table of the stored result
+    python benchmarks/margins.py draw                             the table of the stored result
 
 A notebook's code runs as it stands but for its seeds, which all move by the same amount: `SEED = 0`, `manual_seed(0)`,
 `default_rng(0)`, `seed=7`, "run.seed=7", and those of a preset. In `check("more than a tenth", gain > 0.10)` the margin
@@ -189,7 +189,7 @@ def made_of(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found["environment"] for name in found["notebooks"] if not numbers or name[:2] in numbers}
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:

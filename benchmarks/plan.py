@@ -1,7 +1,7 @@
 """Are the formulas of `minidino plan` right? FLOPs, memory and time of real steps beside them.
 
     python benchmarks/plan.py run        data/results/plan-cpu.json, or plan-cuda.json where there is a GPU
-    python benchmarks/plan.py draw       the README's tables of the stored results
+    python benchmarks/plan.py draw       the tables of the stored results
 
 FLOPs are counted by torch.utils.flop_counter (attention by SDPA). Memory is the most that torch's allocator had handed
 out: on a CPU as its profiler records it, on a GPU torch.cuda.max_memory_allocated. Crops are noise and their making is
@@ -148,7 +148,7 @@ def run() -> None:
     store(f"plan-{device.type}", {"rate_tflops": rate, "rows": rows})
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:

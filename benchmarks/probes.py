@@ -5,7 +5,7 @@
     python benchmarks/probes.py decoders --data PATH        distance by linear heads and by a decoder of convolutions
     python benchmarks/probes.py finetuning                  the same networks trained on labels, and from scratch
     python benchmarks/probes.py speed                       extraction beside timm, 52 heads beside one
-    python benchmarks/probes.py draw                        the README's tables of the stored results
+    python benchmarks/probes.py draw                        the tables of the stored results
 
 Networks of scenes: the preset with as many steps as fit into four minutes, on world 11, judged on world 1011. PATH holds
 imagenette, camvid, rgbd-indoor, instances and coil-objects. Results: data/results/probes-*.json.
@@ -187,7 +187,7 @@ def grid_beside_one(width: int, n_classes: int, n: int = 4000) -> dict[str, Any]
             "with_extraction": (extraction + grid["median"]) / (extraction + one["median"])}  # fmt: skip
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def tables() -> dict[str, str]:
-    """The README's tables of the stored results."""
+    """The tables of docs/measured.md, written from what is stored."""
     return {
         "probes-scenes": _scenes_table(stored("scenes")),
         "probes-photographs": _photographs_table(stored("photographs")),

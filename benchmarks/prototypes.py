@@ -2,7 +2,7 @@
 
     python benchmarks/prototypes.py run [--shapes NAME ...]   every shape and dtype; toy sizes where there is no GPU
     python benchmarks/prototypes.py run --check               first hold the kernels to float64 on this GPU
-    python benchmarks/prototypes.py draw                      the README's table of the stored result
+    python benchmarks/prototypes.py draw                      the table of the stored result
 
 Without a GPU, or with some of the shapes, nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it.
 Ceilings are measured in the same call: a large bf16 product and a large copy. The result
@@ -56,7 +56,7 @@ SHAPES = {
     "imagenette-gpu iBOT": Shape(7526, 4096, 256, 7526, 1),
     "scenes-cpu DINO": Shape(256, 256, 32, 128, 2),
 }
-README_SHAPES = ("vitl14 DINO", "vitl14 iBOT")
+SHOWN_SHAPES = ("vitl14 DINO", "vitl14 iBOT")
 TOYS = {"toy DINO": Shape(10, 512, 24, 2, 2), "toy iBOT": Shape(24, 512, 16, 24, 1)}
 
 
@@ -290,11 +290,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The README's table: the two published losses, in the dtypes that were measured."""
+    """The table of docs/measured.md: the two published losses, in the dtypes that were measured."""
     stored = json.loads(RESULT.read_text())
     lines = ["| loss | dtype | computed by | targets, ms | loss and gradients, ms | peak, MiB |", "|---" * 6 + "|"]
     for row in stored["rows"]:
-        if row["name"] in README_SHAPES and "error" not in row:
+        if row["name"] in SHOWN_SHAPES and "error" not in row:
             cells = f"{row['targets_ms']['median']:.1f}", f"{row['both_ms']['median']:.1f}", f"{row['peak_mb']:,.0f}"
             lines.append(f"| {row['name']} | {row['dtype']} | {row['impl']} | {' | '.join(cells)} |")
     least = min(row["both_ms"]["n"] for row in stored["rows"] if "both_ms" in row)

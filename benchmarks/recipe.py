@@ -7,7 +7,7 @@
     python benchmarks/recipe.py choices --data PATH        imagenette-cpu changed in one thing, at equal time on one core
     python benchmarks/recipe.py photographs --data PATH    one longer run of imagenette-cpu with its curve
     python benchmarks/recipe.py adapt --minutes 8          the same network, gone on with at 64 px
-    python benchmarks/recipe.py draw                       the README's tables of the stored results
+    python benchmarks/recipe.py draw                       the tables of the stored results
 
 Scenes of choosing: world 1, judged on world 1001. Scenes of reporting: world 11, judged on world 1011.
 Results go to data/results/recipe-*.json with machine, versions and commit; no run is left out.
@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "data" / "results", ROOT / "docs"
 HOUR = ROOT / "runs" / "recipe-imagenette"  # of `photographs`
 HIGH = 64  # px of a global crop in the high-resolution phase
-PHOTOGRAPHS = (  # rows of the README's table; one that ends in 64px goes on where the one before ends
+PHOTOGRAPHS = (  # rows of the table; one that ends in 64px goes on where the one before ends
     "tour-imagenette", "recipe-imagenette-34min", "recipe-imagenette-48min", "recipe-imagenette-52min",
     "recipe-imagenette-69min", f"recipe-imagenette-69min-{HIGH}px", HOUR.name, f"{HOUR.name}-{HIGH}px",
 )  # fmt: skip
@@ -304,7 +304,7 @@ def store_photographs(run: Run, world: World) -> None:
 
 
 def tables() -> dict[str, str]:
-    """The README's tables, written from the stored results; a test holds the README to them."""
+    """Tables of the README and of docs/measured.md, written from the stored results; a test holds them to these."""
     stored = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return {
         "scenes": _scenes_table(stored["recipe-scenes"]),

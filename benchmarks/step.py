@@ -1,7 +1,7 @@
 """One training step of ViT-S/16 on a CPU, beside the same objective built of lightly's blocks on timm's ViT.
 
     python benchmarks/step.py run [--data PATH] [--toy]     data/results/step.json; --toy prints and stores nothing
-    python benchmarks/step.py draw                          the README's table of the stored result
+    python benchmarks/step.py draw                          the table of the stored result
 
 Everybody gets the same crops, masks and first weights, 8 images a step, 2 x 224 + 8 x 96 px, 65,536 prototypes, and computes
 the same three losses against centred targets (lightly's losses know no Sinkhorn); that the losses agree is checked before
@@ -277,11 +277,11 @@ def alone(who: str, data: str | None, toy: bool) -> dict[str, float]:
     return {"before_mb": before, "peak_mb": peak_memory_mb()}
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the tables
 
 
 def tables() -> dict[str, str]:
-    """The README's table of the stored result."""
+    """The tables of docs/measured.md, written from what is stored."""
     return {"step": table(json.loads((RESULTS / "step.json").read_text()))}
 
 

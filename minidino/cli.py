@@ -351,7 +351,7 @@ def _bench(stages) -> None:
     parser = _stage(stages, "bench", "time what is here against what else there is", "minidino bench loader --data "
                     "my-photographs", run)  # fmt: skip
     parser.add_argument("what", choices=("attention", "prototypes", *own_pictures))
-    parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: the README's table")
+    parser.add_argument("how", nargs="?", choices=("run", "draw"), default="run", help="draw: the table of docs/measured.md")
     parser.add_argument("--data", help="JPEG photographs for loader and step; without it scenes are drawn")
     parser.add_argument("--toy", action="store_true", help="loader and step at tiny sizes, which store nothing")
 
