@@ -101,6 +101,7 @@ class Learner:
     config: RunConfig
     state: State
     notes: dict[str, Any] = field(default_factory=dict)  # what its folder shall hold from the start
+    begun: int | None = None  # when its folder became the run that this one replaces
 
 
 def pretrain(
@@ -132,23 +133,25 @@ def _opened(config: RunConfig, folder: Path) -> World:
 
 def candidate(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
     """Who is to begin in a folder, which stays as it was: a config that is impossible here leaves nothing behind."""
-    Run(folder).expect_room()
+    run = Run(folder)
+    run.expect_room()
     my_rows(config.optim.batch_size, config.optim.accumulate)
-    device, notes = pick_device(config.run.device), {}
+    device, notes, begun = pick_device(config.run.device), {}, run.begun()
     if config.distill.teacher:
         frozen = frozen or frozen_teacher(config, device)
         notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": frozen.sha256}
     if state is None:
-        return Learner(Run(folder), config, begin(config, device, frozen), notes)
+        return Learner(run, config, begin(config, device, frozen), notes, begun)
     state.frozen = frozen
-    return Learner(Run(folder), config, state, notes | {GUARD: {}})
+    return Learner(run, config, state, notes | {GUARD: {}}, begun)
 
 
 def enrol(learner: Learner) -> None:
     """Make a folder the run of its candidate."""
     config, first = learner.config, learner.state.save() if GUARD in learner.notes else None
     if is_first():
-        Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
+        with learner.run.taken(learner.begun):
+            Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
     wait()
 
 
