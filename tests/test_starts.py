@@ -107,6 +107,13 @@ def test_pictures_that_changed_since_the_start_are_told(tmp_path, monkeypatch):
         pretrain(tiny(), run.folder, resume=True)
 
 
+def test_fewer_steps_than_are_done_are_refused_in_words(tmp_path, capsys):
+    run, _ = pretrain(tiny("run.steps=3"), tmp_path / "run")
+    write_atomically(run.config_path, run.config_path.read_bytes().replace(b'"steps": 3', b'"steps": 2'))
+    assert main(["train", "--resume", str(run.folder)]) == 2
+    assert "run.steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
+
+
 def test_an_empty_name_is_no_run_to_resume(capsys):
     assert main(["train", "--resume", ""]) == 2
     assert "give --resume RUN alone" in capsys.readouterr().err
