@@ -328,7 +328,7 @@ def distill(
         steps: updates.
         changes: "key=value" texts, on top of the config of the teacher's run.
         imitate: this config, and the teacher's tokens for targets; None is the paper's way, through its heads.
-        resume: go on with what was begun, all from the newest step that they have in common.
+        resume: go on with what was begun, from the newest step in common; the teacher's folder may have been moved.
         world: images that are open already.
     Raises:
         FileNotFoundError, ValueError: the teacher cannot teach these students; says why. One student given twice.
@@ -353,7 +353,7 @@ def distill(
             learner = candidate(plan, place, frozen=frozen)
             enrol(learner)
             return learner
-        if changed := difference(Run(place).config(), plan):
+        if changed := {k: v for k, v in difference(Run(place).config(), plan).items() if k != "distill.teacher"}:
             raise ValueError(f"{place} was begun with other settings: {changed}; give them again or choose another --out")
         return reopen(place, frozen=frozen)
 
