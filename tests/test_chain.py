@@ -94,6 +94,15 @@ def test_a_chain_goes_on_where_it_was_moved_to(whole, tmp_path):
         run_chain(PLAN, tmp_path / "moved", say=lambda _: None)
 
 
+@pytest.mark.parametrize("left", ["adapt", "distill", "probe"])
+def test_another_chain_takes_nothing_over_from_one_whose_other_stages_were_removed(whole, tmp_path, left):
+    shutil.copytree(whole[0] / left, tmp_path / left)
+    shutil.copy(whole[0] / "chain.json", tmp_path)
+    with pytest.raises(ValueError, match="holds another chain"):
+        run_chain(replace(PLAN, changes=(*TINY, "run.seed=7")), tmp_path, say=lambda _: None)
+    assert not (tmp_path / "pretrain").exists() and read_chain(tmp_path / "chain.json") == PLAN
+
+
 def test_another_chain_does_not_go_on_in_the_folder(whole):
     with pytest.raises(ValueError, match="holds another chain"):
         run_chain(Chain(), whole[0], say=lambda _: None)
