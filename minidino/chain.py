@@ -26,6 +26,7 @@ from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
 
 Say = Callable[[str], None]
 PLAN = "chain.json"
+TRACES = ("pretrain/config.json", "adapt/config.json", "distill/**/config.json", "probe/*/results.json")  # of a beginning
 LAST = "heads.safetensors"  # what a run writes when all else is there
 
 
@@ -104,7 +105,7 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
     written = json.dumps(asdict(plan), indent=1)
     if Run(folder).config_path.exists():
         raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
-    begun = Run(folder / "pretrain").config_path.exists()
+    begun = any(any(folder.glob(trace)) for trace in TRACES)
     if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
     write_atomically(folder / PLAN, written.encode())

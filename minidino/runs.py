@@ -261,6 +261,27 @@ class Run:
     def config_path(self) -> Path:
         return self.folder / "config.json"
 
+    def begun(self) -> int | None:
+        """When this folder became a run, in ns since 1970; None where it is none."""
+        return self.config_path.stat().st_mtime_ns if self.config_path.exists() else None
+
+    @contextmanager
+    def taken(self, begun: int | None) -> Iterator[None]:
+        """Keep others out while a run begins here: two that open their pictures at once both found room.
+
+        Args:
+            begun: what `begun` said when room was found.
+        Raises:
+            BlockingIOError: another process is at work there.
+            FileExistsError: another process has begun a run there since.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.folder):
+            if self.begun() != begun:
+                raise FileExistsError(f"another process has begun a run in {self.folder} meanwhile: choose another folder "
+                                      "with --out")  # fmt: skip
+            yield
+
     def config(self) -> RunConfig:
         """Raises FileNotFoundError when the folder is not a run, ValueError when its config is damaged."""
         if not self.config_path.exists():

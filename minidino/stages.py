@@ -101,6 +101,7 @@ class Learner:
     config: RunConfig
     state: State
     notes: dict[str, Any] = field(default_factory=dict)  # what its folder shall hold from the start
+    begun: int | None = None  # when its folder became the run that this one replaces
 
 
 def pretrain(
@@ -132,23 +133,25 @@ def _opened(config: RunConfig, folder: Path) -> World:
 
 def candidate(config: RunConfig, folder: Path, state: State | None = None, frozen: Frozen | None = None) -> Learner:
     """Who is to begin in a folder, which stays as it was: a config that is impossible here leaves nothing behind."""
-    Run(folder).expect_room()
+    run = Run(folder)
+    run.expect_room()
     my_rows(config.optim.batch_size, config.optim.accumulate)
-    device, notes = pick_device(config.run.device), {}
+    device, notes, begun = pick_device(config.run.device), {}, run.begun()
     if config.distill.teacher:
         frozen = frozen or frozen_teacher(config, device)
         notes[TEACHER] = {"teacher": config.distill.teacher, "sha256": frozen.sha256}
     if state is None:
-        return Learner(Run(folder), config, begin(config, device, frozen), notes)
+        return Learner(run, config, begin(config, device, frozen), notes, begun)
     state.frozen = frozen
-    return Learner(Run(folder), config, state, notes | {GUARD: {}})
+    return Learner(run, config, state, notes | {GUARD: {}}, begun)
 
 
 def enrol(learner: Learner) -> None:
     """Make a folder the run of its candidate."""
     config, first = learner.config, learner.state.save() if GUARD in learner.notes else None
     if is_first():
-        Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
+        with learner.run.taken(learner.begun):
+            Run.create(learner.run.folder, config, pick_device(config.run.device), first, learner.notes)
     wait()
 
 
@@ -325,7 +328,7 @@ def distill(
         steps: updates.
         changes: "key=value" texts, on top of the config of the teacher's run.
         imitate: this config, and the teacher's tokens for targets; None is the paper's way, through its heads.
-        resume: go on with what was begun, all from the newest step that they have in common.
+        resume: go on with what was begun, from the newest step in common; the teacher's folder may have been moved.
         world: images that are open already.
     Raises:
         FileNotFoundError, ValueError: the teacher cannot teach these students; says why. One student given twice.
@@ -350,7 +353,7 @@ def distill(
             learner = candidate(plan, place, frozen=frozen)
             enrol(learner)
             return learner
-        if changed := difference(Run(place).config(), plan):
+        if changed := {k: v for k, v in difference(Run(place).config(), plan).items() if k != "distill.teacher"}:
             raise ValueError(f"{place} was begun with other settings: {changed}; give them again or choose another --out")
         return reopen(place, frozen=frozen)
 

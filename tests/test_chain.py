@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minidino import chain
 from minidino.chain import Chain, read_chain, run_chain
@@ -78,6 +79,28 @@ def test_a_chain_killed_in_any_stage_ends_the_same(whole, tmp_path, dying_at_sav
     for one, other in zip(runs_in(whole[0]), runs_in(tmp_path / "cut"), strict=True):
         left, right = (load_file(place / "weights.safetensors") for place in (one, other))
         assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_chain_goes_on_where_it_was_moved_to(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "moved")
+    students = runs_in(tmp_path / "moved" / "distill")
+    (students[0] / "heads.safetensors").unlink()
+    found = run_chain(PLAN, tmp_path / "moved", say=lambda _: None)
+    assert {name: row["knn"] for name, row in found.items()} == {name: row["knn"] for name, row in whole[1].items()}
+    heads = load_file(tmp_path / "moved" / "adapt" / "heads.safetensors")
+    save_file({key: value + 1 for key, value in heads.items()}, tmp_path / "moved" / "adapt" / "heads.safetensors")
+    (students[0] / "heads.safetensors").unlink()
+    with pytest.raises(ValueError, match="is not the one it began with"):
+        run_chain(PLAN, tmp_path / "moved", say=lambda _: None)
+
+
+@pytest.mark.parametrize("left", ["adapt", "distill", "probe"])
+def test_another_chain_takes_nothing_over_from_one_whose_other_stages_were_removed(whole, tmp_path, left):
+    shutil.copytree(whole[0] / left, tmp_path / left)
+    shutil.copy(whole[0] / "chain.json", tmp_path)
+    with pytest.raises(ValueError, match="holds another chain"):
+        run_chain(replace(PLAN, changes=(*TINY, "run.seed=7")), tmp_path, say=lambda _: None)
+    assert not (tmp_path / "pretrain").exists() and read_chain(tmp_path / "chain.json") == PLAN
 
 
 def test_another_chain_does_not_go_on_in_the_folder(whole):

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -70,6 +71,27 @@ def test_two_processes_cannot_learn_in_one_folder(tmp_path, capsys):
     assert main(["train", "--resume", str(run.folder)]) == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+@pytest.mark.parametrize("at_work", [True, False])
+def test_a_run_that_began_while_another_opened_its_pictures_is_not_replaced(tmp_path, monkeypatch, at_work):
+    steps, look = 3, stages.open_world
+
+    def slowly(config, folder):
+        if config.run.steps != steps:
+            pretrain(tiny(f"run.steps={steps}"), tmp_path / "run")
+            if at_work:
+                still.enter_context(alone_in(tmp_path / "run"))
+        return look(config, folder)
+
+    monkeypatch.setattr(stages, "open_world", slowly)
+    words = "another process is at work in" if at_work else "another process has begun a run in"
+    with ExitStack() as still, pytest.raises(OSError, match=words):
+        pretrain(tiny("run.steps=2"), tmp_path / "run")
+    run = Run(tmp_path / "run")
+    assert run.config().run.steps == steps and [record["step"] for record in run.records()] == [0, 1, 2]
+    assert [step for step, _ in run.saved()] == [steps] and (run.folder / "weights.safetensors").exists()
+
+
 def test_pictures_that_changed_since_the_start_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = tmp_path / "photographs"
@@ -83,6 +105,13 @@ def test_pictures_that_changed_since_the_start_are_told(tmp_path, monkeypatch):
     Image.fromarray(image).save(folder / "99.png")
     with pytest.warns(UserWarning, match="began with 9 pictures and goes on with 10"):
         pretrain(tiny(), run.folder, resume=True)
+
+
+def test_fewer_steps_than_are_done_are_refused_in_words(tmp_path, capsys):
+    run, _ = pretrain(tiny("run.steps=3"), tmp_path / "run")
+    write_atomically(run.config_path, run.config_path.read_bytes().replace(b'"steps": 3', b'"steps": 2'))
+    assert main(["train", "--resume", str(run.folder)]) == 2
+    assert "run.steps: expected at least the 3 that are done, got 2" in capsys.readouterr().err
 
 
 def test_an_empty_name_is_no_run_to_resume(capsys):

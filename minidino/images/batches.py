@@ -115,11 +115,14 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
         device: crops are cut there.
         start_step: a run resumed at this step.
     Raises:
-        ValueError: pictures of other channels than those of the config; a batch that cannot be shared out.
+        ValueError: pictures of other channels than those of the config; a batch that cannot be shared out; fewer steps
+            than are done.
     """
     if pixels.channels != config.data.channels:
         raise ValueError(f"data.channels: expected {pixels.channels}, as the pictures have, got {config.data.channels}")
     n_steps, settings = config.run.steps - start_step, config.run
+    if n_steps < 0:
+        raise ValueError(f"run.steps: expected at least the {start_step} that are done, got {settings.steps}")
     rows = my_rows(config.optim.batch_size, config.optim.accumulate)
     steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps, rows)
     for step, images, sizes, index, repeat in DataLoader(steps, batch_size=None, num_workers=settings.workers):
