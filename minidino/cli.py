@@ -15,7 +15,7 @@ from minidino.engine import ENGINES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met."""
+    """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _plan, _bench, _doctor, _data):
@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"minidino {options.stage}: interrupted; what is saved stays, and --help says how to go on", file=sys.stderr)
+        return 130
 
 
 def _together(stage: str) -> AbstractContextManager:

@@ -215,3 +215,12 @@ def test_a_warning_is_a_line_that_does_not_say_where_in_the_code(tmp_path, capsy
     with warnings.catch_warnings(action="default"):
         main(["data", "check", "."])
     assert re.search(r"^minidino data: archives beside pictures stay closed, .*$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_ctrl_c_is_a_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minidino.tour.tour", interrupted)
+    assert main(["tour"]) == 130
+    assert capsys.readouterr().err == "minidino tour: interrupted; what is saved stays, and --help says how to go on\n"
