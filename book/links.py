@@ -1,6 +1,6 @@
 """Does every link of a built site lead somewhere, does it load nothing from outside, has every picture words?
 
-    python book/links.py build/book
+    python book/links.py [FOLDER]      build/book where none is named
 """
 
 import re
@@ -86,6 +86,6 @@ def _of_page(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = faults(Path(sys.argv[1]))
+    wrong = faults(Path(sys.argv[1] if len(sys.argv) > 1 else "build/book"))
     print("\n".join(wrong) or "every link leads somewhere")
     sys.exit(bool(wrong))

@@ -21,7 +21,7 @@ from minidino.learning.distill import distilled
 from minidino.model.vit import SIZES as VIT_SIZES
 from minidino.ranges import Positive, Stage, require
 from minidino.report import Section, write_report
-from minidino.runs import Run, write_atomically
+from minidino.runs import Run, expect_no_run, write_atomically
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
 
 Say = Callable[[str], None]
@@ -103,8 +103,7 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
         ValueError: the folder holds another chain, which has begun.
     """
     written = json.dumps(asdict(plan), indent=1)
-    if Run(folder).config_path.exists():
-        raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
+    expect_no_run(folder)
     begun = any(any(folder.glob(trace)) for trace in TRACES)
     if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")

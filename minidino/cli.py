@@ -320,6 +320,8 @@ def _plan(stages) -> None:
 
         o = options
         machine = {"gpus": o.gpus, "device": o.device, "utilisation": o.utilisation}
+        if o.preset is None and o.price_per_hour is not None:
+            raise ValueError("--price-per-hour goes with a preset")
         if o.preset is None:
             print(plan_table(**machine))
         elif "=" in o.preset:

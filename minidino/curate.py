@@ -25,7 +25,7 @@ from minidino.model.weights import backbone_of
 from minidino.probes.features import state_hash
 from minidino.ranges import require
 from minidino.report import Section, write_report
-from minidino.runs import Run, alone_in, pick_device, write_atomically
+from minidino.runs import Run, alone_in, expect_no_run, pick_device, write_atomically
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 600, 96
 WHITENING = 20_000  # pictures that the whitening is learned from
@@ -87,8 +87,7 @@ def curate(
         require(number is None or number >= least, name, f">= {least}", number)
     for name, cosine in (("copy_threshold", copy_threshold), ("leak_threshold", leak_threshold)):
         require(cosine is None or -1 <= cosine <= 1, name, "a cosine from -1 to 1", cosine)
-    if Run(out).config_path.exists():
-        raise FileExistsError(f"{out} holds a run, which has a report of its own: choose another with --out")
+    expect_no_run(out)
     given = copy_model(copies) if copies else None
     semantic = semantic_describer(features) if features is not None else None
     picked = pick_engine(engine)

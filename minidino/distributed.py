@@ -8,6 +8,7 @@ by torchrun every function here is the identity.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
@@ -170,6 +171,7 @@ def shard(door: Door, bf16: bool = False) -> nn.Module:
     """
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh("cuda" if next(door.parameters()).is_cuda else "cpu", (n_processes(),))
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns views; nothing here writes into them
     for block in door.network.backbone.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(door, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a teacher has no backward pass

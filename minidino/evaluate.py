@@ -41,7 +41,7 @@ from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_pre
 from minidino.probes.segmentation import linear_segmentation, predict
 from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
-from minidino.runs import Run, environment, pick_device, write_atomically
+from minidino.runs import environment, expect_no_run, pick_device, write_atomically
 from minidino.subjects import Cache, Subject, subjects_of
 
 Answers = dict[str, dict[str, Any]]  # {subject: what was found}
@@ -361,8 +361,7 @@ def evaluate(
 
 def _expect_room(folder: Path, source: str | Path) -> None:
     """Raise FileExistsError where results.json and report.html of something else would be lost."""
-    if Run(folder).config_path.exists():
-        raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
+    expect_no_run(folder)
     path = folder / "results.json"
     try:
         said = json.loads(path.read_text())["source"] if path.exists() else str(source)

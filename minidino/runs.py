@@ -191,6 +191,8 @@ def named_errors(path: Path) -> Iterator[None]:
 def alone_in(*folders: Path) -> Iterator[None]:
     """Keep other processes that ask for this out of folders meanwhile; Windows, and some disks of a network, lock none.
 
+    What killed processes have left half-written there is removed.
+
     Raises:
         BlockingIOError: another process is at work there.
     """
@@ -206,7 +208,15 @@ def alone_in(*folders: Path) -> Iterator[None]:
                 raise BlockingIOError(f"another process is at work in {folder}: wait, or stop it first") from None
             except (ImportError, OSError):
                 pass
+            for file in filter(writer_is_dead, folder.glob(".*.tmp")):
+                file.unlink(missing_ok=True)
         yield
+
+
+def expect_no_run(folder: str | Path) -> None:
+    """Raise FileExistsError where something else is to be written into a run folder, which has a report of its own."""
+    if Run(folder).config_path.exists():
+        raise FileExistsError(f"{folder} holds a run, which has a report of its own: choose another with --out")
 
 
 class Run:

@@ -73,6 +73,7 @@ def test_what_argparse_refuses(arguments, capsys):
         ("plan vit.depth=4", "expected a preset first"),
         ("plan vits16-in1k --device abacus", "no device 'abacus'; there are: cpu"),
         ("plan vits16-in1k --utilisation 2", "expected utilisation in (0, 1]"),
+        ("plan --price-per-hour 2", "--price-per-hour goes with a preset"),
         ("plan vits16-in1k --price-per-hour -1", "price per hour: expected a number >= 0, got -1.0"),
         ("curate full --copy-steps -1", "copy_steps: expected >= 0, got -1"),
         ("curate full --budget 0 --features full", "budget: expected >= 1, got 0"),

@@ -1,6 +1,7 @@
 """The beginning of a run: what a start that fails leaves behind, what is held out, who may learn where."""
 
 import os
+import subprocess
 import warnings
 from contextlib import ExitStack
 
@@ -69,6 +70,17 @@ def test_two_processes_cannot_learn_in_one_folder(tmp_path, capsys):
         assert main(["train", "--resume", str(run.folder)]) == 2
         assert "another process is at work in" in capsys.readouterr().err
     assert main(["train", "--resume", str(run.folder)]) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process by its number")
+def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(tmp_path):
+    run, _ = pretrain(tiny("run.steps=2"), tmp_path / "run")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = (run.folder / f".weights.safetensors.{pid}.tmp" for pid in (ended.pid, os.getppid()))
+    dead.touch(), alive.touch()
+    assert main(["train", "--resume", str(run.folder)]) == 0
+    assert (dead.exists(), alive.exists()) == (False, True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
