@@ -170,7 +170,7 @@ def _adapt(stages) -> None:
                     "minidino adapt runs/scenes-cpu --size 96 --steps 300", run)  # fmt: skip
     parser.add_argument("source", metavar="RUN", help="a finished run folder")
     parser.add_argument("--size", type=int, required=True, help="px of a global crop, a multiple of the patch")
-    parser.add_argument("--steps", type=int, required=True, help="updates; the paper takes 2 %% of pretraining")
+    parser.add_argument("--steps", type=int, required=True, help="updates; the paper takes 10,000 after 625,000")
     parser.add_argument("--fit-memory", action="store_true", help="fewer images a step, so that it takes no more memory "
                         "than before")  # fmt: skip
     parser.add_argument("--out", help="run folder (default RUN-SIZEpx); train --resume goes on with it")

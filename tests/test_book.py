@@ -135,7 +135,7 @@ def test_the_teachers_page_has_every_notebook_in_a_week(site):
 
 def test_differences_are_collected(site):
     html = (site / "differences.html").read_text()
-    for words in ("loss.ibot_divisor", "losses.koleo_loss", "no rounding to 8 bits", "published teacher momentum"):
+    for words in ("loss.ibot_divisor", "losses.koleo_loss", "no rounding to 8 bits", "our teacher momentum"):
         assert words in html
     sources = [path.read_text() for path in (ROOT / "minidino").rglob("*.py")]
     n = sum(len(re.findall(r"^\s+Differs:", source, re.MULTILINE)) for source in sources)
