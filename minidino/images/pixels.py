@@ -209,7 +209,8 @@ def load_pixels(
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
-    return _open_pixels(folder, key, images, channels)
+    data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")  # another process may have removed the note again
+    return _laid_out(data, sizes, originals, images.select(kept), channels)
 
 
 def _remove_litter(path: Path) -> None:
