@@ -296,7 +296,8 @@ def _open_pixels(folder: Path, key: str, images: ImageSet, channels: int) -> Pix
         record = json.loads((folder / "pixels.json").read_bytes())
         if record["key"] != key:
             return None
-        if len(read_quarantine(folder / "quarantine.csv")) != len(images) - len(record["kept"]):
+        bad = {row["file"] for row in read_quarantine(folder / "quarantine.csv")}
+        if bad != set(images.files).difference(images.files[i] for i in record["kept"]):  # a kill, before the new note
             return None
         data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
         return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]), channels)
