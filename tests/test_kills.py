@@ -1,8 +1,12 @@
 """What a kill, a full disk or a second process at once leaves behind is never taken for the whole."""
 
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minidino.curation.pipeline import Curation
@@ -10,6 +14,7 @@ from minidino.images import pixels as pixels_module
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.scenes import draw_scenes
+from minidino.probes import features
 
 
 class Killed(BaseException):
@@ -26,6 +31,18 @@ def dying_at(patch, owner, name, file):
         return real(*paths, **options)
 
     patch.setattr(owner, name, until)
+
+
+@contextmanager
+def full_disk(n_bytes):
+    """No file can be longer."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def pool_of(folder, n=4, seed=0):
@@ -63,3 +80,46 @@ def test_a_quarantine_of_other_files_is_not_taken_for_that_of_these(tmp_path, mo
     (tmp_path / "aside").rename(pool / "bad.jpg")
     (pool / "worse.jpg").unlink()
     assert "bad.jpg,0,quarantined" in Curation(pool, out, 16, **quiet).write().read_text()
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_two_processes_describe_the_same_pictures_at_once(tmp_path, monkeypatch):
+    store, key, rows = features.FeatureStore(tmp_path), features.feature_key("w", "d", 8), torch.arange(6.0).view(2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        first = store.get(key, lambda: {"cls": rows})  # the other process, from its start to its end ...
+    (made,) = tmp_path.glob("d-*/made.json")
+    begun = made.stat().st_ino
+    with monkeypatch.context() as patch:  # ... while this one, which found nothing, describes and then writes
+        patch.setattr(features.FeatureStore, "_valid", staticmethod(later(features.FeatureStore._valid)))
+        second = store.get(key, lambda: {"cls": rows})
+    assert np.array_equal(first["cls"], rows) and np.array_equal(second["cls"], rows)
+    assert made.stat().st_ino == begun and [path.name for path in tmp_path.iterdir()] == [made.parent.name]
+
+
+def later(valid):
+    """False the first time."""
+    calls = []
+    return lambda *of: bool(calls) and valid(*of) or calls.append(of) is not None
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0, 3), torch.tensor(2.0), torch.arange(12).view(3, 4).T, np.eye(3)[None]])
+def test_features_are_saved_as_numpy_saves_them(value, tmp_path):
+    np.save(tmp_path / "numpy.npy", np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value))
+    n_bytes = features._save(tmp_path / "ours.npy", np.asarray(value))
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert n_bytes == (tmp_path / "ours.npy").stat().st_size
+
+
+@pytest.mark.parametrize("n_bytes", [100, 5000, 9000])
+def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp_path):
+    store, arrays = features.FeatureStore(tmp_path), {"cls": torch.ones(1000), "mean_patch": torch.ones(2000)}
+    with full_disk(n_bytes):
+        if n_bytes < 9000:
+            with pytest.raises(OSError, match=r"\[Errno .*(cls|mean_patch)\.npy"):
+                store.get(features.feature_key("w", "d", 8), lambda: arrays)
+            assert not list(tmp_path.iterdir())
+        else:
+            assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
