@@ -82,6 +82,19 @@ def test_a_quarantine_of_other_files_is_not_taken_for_that_of_these(tmp_path, mo
     assert "bad.jpg,0,quarantined" in Curation(pool, out, 16, **quiet).write().read_text()
 
 
+# ---------------------------------------------------------------- curation
+
+
+def test_the_manifest_of_one_pool_never_stands_beside_the_note_of_another(tmp_path, monkeypatch):
+    out, quiet = tmp_path / "out", {"progress": False, "say": lambda words: None}
+    pools = [pool_of(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    Curation(pools[0], out, 16, **quiet).write()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, os, "replace", "manifest.csv")
+        Curation(pools[1], out, 16, **quiet).write()
+    assert str(pools[1]) in (out / "curation.json").read_text() and not (out / "manifest.csv").exists()
+
+
 # ---------------------------------------------------------------- features
 
 
