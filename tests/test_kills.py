@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 from minidino.curation.pipeline import Curation
+from minidino.cli import main
 from minidino.images import pixels as pixels_module
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.scenes import draw_scenes
+from minidino.model.vit import build_vit
+from minidino.model.weights import save_backbone
 from minidino.probes import features
 
 
@@ -136,3 +139,23 @@ def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp
             assert not list(tmp_path.iterdir())
         else:
             assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
+
+
+# ---------------------------------------------------------------- exports
+
+
+def tiny(heads=4):
+    return build_vit("vit_tiny", width=64, depth=1, heads=heads, patch_size=4, img_size=8)
+
+
+@pytest.mark.parametrize("n_bytes", [100, 20_000, 200_000])
+@pytest.mark.parametrize("layout, name, file", [("hub", "w.pth", "w.pth"), ("timm", "w.safetensors", "w.safetensors"),
+                                                ("huggingface", "w", "model.safetensors")])  # fmt: skip
+def test_an_export_to_a_full_disk_is_a_line_that_names_the_file(layout, name, file, n_bytes, tmp_path, capsys):
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    out = tmp_path / "out" / name
+    with full_disk(n_bytes):
+        assert main(["export", str(source), "--layout", layout, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "[Errno" in said and file in said and said.count("\n") == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -7,6 +7,7 @@
 
 import copy
 import importlib.util
+import io
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from minidino.model.layouts import (
@@ -323,11 +324,12 @@ def _check_request(
 def _write(state: State, path: Path, said: dict[str, str]) -> None:
     """One file, whole or not at all; a .safetensors file also holds what is said of it: one text, since several would
     stand in any order, and the same weights would give other bytes."""
-    with atomic_path(path) as beside:
-        if path.suffix == ".safetensors":
-            save_file(state, beside, said)
-        else:
-            torch.save(state, beside)
+    if path.suffix == ".safetensors":  # to memory first: on a full disk neither writer raises an OSError
+        data = save(state, said)
+    else:
+        torch.save(state, file := io.BytesIO())
+        data = file.getvalue()
+    write_atomically(path, data)
 
 
 def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
