@@ -16,7 +16,7 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels
 from minidino.images.scenes import draw_scenes
 from minidino.model.vit import build_vit
-from minidino.model.weights import save_backbone
+from minidino.model.weights import backbone_of, export_weights, save_backbone
 from minidino.probes import features
 
 
@@ -159,3 +159,14 @@ def test_an_export_to_a_full_disk_is_a_line_that_names_the_file(layout, name, fi
     said = capsys.readouterr().err
     assert "[Errno" in said and file in said and said.count("\n") == 1
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_the_weights_of_one_network_never_stand_beside_the_config_of_another(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    export_weights(tiny(heads=1), folder, "huggingface")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, os, "replace", "config.json")
+        export_weights(tiny(heads=4), folder, "huggingface")
+    assert not (folder / "config.json").exists()
+    export_weights(tiny(heads=4), folder, "huggingface")
+    assert backbone_of(folder).heads == 4
