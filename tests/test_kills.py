@@ -1,6 +1,8 @@
 """What a kill, a full disk or a second process at once leaves behind is never taken for the whole."""
 
+import json
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +36,10 @@ def dying_at(patch, owner, name, file):
         return real(*paths, **options)
 
     patch.setattr(owner, name, until)
+
+
+def tiny(heads=4):
+    return build_vit("vit_tiny", width=64, depth=1, heads=heads, patch_size=4, img_size=8)
 
 
 @contextmanager
@@ -141,11 +147,20 @@ def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp
             assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
 
 
+def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
+    (tmp_path / "sets").mkdir()
+    with zipfile.ZipFile(tmp_path / "sets" / "set.zip", "w") as archive:
+        for i, path in enumerate(sorted(pool_of(tmp_path / "pool", 20).iterdir())):
+            archive.write(path, f"{'ab'[i % 2]}/{path.name}")
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    monkeypatch.chdir(tmp_path / "sets")
+    for out in ("first", "second"):
+        assert main(["probe", str(source), "--data", ".", "--size", "8", "--out", str(tmp_path / out)]) == 0
+    first, second = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("first", "second"))
+    assert first["answers"] == second["answers"] and len(open_images(".")) == 20
+
+
 # ---------------------------------------------------------------- exports
-
-
-def tiny(heads=4):
-    return build_vit("vit_tiny", width=64, depth=1, heads=heads, patch_size=4, img_size=8)
 
 
 @pytest.mark.parametrize("n_bytes", [100, 20_000, 200_000])
