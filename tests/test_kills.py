@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,19 @@ def test_the_manifest_of_one_pool_never_stands_beside_the_note_of_another(tmp_pa
         dying_at(patch, os, "replace", "manifest.csv")
         Curation(pools[1], out, 16, **quiet).write()
     assert str(pools[1]) in (out / "curation.json").read_text() and not (out / "manifest.csv").exists()
+
+
+def test_what_killed_curations_left_half_written_goes(tmp_path, capsys):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    pool, out = pool_of(tmp_path / "pool"), tmp_path / "out"
+    litter = [out / name for name in ("pixels/.pixels.json.tmp", "stages/.copies.npz.tmp", ".manifest.csv.tmp")]
+    litter = [path.with_suffix(f".{gone.pid}.tmp") for path in litter]
+    for path in litter:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert main(["curate", str(pool), "--out", str(out), "--copy-steps", "0"]) == 0
+    assert not list(out.rglob("*.tmp"))
 
 
 # ---------------------------------------------------------------- features
