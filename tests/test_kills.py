@@ -21,6 +21,7 @@ from minidino.images.pixels import load_pixels
 from minidino.images.scenes import draw_scenes
 from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights, save_backbone
+from minidino.pictures import funnel
 from minidino.probes import features
 
 
@@ -117,6 +118,12 @@ def test_what_killed_curations_left_half_written_goes(tmp_path, capsys):
         path.touch()
     assert main(["curate", str(pool), "--out", str(out), "--copy-steps", "0"]) == 0
     assert not list(out.rglob("*.tmp"))
+
+
+def test_a_figure_on_a_full_disk_is_told_by_file_and_leaves_nothing(tmp_path):
+    with full_disk(2000), pytest.raises(OSError, match=r"\[Errno .*funnel\.png"):
+        funnel({"files": 3, "decoded": 2}, tmp_path / "funnel.png")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- features
