@@ -200,7 +200,10 @@ def test_an_export_to_a_full_disk_is_a_line_that_names_the_file(layout, name, fi
 
 def test_the_weights_of_one_network_never_stand_beside_the_config_of_another(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
-    export_weights(tiny(heads=1), folder, "huggingface")
+    export_weights(tiny(heads=2), folder, "huggingface")
+    with full_disk(20_000), pytest.raises(OSError, match=r"\[Errno .*model\.safetensors"):
+        export_weights(tiny(heads=4), folder, "huggingface")
+    assert backbone_of(folder).heads == 2  # the older export is whole
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying_at(patch, os, "replace", "config.json")
         export_weights(tiny(heads=4), folder, "huggingface")

@@ -351,8 +351,9 @@ def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | N
         "image_mean": [0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels,
         "image_std": [0.229, 0.224, 0.225] if channels == 3 else [0.25] * channels,
     }
-    (folder / "config.json").unlink(missing_ok=True)  # written last: it tells the heads of these weights, and no others
-    _write(to_hugging_face_layout(state), folder / "model.safetensors", {"format": "pt"})
+    with atomic_path(folder / "model.safetensors") as beside:
+        beside.write_bytes(save(to_hugging_face_layout(state), {"format": "pt"}))
+        (folder / "config.json").unlink(missing_ok=True)  # else a crash here leaves it to speak of other weights
     for name, content in (("preprocessor_config.json", processor), ("config.json", config)):
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return folder
