@@ -92,7 +92,7 @@ def curate(
     semantic = semantic_describer(features) if features is not None else None
     picked = pick_engine(engine)
     Path(out).mkdir(parents=True, exist_ok=True)
-    with alone_in(Path(out)):
+    with alone_in(Path(out), Path(out) / "stages"):
         curation = Curation(pool, out, short_side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minidino.images.crops import mean_and_std
+from minidino.runs import atomic_path
 
 Array = np.ndarray | Tensor
 
@@ -48,8 +49,8 @@ def figure_of(rows: int, columns: int, height: float, title: str, layout: str | 
 def save(figure, path: str | Path | None) -> None:
     """Write a figure as PNG, its title inside the file as its description; None saves nothing."""
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", metadata={"Description": figure.get_suptitle()})
+        with atomic_path(Path(path)) as beside:
+            figure.savefig(beside, format="png", metadata={"Description": figure.get_suptitle()})
 
 
 def tiles(rows: int, columns: int, title: str, aspect: float = 1.0, right: float = 0.995):

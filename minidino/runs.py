@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from minidino.config import RunConfig, from_json, to_json
 
@@ -188,6 +189,16 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Make OSErrors that name this file of what torch and safetensors raise where a disk is full."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        said = (str(error).splitlines() or ["no words"])[0]
+        raise OSError(f"{path} could not be written, is the disk full? {said}") from error
+
+
+@contextmanager
 def alone_in(*folders: Path) -> Iterator[None]:
     """Keep other processes that ask for this out of folders meanwhile; Windows, and some disks of a network, lock none.
 
@@ -347,7 +358,7 @@ class Run:
     def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
         """Write the state before `step`; forget all but the newest `keep`, and what a kill left half-written."""
         path = self.checkpoints / f"step_{step:08d}.pt"
-        with atomic_path(path) as beside:
+        with atomic_path(path) as beside, disk_errors(path):
             torch.save(state, beside)
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())

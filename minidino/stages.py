@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minidino.config import RunConfig, difference, override
@@ -31,10 +30,10 @@ from minidino.learning.distill import distilled, fingerprint, frozen_teacher, im
 from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
 from minidino.model.vit import VisionTransformer
-from minidino.model.weights import backbone_of, save_backbone
+from minidino.model.weights import backbone_of, save_backbone, write_state
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, alone_in, atomic_path, give_back_memory, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_atomically
 
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
@@ -396,8 +395,7 @@ def finish(learner: Learner) -> None:
         heads = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith("backbone.")}
         if "ibot_head" not in network.parts():  # tied
             heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}
-        with atomic_path(folder / "heads.safetensors") as beside:
-            save_file(heads, beside)
+        write_state(heads, folder / "heads.safetensors")
     wait()
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from minidino.config import RunConfig
+from minidino.images.archives import MARK
 from minidino.judge import is_run, random_backbone, trained_backbone
 from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of
@@ -168,7 +169,7 @@ class Cache:
     def whole(self, subject: Subject, name: str, size: int, images: Callable[[], Tensor]) -> Described:
         """Described pictures; `images` is asked only where nothing is stored. The name tells them from all others."""
         key = features.feature_key(subject.made_by, name, size, "whole")
-        return features.FeatureStore(self.folder).get(key, lambda: subject.whole(images()))
+        return self._get(key, lambda: subject.whole(images()))
 
     def maps(self, subject: Subject, name: str, images: UInt8[Tensor, "n channels H W"], reading: str) -> Tensor:
         """Maps of pictures; the name tells them from all others."""
@@ -176,8 +177,16 @@ class Cache:
             where = positions(images, subject.vit.patch_size)
             return torch.cat([self.maps(subject.base, name, images, reading), where], 1)
         key = features.feature_key(subject.made_by, name, images.shape[3], reading)
-        found = features.FeatureStore(self.folder).get(key, lambda: {"maps": subject.maps(images, reading)})
+        found = self._get(key, lambda: {"maps": subject.maps(images, reading)})
         return torch.from_numpy(np.array(found["maps"]))
+
+    def _get(self, key: str, compute: Callable[[], Described]) -> Described:
+        def marked() -> Described:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARK).touch()  # it may lie among pictures, and arrays are taken for some
+            return compute()
+
+        return features.FeatureStore(self.folder).get(key, marked)
 
 
 def fingerprint(images: Tensor) -> str:

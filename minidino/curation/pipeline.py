@@ -259,6 +259,7 @@ class Curation:
         named = str(self.pool) in dataset_names() and not Path(self.pool).exists()
         pool = str(self.pool if named else Path(self.pool).expanduser().resolve())
         note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
+        path.unlink(missing_ok=True)  # else a crash here leaves it to speak of this pool
         write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())
         write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
         return path

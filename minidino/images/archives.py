@@ -28,7 +28,7 @@ from minidino.runs import atomic_path, write_atomically
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 LARGEST_FILE = 1 << 29  # bytes; what is longer is no picture
 UNSEEKABLE = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how files packed with it begin
-MARK = ".minidino"  # an empty file that tells the folder of a curation, however far it has come
+MARK = ".minidino"  # an empty file that tells the folder of a curation, however far it has come, or of features
 OWN = (  # files that tell a folder of a run, a curation, stored pixels or a probe
     {"config.json", "environment.json"}, {MARK}, {"curation.json", "manifest.csv"}, {"pixels.u8"},
     {"results.json", "report.html"},

@@ -203,19 +203,15 @@ def load_pixels(
     key = _pixels_key(images, short_side, channels)
     if stored := _open_pixels(folder, key, images, channels):
         return stored
-    _remove_litter(folder / "pixels.u8")
+    for file in filter(writer_is_dead, folder.glob(".*.tmp")):  # what killed processes left half-written
+        file.unlink(missing_ok=True)
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
         kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
-    return _open_pixels(folder, key, images, channels)
-
-
-def _remove_litter(path: Path) -> None:
-    """Delete what killed processes left of this file half-written."""
-    for file in filter(writer_is_dead, path.parent.glob(f".{path.name}.*.tmp")):
-        file.unlink(missing_ok=True)
+    data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")  # another process may have removed the note again
+    return _laid_out(data, sizes, originals, images.select(kept), channels)
 
 
 def _fill(
@@ -295,7 +291,8 @@ def _open_pixels(folder: Path, key: str, images: ImageSet, channels: int) -> Pix
         record = json.loads((folder / "pixels.json").read_bytes())
         if record["key"] != key:
             return None
-        if len(read_quarantine(folder / "quarantine.csv")) != len(images) - len(record["kept"]):
+        bad = {row["file"] for row in read_quarantine(folder / "quarantine.csv")}
+        if bad != set(images.files).difference(images.files[i] for i in record["kept"]):  # a kill, before the new note
             return None
         data = np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r")
         return _laid_out(data, record["sizes"], record["originals"], images.select(record["kept"]), channels)

@@ -30,7 +30,7 @@ from minidino.model.layouts import (
 )
 from minidino.model.released import RELEASED, fetch
 from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
-from minidino.runs import atomic_path, write_atomically
+from minidino.runs import atomic_path, disk_errors, write_atomically
 
 Source = str | Path | Mapping
 FILES = (".safetensors", ".pth")
@@ -294,7 +294,7 @@ def export_weights(
     said = {key: getattr(vit, key) for key in ("heads", *STRETCH)}
     if layout == "huggingface":
         return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
-    _write(to_timm_layout(state) if layout == "timm" else state, path, {"build_vit": json.dumps(said)})
+    write_state(to_timm_layout(state) if layout == "timm" else state, path, {"build_vit": json.dumps(said)})
     return path
 
 
@@ -320,14 +320,20 @@ def _check_request(
     return grid
 
 
-def _write(state: State, path: Path, said: dict[str, str]) -> None:
-    """One file, whole or not at all; a .safetensors file also holds what is said of it: one text, since several would
-    stand in any order, and the same weights would give other bytes."""
-    with atomic_path(path) as beside:
+def write_state(state: State, path: Path, said: dict[str, str] | None = None) -> None:
+    """Tensors in one file, whole or not at all; .safetensors, which also holds what is said of it, or .pth.
+
+    Args:
+        said: one text by its name; several would stand in any order, and the same weights would give other bytes.
+    Raises:
+        OSError: it cannot be written, as on a full disk; names the file.
+    """
+    with atomic_path(path) as beside, disk_errors(path):
         if path.suffix == ".safetensors":
             save_file(state, beside, said)
         else:
-            torch.save(state, beside)
+            with open(beside, "wb") as file:  # a path would be named within
+                torch.save(state, file)
 
 
 def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | None) -> Path:
@@ -349,8 +355,11 @@ def _write_hugging_face(state: State, folder: Path, said: Mapping, crop: int | N
         "image_mean": [0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels,
         "image_std": [0.229, 0.224, 0.225] if channels == 3 else [0.25] * channels,
     }
-    _write(to_hugging_face_layout(state), folder / "model.safetensors", {"format": "pt"})
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+    weights = folder / "model.safetensors"
+    with atomic_path(weights) as beside, disk_errors(weights):
+        save_file(to_hugging_face_layout(state), beside, {"format": "pt"})
+        (folder / "config.json").unlink(missing_ok=True)  # else a crash here leaves it to speak of other weights
+    for name, content in (("preprocessor_config.json", processor), ("config.json", config)):
         write_atomically(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     return folder
 

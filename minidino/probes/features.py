@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.images.crops import luminance, normalise
-from minidino.runs import writer_is_dead
+from minidino.runs import named_errors, write_atomically, writer_is_dead
 
 # ---------------------------------------------------------------- frozen features
 
@@ -204,14 +204,28 @@ class FeatureStore:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         made = {"key": key, "made_from": json.loads(key), "arrays": {}}
-        for name, value in arrays.items():
-            value = np.asarray(value)
-            np.save(unfinished / f"{name}.npy", value)
-            size = (unfinished / f"{name}.npy").stat().st_size
-            made["arrays"][name] = {"shape": list(value.shape), "dtype": str(value.dtype), "bytes": size}
-        (unfinished / "made.json").write_text(json.dumps(made, indent=1))
-        shutil.rmtree(place, ignore_errors=True)
-        unfinished.rename(place)
+        try:
+            for name, value in arrays.items():
+                value = np.asarray(value)
+                size = _save(unfinished / f"{name}.npy", value)
+                made["arrays"][name] = {"shape": list(value.shape), "dtype": str(value.dtype), "bytes": size}
+            write_atomically(unfinished / "made.json", json.dumps(made, indent=1).encode())
+            with suppress(OSError):  # something is there: damaged, or of another process that has been faster
+                unfinished.rename(place)
+            if not self._valid(place, key):
+                shutil.rmtree(place, ignore_errors=True)
+                unfinished.rename(place)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _save(path: Path, value: np.ndarray) -> int:
+    """What np.save writes, and how many bytes that is; np.save does not say of a full disk that it is full."""
+    value = np.asarray(value, order="C")
+    with named_errors(path), open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(value))
+        file.write(value.data)
+        return file.tell()
 
 
 def _abandoned(unfinished: Path) -> bool:

@@ -1,0 +1,224 @@
+"""What a kill, a full disk or a second process at once leaves behind is never taken for the whole."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidino.curation.pipeline import Curation
+from minidino.cli import main
+from minidino.images import pixels as pixels_module
+from minidino.images.datasets import open_images
+from minidino.images.pixels import load_pixels
+from minidino.images.scenes import draw_scenes
+from minidino.model.vit import build_vit
+from minidino.model.weights import backbone_of, export_weights, save_backbone
+from minidino.pictures import funnel
+from minidino.probes import features
+
+
+class Killed(BaseException):
+    """Nothing after it runs, as after a kill."""
+
+
+def dying_at(patch, owner, name, file):
+    """Let a function of files be killed where its last path is called so."""
+    real = getattr(owner, name)
+
+    def until(*paths, **options):
+        if Path(paths[-1]).name == file:
+            raise Killed
+        return real(*paths, **options)
+
+    patch.setattr(owner, name, until)
+
+
+def tiny(heads=4):
+    return build_vit("vit_tiny", width=64, depth=1, heads=heads, patch_size=4, img_size=8)
+
+
+@contextmanager
+def full_disk(n_bytes):
+    """No file can be longer."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pool_of(folder, n=4, seed=0):
+    folder.mkdir()
+    for i, image in enumerate(draw_scenes(n, 24, seed).images):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def test_two_processes_decode_the_same_pictures_at_once(tmp_path, monkeypatch):
+    images, write = open_images(pool_of(tmp_path / "pool")), pixels_module.write_atomically
+
+    def meanwhile(path, data):
+        write(path, data)
+        if path.name == "pixels.json":  # the other one is about to put its pixels.u8 in place
+            path.unlink()
+
+    monkeypatch.setattr(pixels_module, "write_atomically", meanwhile)
+    found = load_pixels(images, 16, tmp_path / "pixels", progress=False)
+    assert found.fingerprint() == load_pixels(images, 16, progress=False).fingerprint()
+
+
+def test_a_quarantine_of_other_files_is_not_taken_for_that_of_these(tmp_path, monkeypatch):
+    pool, out, quiet = pool_of(tmp_path / "pool"), tmp_path / "out", {"progress": False, "say": lambda words: None}
+    (pool / "bad.jpg").write_bytes(b"no picture")
+    Curation(pool, out, 16, **quiet)
+    (pool / "bad.jpg").rename(tmp_path / "aside")
+    (pool / "worse.jpg").write_bytes(b"no picture either")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, Path, "unlink", "pixels.json")
+        Curation(pool, out, 16, **quiet)
+    (tmp_path / "aside").rename(pool / "bad.jpg")
+    (pool / "worse.jpg").unlink()
+    assert "bad.jpg,0,quarantined" in Curation(pool, out, 16, **quiet).write().read_text()
+
+
+# ---------------------------------------------------------------- curation
+
+
+def test_the_manifest_of_one_pool_never_stands_beside_the_note_of_another(tmp_path, monkeypatch):
+    out, quiet = tmp_path / "out", {"progress": False, "say": lambda words: None}
+    pools = [pool_of(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    Curation(pools[0], out, 16, **quiet).write()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, os, "replace", "manifest.csv")
+        Curation(pools[1], out, 16, **quiet).write()
+    assert str(pools[1]) in (out / "curation.json").read_text() and not (out / "manifest.csv").exists()
+
+
+def test_what_killed_curations_left_half_written_goes(tmp_path, capsys):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    pool, out = pool_of(tmp_path / "pool"), tmp_path / "out"
+    litter = [out / name for name in ("pixels/.pixels.json.tmp", "stages/.copies.npz.tmp", ".manifest.csv.tmp")]
+    litter = [path.with_suffix(f".{gone.pid}.tmp") for path in litter]
+    for path in litter:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert main(["curate", str(pool), "--out", str(out), "--copy-steps", "0"]) == 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_figure_on_a_full_disk_is_told_by_file_and_leaves_nothing(tmp_path):
+    with full_disk(2000), pytest.raises(OSError, match=r"\[Errno .*funnel\.png"):
+        funnel({"files": 3, "decoded": 2}, tmp_path / "funnel.png")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_two_processes_describe_the_same_pictures_at_once(tmp_path, monkeypatch):
+    store, key, rows = features.FeatureStore(tmp_path), features.feature_key("w", "d", 8), torch.arange(6.0).view(2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        first = store.get(key, lambda: {"cls": rows})  # the other process, from its start to its end ...
+    (made,) = tmp_path.glob("d-*/made.json")
+    begun = made.stat().st_ino
+    with monkeypatch.context() as patch:  # ... while this one, which found nothing, describes and then writes
+        patch.setattr(features.FeatureStore, "_valid", staticmethod(later(features.FeatureStore._valid)))
+        second = store.get(key, lambda: {"cls": rows})
+    assert np.array_equal(first["cls"], rows) and np.array_equal(second["cls"], rows)
+    assert made.stat().st_ino == begun and [path.name for path in tmp_path.iterdir()] == [made.parent.name]
+
+
+def later(valid):
+    """False the first time."""
+    calls = []
+    return lambda *of: bool(calls) and valid(*of) or calls.append(of) is not None
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0, 3), torch.tensor(2.0), torch.arange(12).view(3, 4).T, np.eye(3)[None]])
+def test_features_are_saved_as_numpy_saves_them(value, tmp_path):
+    np.save(tmp_path / "numpy.npy", np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value))
+    n_bytes = features._save(tmp_path / "ours.npy", np.asarray(value))
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert n_bytes == (tmp_path / "ours.npy").stat().st_size
+
+
+@pytest.mark.parametrize("n_bytes", [100, 5000, 9000])
+def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp_path):
+    store, arrays = features.FeatureStore(tmp_path), {"cls": torch.ones(1000), "mean_patch": torch.ones(2000)}
+    with full_disk(n_bytes):
+        if n_bytes < 9000:
+            with pytest.raises(OSError, match=r"\[Errno .*(cls|mean_patch)\.npy"):
+                store.get(features.feature_key("w", "d", 8), lambda: arrays)
+            assert not list(tmp_path.iterdir())
+        else:
+            assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
+
+
+def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
+    (tmp_path / "sets").mkdir()
+    with zipfile.ZipFile(tmp_path / "sets" / "set.zip", "w") as archive:
+        for i, path in enumerate(sorted(pool_of(tmp_path / "pool", 20).iterdir())):
+            archive.write(path, f"{'ab'[i % 2]}/{path.name}")
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    monkeypatch.chdir(tmp_path / "sets")
+    for out in ("first", "second"):
+        assert main(["probe", str(source), "--data", ".", "--size", "8", "--out", str(tmp_path / out)]) == 0
+    first, second = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("first", "second"))
+    assert first["answers"] == second["answers"] and len(open_images(".")) == 20
+
+
+# ---------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize("n_bytes", [100, 20_000, 200_000])
+@pytest.mark.parametrize("layout, name, file", [("hub", "w.pth", "w.pth"), ("timm", "w.safetensors", "w.safetensors"),
+                                                ("huggingface", "w", "model.safetensors")])  # fmt: skip
+def test_an_export_to_a_full_disk_is_a_line_that_names_the_file(layout, name, file, n_bytes, tmp_path, capsys):
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    out = tmp_path / "out" / name
+    with full_disk(n_bytes):
+        assert main(["export", str(source), "--layout", layout, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"\[Errno|could not be written", said) and file in said and said.count("\n") == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_the_weights_of_one_network_never_stand_beside_the_config_of_another(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    export_weights(tiny(heads=2), folder, "huggingface")
+    with full_disk(20_000), pytest.raises(OSError, match=r"model\.safetensors"):
+        export_weights(tiny(heads=4), folder, "huggingface")
+    assert backbone_of(folder).heads == 2  # the older export is whole
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying_at(patch, os, "replace", "config.json")
+        export_weights(tiny(heads=4), folder, "huggingface")
+    assert not (folder / "config.json").exists()
+    export_weights(tiny(heads=4), folder, "huggingface")
+    assert backbone_of(folder).heads == 4
+
+
+@pytest.mark.parametrize("n_bytes, file", [(40_000, "step_"), (4_000, "safetensors|step_")])
+def test_training_on_a_full_disk_ends_in_a_line_that_names_the_file(n_bytes, file, tmp_path, capsys):
+    tiny_run = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
+                "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",
+                "optim.batch_size=4", "run.steps=2", "run.device=cpu"]  # fmt: skip
+    with full_disk(n_bytes):
+        assert main(["train", "--out", str(tmp_path / "run"), *tiny_run]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("minidino train: ") and re.search(file, said) and not list(tmp_path.rglob("weights.safetensors"))
