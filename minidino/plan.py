@@ -237,7 +237,7 @@ def describe(plan: Plan, price: float | None = None) -> str:
     if limit.watts:
         kwh, carbon = energy(plan.device_hours, limit.watts)
         lines.append(f"energy       {kwh:,.4g} kWh: {limit.watts:g} W [{told}] x {PUE} for the building, {carbon:,.4g} kg CO2e at "
-                     f"{CARBON} kg a kWh  [assumptions of the paper, table 14]")  # fmt: skip
+                     f"{CARBON} kg a kWh  [assumptions of the paper]")  # fmt: skip
     if plan.config == preset(name) and (plan.device, plan.gpus) == WHERE.get(name) and name in KNOWN:
         lines.append(f"known        {KNOWN[name]}")
     if not plan.fits:

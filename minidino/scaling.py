@@ -18,7 +18,7 @@ import torch
 from minidino.model.layers import Groups
 
 N_GLOBAL = 2  # global crops of an image
-PUE, CARBON = 1.1, 0.385  # W of the building for each of its devices; kg CO2e a kWh: assumptions of the paper, table 14
+PUE, CARBON = 1.1, 0.385  # W of the building for each of its devices; kg CO2e a kWh: assumptions of the paper
 UTILISATION = 0.3  # assumption: share of the peak rate; see docs/measured.md, Plan, for the two published runs behind it
 
 
@@ -258,7 +258,7 @@ def energy(device_hours: float, watts: float) -> tuple[float, float]:
         watts: of one device, running at its largest power all the time.
     Returns:
         kWh, and kg CO2 equivalent at the average of the United States.
-    Source: DINOv2 paper, section 9 and table 14, after Touvron et al. 2023 (LLaMA).
+    Source: DINOv2 paper, on its carbon footprint; official MODEL_CARD.md (81b2b64), whose hours give its 7 t so.
     """
     kwh = device_hours * watts * PUE / 1000
     return kwh, kwh * CARBON
