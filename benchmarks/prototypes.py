@@ -4,7 +4,8 @@
     python benchmarks/prototypes.py run --check               first hold the kernels to float64 on this GPU
     python benchmarks/prototypes.py draw                      the table of the stored result
 
-Without a GPU, or with some of the shapes, nothing is stored. A step is targets of the teacher, loss, and both gradients, as training does it.
+Without a GPU, or with some of the shapes, nothing is stored. A step is targets of the teacher, loss, and both gradients,
+as training does it.
 Ceilings are measured in the same call: a large bf16 product and a large copy. The result
 goes to data/results/prototypes.json with machine, versions, commit.
 """

@@ -327,7 +327,7 @@ def _photographs_table(stored: dict[str, dict[str, Any]]) -> str:
     columns = ["minutes of training", "steps", "crops, px", "k = 20", "best of six", "whole images, px", "k = 20",
                "best of six", "MiB at most", "commit"]  # fmt: skip
     lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    made_on = set()
+    machines = set()
     for (name, one), run in zip(stored.items(), runs, strict=True):
         training, seen = run["training"], run["knn_readings"]
         config = one.get("config") or flatten(preset(training["preset"]))
@@ -338,10 +338,10 @@ def _photographs_table(stored: dict[str, dict[str, Any]]) -> str:
                      f"| {size} | {cells(seen.get(whole, {}))} | {run['peak_memory_mb']:,.0f} "
                      f"| {run['environment']['commit']} |")  # fmt: skip
         e = run["environment"]
-        made_on.add(f"{e['machine']}; {training['precision']}, torch {e['versions']['torch']}, {e['date'][:10]}")
+        machines.add(f"{e['machine']}; {training['precision']}, torch {e['versions']['torch']}, {e['date'][:10]}")
     lines += ["", f"One run and one seed each, batches of {runs[0]['training']['batch_size']}; {runs[0]['n_train']:,} "
               f"training and {runs[0]['n_test']:,} held-out images, of which a share has a standard error of at most "
-              f"0.008. {'; '.join(sorted(made_on))}."]  # fmt: skip
+              f"0.008. {'; '.join(sorted(machines))}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -380,14 +380,14 @@ def _study_table(stored: dict[str, Any], what: str) -> str:
 
 
 def put(written: dict[str, str]) -> None:
-    """Put tables between their marks, in the README or in docs/measured.md."""
-    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md"):
-        text = path.read_text()
-        for name, table in written.items():
-            first, last = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-            if first in text:
-                before, rest = text.split(first)
-                text = f"{before}{first}{table}{last}{rest.split(last)[1]}"
+    """Put tables between their marks, in the README or in docs/measured.md. Raises ValueError where there are none."""
+    pages = {path: path.read_text() for path in (ROOT / "README.md", DOCS / "measured.md")}
+    for name, table in written.items():
+        first, last = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        (path,) = [path for path, text in pages.items() if first in text]
+        before, rest = pages[path].split(first)
+        pages[path] = f"{before}{first}{table}{last}{rest.split(last)[1]}"
+    for path, text in pages.items():
         write_atomically(path, text.encode())
 
 

@@ -57,9 +57,9 @@ class Chain(Stage, name="chain"):
             raise ValueError("students, tasks: expected at least one of each, such as vit_tiny and knn")
         if set(self.baselines) - {"random", "pixels"}:
             raise ValueError(f"baselines: expected random or pixels, got {', '.join(self.baselines)}")
-        if len(set(self.students)) < len(self.students):
-            raise ValueError(f"students: expected different ones, got {', '.join(self.students)}")
         configs = self.configs()  # says what is impossible before anything has begun
+        if len({config.vit for config in configs[2:]}) < len(self.students):
+            raise ValueError(f"students: expected different ones, got {', '.join(self.students)}")
         patch = configs[0].vit.patch_size
         good = self.size is None or self.size % patch == 0
         require(good, "chain.size", f"a multiple of vit.patch_size {patch} px", f"{self.size} px")

@@ -177,6 +177,17 @@ def writer_is_dead(unfinished: Path) -> bool:
     return False
 
 
+def remove_litter(folder: Path) -> None:
+    """Delete what killed processes have left half-written in a folder."""
+    for file in filter(writer_is_dead, folder.glob(".*.tmp")):
+        file.unlink(missing_ok=True)
+
+
+def home_cache() -> Path:
+    """Where downloads and indices are kept for all runs: $XDG_CACHE_HOME/minidino, or else ~/.cache/minidino."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minidino"
+
+
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Let errors of reading and writing name this file where they name none: a full disk does not say which."""
@@ -219,8 +230,7 @@ def alone_in(*folders: Path) -> Iterator[None]:
                 raise BlockingIOError(f"another process is at work in {folder}: wait, or stop it first") from None
             except (ImportError, OSError):
                 pass
-            for file in filter(writer_is_dead, folder.glob(".*.tmp")):
-                file.unlink(missing_ok=True)
+            remove_litter(folder)
         yield
 
 

@@ -18,7 +18,7 @@ import torch
 from minidino.model.layers import Groups
 
 N_GLOBAL = 2  # global crops of an image
-PUE, CARBON = 1.1, 0.385  # W of the building for each of its devices; kg CO2e a kWh: assumptions of the paper
+PUE, CARBON = 1.1, 0.385  # power of the building over that of its devices; kg CO2e a kWh: assumptions of the paper
 UTILISATION = 0.3  # assumption: share of the peak rate; see docs/measured.md, Plan, for the two published runs behind it
 
 

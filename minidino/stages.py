@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, tee
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +338,7 @@ def distill(
     else:
         plans = [imitating(imitate, source, student, steps, changes) for student in students]
     plans = [override(plan, list(changes)) for plan in plans]
-    if any(one.vit == other.vit for one, other in combinations(plans, 2)):
+    if len({plan.vit for plan in plans}) < len(plans):
         raise ValueError(f"expected students of different sizes, got {', '.join(students)}")
     folders = student_folders(folder, students)
     frozen = frozen_teacher(plans[0], pick_device(plans[0].run.device))

@@ -121,6 +121,7 @@ def test_another_chain_does_not_go_on_in_the_folder(whole):
         ({"tasks": ["knn", "guess"]}, "tasks: expected some of knn, .*, got guess"),
         ({"distill_changes": ["vit.dept=3"]}, "keys are vit.name"),
         ({"students": [SMALL, SMALL]}, "students: expected different ones"),
+        ({"students": [SMALL, "vit_tiny,heads=2,depth=2,width=8"]}, "students: expected different ones"),
         ({"size": 50}, "chain.size: expected a multiple of vit.patch_size 8 px, got 50 px"),
         ({"tasks": ["knn", "dpt"]}, "tasks: expected networks of 4 blocks or more for dpt, got 1"),
         ({"tasks": ["retrieval"]}, "tasks: expected pictures in groups for retrieval"),

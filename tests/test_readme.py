@@ -41,6 +41,12 @@ def test_the_tables_are_those_of_the_stored_results(name, monkeypatch):
         assert stored in README + MEASURED, f"{mark}: run python benchmarks/{name}.py draw"
 
 
+def test_a_table_that_has_no_place_is_told(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with pytest.raises(ValueError):
+        importlib.import_module("recipe").put({"nowhere": ""})
+
+
 def parts():
     """{anchor: text} of docs/measured.md, by its headings."""
     titles_and_texts = re.split(r"^## (.+)\n", MEASURED, flags=re.MULTILINE)[1:]

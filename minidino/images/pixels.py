@@ -23,7 +23,7 @@ from torch import Tensor
 from minidino.engine import LOCAL, Engine
 from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, read_quarantine, write_quarantine
 from minidino.images.decode import BadImage, shrink, square
-from minidino.runs import atomic_path, write_atomically, writer_is_dead
+from minidino.runs import atomic_path, remove_litter, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +203,7 @@ def load_pixels(
     key = _pixels_key(images, short_side, channels)
     if stored := _open_pixels(folder, key, images, channels):
         return stored
-    for file in filter(writer_is_dead, folder.glob(".*.tmp")):  # what killed processes left half-written
-        file.unlink(missing_ok=True)
+    remove_litter(folder)
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
         kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8

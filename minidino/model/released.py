@@ -1,7 +1,6 @@
 """The eight official backbones by name: their sizes, where they lie, and a copy at home, checked at every use."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -9,7 +8,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from minidino.runs import atomic_path, write_atomically
+from minidino.runs import atomic_path, home_cache, write_atomically
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 TIMEOUT_S = 30  # without a byte
@@ -50,8 +49,7 @@ def fetch(name: str, cache: str | Path | None = None, base_url: str = BASE_URL) 
         raise ValueError(f"no released weights {name!r}: expected one of {', '.join(RELEASED)}")
     stem = name.removesuffix("_reg")
     file = f"{stem}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-    own = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(f"{own}/minidino/weights" if cache is None else cache).expanduser()
+    folder = home_cache() / "weights" if cache is None else Path(cache).expanduser()
     if not (folder / file).exists():
         _download(f"{base_url}/{stem}/{file}", folder / file)
     _check(folder / file)
