@@ -85,7 +85,8 @@ def _run_one(browser: Any, address: str, path: Path, out: Path) -> list[str]:
     while time.monotonic() < end and any(cell["execution_count"] is None for cell in _code(book)):
         time.sleep(2)
         page.keyboard.press("Control+s")
-        book = json.loads(path.read_text())
+        with contextlib.suppress(json.JSONDecodeError):  # half of it is written: look again
+            book = json.loads(path.read_text())
     page.screenshot(path=str(out / f"{path.stem}.png"))
     page.close()
     return [fault for cell in _code(book) for fault in faults(cell)]
