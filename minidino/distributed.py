@@ -157,7 +157,8 @@ class Door(nn.Module):
 def replicate(door: Door) -> nn.Module:
     """Each process has the whole network; gradients are averaged after each backward pass (DDP)."""
     devices = [torch.cuda.current_device()] if next(door.parameters()).is_cuda else None
-    # without iBOT, or with the backbone held still, some parameters see no gradient
+    # without iBOT, or with the backbone held still, some parameters see no gradient; where all do, DDP would say so
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     return DistributedDataParallel(door, devices, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 

@@ -367,7 +367,7 @@ def _expect_room(folder: Path, source: str | Path) -> None:
         said = json.loads(path.read_text())["source"] if path.exists() else str(source)
     except (ValueError, KeyError, TypeError):
         said = "something else"
-    if Path(said) != Path(source):
+    if Path(said).resolve() != Path(source).resolve():
         raise FileExistsError(f"{path} tells of {said}: choose another folder with --out, or remove this one")
 
 
