@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         options.changes += later
     try:
         with _together(options.stage), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what we use; not for whoever uses us
+            for kind in (DeprecationWarning, FutureWarning):  # of what we use; not for whoever uses us
+                warnings.simplefilter("ignore", kind)
             warnings.showwarning = lambda message, *_: print(f"minidino {options.stage}: {message}", file=sys.stderr)
             return options.run(options) or 0
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:

@@ -260,7 +260,7 @@ def baselines_bar(
     ax.barh(places, np.multiply(means, 100), xerr=np.multiply(sds, 100), color=colors, capsize=3)
     for place, mean, sd in zip(places, means, sds, strict=True):
         ax.annotate(f"{mean:.1%}", (100 * (mean + sd), place), (6, 0), textcoords="offset points", va="center")
-    ax.set(yticks=places, yticklabels=names, xlabel=f"{metric} (%)", xlim=(0, 110 * max(np.add(means, sds))))
+    ax.set(yticks=places, yticklabels=names, xlabel=f"{metric} (%)", xlim=(0, max(110 * max(np.add(means, sds)), 1)))
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
     save(figure, path)

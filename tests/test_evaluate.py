@@ -173,22 +173,22 @@ def test_retrieval_searches_among_all_others(run, things, tmp_path):
 
 
 def test_retrieval_by_a_ground_truth_file_cuts_queries_out_or_not(run, things, tmp_path):
-    gnd = [{"easy": [1], "hard": [2], "junk": [0], "bbx": [0, 0, 24, 24]}, {"easy": [3], "hard": [4], "junk": [2]}]
-    truth = tmp_path / "gnd.json"
-    truth.write_text(json.dumps({"gnd": gnd, "imlist": [str(i) for i in range(8)], "qimlist": ["0", "2"]}))
+    gnd = [{"easy": [(i + 1) % 8], "hard": [(i + 2) % 8], "junk": [i], "bbx": [0, 0, 24, 24]} for i in range(6)]
+    truth, names = tmp_path / "gnd.json", [str(i) for i in range(8)]
+    truth.write_text(json.dumps({"gnd": gnd, "imlist": names, "qimlist": names[:6]}))
     found = evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
     answer = found["answers"]["trained"]
     assert len(answer) == 7 and answer["map"] == answer["medium, cropped queries"]
     assert answer["medium, cropped queries"] != answer["medium, whole queries"]
     easy = [{"easy": [1]}, {"easy": [3]}]
-    truth.write_text(json.dumps({"gnd": easy, "imlist": [str(i) for i in range(8)], "qimlist": ["0", "2"]}))
+    truth.write_text(json.dumps({"gnd": easy, "imlist": names, "qimlist": ["0", "2"]}))
     found = evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
     answer = found["answers"]["trained"]
     assert set(answer) == {"map", *(f"{p}, {q} queries" for p in ("easy", "medium") for q in ("cropped", "whole"))}
     truth.write_text(json.dumps({"gnd": [{"easy": []}] * 2, "imlist": ["0"], "qimlist": ["0", "2"]}))
     with pytest.raises(ValueError, match="no query has a positive by protocol 'medium'"):
         evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
-    truth.write_text(json.dumps({"gnd": gnd, "imlist": ["absent"] * 8, "qimlist": ["0", "2"]}))
+    truth.write_text(json.dumps({"gnd": gnd, "imlist": ["absent"] * 8, "qimlist": names[:6]}))
     with pytest.raises(ValueError, match="lacks 8 pictures of .* such as absent"):
         evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
 
