@@ -296,7 +296,7 @@ MISTAKES["10c"] = (
 # --------------------------------------------------------------------------------------------- 11: distillation
 
 TRUTH["11a"], MISTAKES["11a"] = TRUTH["0a"], MISTAKES["0a"]
-TRUTH["11b"] = lambda average, student, momentum: average + (1 - momentum) * (student - average)
+TRUTH["11b"] = lambda average, student, momentum: average.lerp_(student, 1 - momentum)
 MISTAKES["11b"] = (
     lambda average, student, momentum: momentum * student + (1 - momentum) * average,  # swapped
     lambda average, student, momentum: momentum * average + student,  # weights sum to more than 1
