@@ -83,7 +83,7 @@ MISTAKES["2a"] = (
     lambda side, patch, heads: heads * (side // patch) ** 4,  # the class token is forgotten
     lambda side, patch, heads: heads * ((side // patch) ** 2 + 1),  # tokens, not pairs of tokens
 )
-TRUTH["2b"] = lambda *numbers: merge(numbers[:3], numbers[3:], math.exp)
+TRUTH["2b"] = lambda *numbers: merge(numbers[:3], numbers[3:], torch.exp)
 MISTAKES["2b"] = (
     lambda *numbers: merge(numbers[:3], numbers[3:], lambda above: 1),  # sums of different maxima are added
     lambda *numbers: merge(numbers[:3], numbers[3:], lambda above: math.exp(-above)),  # grows where it has to shrink
