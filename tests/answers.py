@@ -109,6 +109,10 @@ def gaps_over(bound, degrees):
     return sum(after - before > bound for before, after in zip(degrees, degrees[1:], strict=False))
 
 
+def n_links(degrees):
+    return sum(math.cos(math.radians(b - a)) > 0.6 for i, a in enumerate(degrees) for b in degrees[i + 1 :])
+
+
 def first_of_each(labels, *other_keys):
     order = np.lexsort((*other_keys, labels))  # the last key counts most
     return order[np.unique(labels[order], return_index=True)[1]]
@@ -121,7 +125,7 @@ def first_k(good):
 TRUTH["3a"] = lambda degrees: 1 + gaps_over(math.degrees(math.acos(0.6)), degrees)
 MISTAKES["3a"] = (
     components_around_their_first,  # links do not chain
-    lambda degrees: 1 + gaps_over(60, degrees),  # cos 60 degrees is 0.5
+    lambda degrees: len(degrees) - n_links(degrees),  # a link within a component joins nothing new
 )
 TRUTH["3b"] = lambda labels, quality: first_of_each(labels, -quality[:, 1], -quality[:, 0])
 MISTAKES["3b"] = (
