@@ -34,8 +34,9 @@ MISTAKES["0c"] = (
 # ------------------------------------------------------------------------------------- 01: images become tokens
 
 
-def cut(image, patch, down, across):
-    tops, lefts = range(0, image.shape[1] - patch + 1, down), range(0, image.shape[2] - patch + 1, across)
+def cut(image, patch, begins):
+    """`begins`: where patches begin along a side, by how many px may stand before the last one."""
+    tops, lefts = (begins(side - patch) for side in image.shape[1:])
     return torch.stack([image[:, y : y + patch, x : x + patch].flatten() for y in tops for x in lefts])
 
 
@@ -54,11 +55,12 @@ MISTAKES["1b"] = (
     lambda x, w12, w3: swiglu(x, w12, w3, "u"),  # the halves are swapped
     lambda x, w12, w3: swiglu(x, w12, w3, "gu"),  # the signal goes through silu, too
 )
-TRUTH["1c"] = lambda image, patch, stride: cut(image, patch, stride, stride)
+TRUTH["1c"] = lambda image, patch, stride: cut(image, patch, lambda room: range(0, room + 1, stride))
 MISTAKES["1c"] = (
     # the last patches stick out, and are filled up with zeros
-    lambda image, patch, stride: cut(F.pad(image, (0, patch - 1, 0, patch - 1)), patch, stride, stride),
-    lambda image, patch, stride: cut(image, patch, stride, patch),  # one of two loops is changed
+    lambda image, patch, stride: TRUTH["1c"](F.pad(image, (0, patch - 1, 0, patch - 1)), patch, stride),
+    # the last patch always begins at H - P, whatever the stride leaves over
+    lambda image, patch, stride: cut(image, patch, lambda room: torch.linspace(0, room, room // stride + 1).int()),
 )
 
 # ------------------------------------------------------------------------------------------------ 02: attention
