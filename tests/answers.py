@@ -34,8 +34,9 @@ MISTAKES["0c"] = (
 # ------------------------------------------------------------------------------------- 01: images become tokens
 
 
-def cut(image, patch, down, across):
-    tops, lefts = range(0, image.shape[1] - patch + 1, down), range(0, image.shape[2] - patch + 1, across)
+def cut(image, patch, begins):
+    """`begins`: where patches begin along a side, by how many px may stand before the last one."""
+    tops, lefts = (begins(side - patch) for side in image.shape[1:])
     return torch.stack([image[:, y : y + patch, x : x + patch].flatten() for y in tops for x in lefts])
 
 
@@ -54,11 +55,12 @@ MISTAKES["1b"] = (
     lambda x, w12, w3: swiglu(x, w12, w3, "u"),  # the halves are swapped
     lambda x, w12, w3: swiglu(x, w12, w3, "gu"),  # the signal goes through silu, too
 )
-TRUTH["1c"] = lambda image, patch, stride: cut(image, patch, stride, stride)
+TRUTH["1c"] = lambda image, patch, stride: cut(image, patch, lambda room: range(0, room + 1, stride))
 MISTAKES["1c"] = (
     # the last patches stick out, and are filled up with zeros
-    lambda image, patch, stride: cut(F.pad(image, (0, patch - 1, 0, patch - 1)), patch, stride, stride),
-    lambda image, patch, stride: cut(image, patch, stride, patch),  # one of two loops is changed
+    lambda image, patch, stride: TRUTH["1c"](F.pad(image, (0, patch - 1, 0, patch - 1)), patch, stride),
+    # the last patch always begins at H - P, whatever the stride leaves over
+    lambda image, patch, stride: cut(image, patch, lambda room: torch.linspace(0, room, room // stride + 1).int()),
 )
 
 # ------------------------------------------------------------------------------------------------ 02: attention
@@ -83,7 +85,7 @@ MISTAKES["2a"] = (
     lambda side, patch, heads: heads * (side // patch) ** 4,  # the class token is forgotten
     lambda side, patch, heads: heads * ((side // patch) ** 2 + 1),  # tokens, not pairs of tokens
 )
-TRUTH["2b"] = lambda *numbers: merge(numbers[:3], numbers[3:], math.exp)
+TRUTH["2b"] = lambda *numbers: merge(numbers[:3], numbers[3:], torch.exp)
 MISTAKES["2b"] = (
     lambda *numbers: merge(numbers[:3], numbers[3:], lambda above: 1),  # sums of different maxima are added
     lambda *numbers: merge(numbers[:3], numbers[3:], lambda above: math.exp(-above)),  # grows where it has to shrink
@@ -109,6 +111,10 @@ def gaps_over(bound, degrees):
     return sum(after - before > bound for before, after in zip(degrees, degrees[1:], strict=False))
 
 
+def n_links(degrees):
+    return sum(math.cos(math.radians(b - a)) > 0.6 for i, a in enumerate(degrees) for b in degrees[i + 1 :])
+
+
 def first_of_each(labels, *other_keys):
     order = np.lexsort((*other_keys, labels))  # the last key counts most
     return order[np.unique(labels[order], return_index=True)[1]]
@@ -121,7 +127,7 @@ def first_k(good):
 TRUTH["3a"] = lambda degrees: 1 + gaps_over(math.degrees(math.acos(0.6)), degrees)
 MISTAKES["3a"] = (
     components_around_their_first,  # links do not chain
-    lambda degrees: 1 + gaps_over(60, degrees),  # cos 60 degrees is 0.5
+    lambda degrees: len(degrees) - n_links(degrees),  # a link within a component joins nothing new
 )
 TRUTH["3b"] = lambda labels, quality: first_of_each(labels, -quality[:, 1], -quality[:, 0])
 MISTAKES["3b"] = (
@@ -296,7 +302,7 @@ MISTAKES["10c"] = (
 # --------------------------------------------------------------------------------------------- 11: distillation
 
 TRUTH["11a"], MISTAKES["11a"] = TRUTH["0a"], MISTAKES["0a"]
-TRUTH["11b"] = lambda average, student, momentum: average + (1 - momentum) * (student - average)
+TRUTH["11b"] = lambda average, student, momentum: average.lerp_(student, 1 - momentum)
 MISTAKES["11b"] = (
     lambda average, student, momentum: momentum * student + (1 - momentum) * average,  # swapped
     lambda average, student, momentum: momentum * average + student,  # weights sum to more than 1

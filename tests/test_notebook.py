@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,17 @@ def test_the_code_of_a_notebook_is_python_that_installs_nothing():
     assert len(code) == sum(cell["cell_type"] == "code" for cell in book["cells"]) and code[1] == "x = 1"
     exec(compile(code[0], "header", "exec"), space := {})
     assert space["minidino"].__name__ == "minidino"
+
+
+@pytest.mark.parametrize("name, cells", [("02_attention", (1, 12)), ("12_kernels", (1, 2, 3))])
+def test_without_triton_a_notebook_says_so(name, cells, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the notebooks set it, and here it is taken back
+    monkeypatch.setitem(sys.modules, "triton", None)
+    code, space = code_of((NOTEBOOKS[0].parent / f"{name}.ipynb").read_text()), {}
+    for cell in cells:
+        exec(code[cell], space)
+    assert "no Triton here" in capsys.readouterr().out
 
 
 def test_without_widgets_the_middle_is_drawn(monkeypatch, capsys):
