@@ -313,7 +313,7 @@ def severity_curves(found: Mapping[str, Mapping[str, Sequence[float]]], path: st
     names = list(next(iter(found.values())))
     columns = min(5, len(names))
     best = max(means, key=means.get)
-    title = f"Under corruption {best} keeps {means[best]:.1%} on average"
+    title = f"Under corruption {best} reaches {means[best]:.1%} on average"
     rows = math.ceil(len(names) / columns)
     top = 1.05 * max(max(values) for kinds in found.values() for values in kinds.values())
     figure, axes = figure_of(rows, columns, 1.7 * rows + 1.2, title)

@@ -33,7 +33,7 @@ def sinkhorn_knopp(
     Args:
         logits: one row for each token of this process; B may be 0, also in only some of the processes.
         teacher_temp: 0.04 to 0.07 in the published recipes.
-        n_iterations: passes over columns and rows, at least 1.
+        n_iterations: passes over columns and rows; 0 leaves the exponentials as they are, which is no distribution.
         all_reduce: called once with "max" and n_iterations times with "sum", by every process.
     Returns:
         Probabilities, float32, without gradient. Rows sum to 1; columns to about (rows of all processes) / K.
