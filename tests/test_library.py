@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,3 +30,11 @@ def test_losses_refuse_shapes_that_would_broadcast():
     for teacher, weight in ((probs[0], weights[:, None]), (probs[0], weights[:1]), (probs[0, :1], weights)):
         with pytest.raises(ValueError, match=r"weights \(M,\), got"):
             losses.ibot_loss(logits[0], teacher, weight, 2)
+
+
+@pytest.mark.parametrize("n", [np.int64(2), np.array([2, 1]), torch.tensor(2), [torch.tensor(1), 2]])
+def test_blocks_are_numbers_of_any_kind(n):
+    vit = plain("model/vit").build_vit("vit_tiny", patch_size=4, img_size=16, width=24, depth=3, heads=3)
+    images = torch.randn(2, 3, 8, 16)
+    found = vit.get_intermediate_layers(images, n)
+    assert len(found) == 2 and all(map(torch.equal, found, vit.get_intermediate_layers(images, 2)))
