@@ -1,12 +1,26 @@
 """What the functions say to whoever imports them, without the checks of shapes that other tests run under."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+
+from minidino.images.pixels import Pixels
+from minidino.model.vit import build_vit
+from minidino.probes.depth import linear_depth
+from minidino.probes.dpt import dpt_depth
+from minidino.probes.finetune import finetune
+from minidino.probes.grid import linear_grid
+from minidino.probes.knn import neighbours
+from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
+from minidino.probes.retrieval import similarity
+from minidino.probes.segmentation import linear_segmentation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,3 +52,60 @@ def test_blocks_are_numbers_of_any_kind(n):
     images = torch.randn(2, 3, 8, 16)
     found = vit.get_intermediate_layers(images, n)
     assert len(found) == 2 and all(map(torch.equal, found, vit.get_intermediate_layers(images, 2)))
+
+
+# ---------------------------------------------------------------- the caller's own settings
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.float64
+        torch.set_default_dtype(torch.float32)
+
+
+def judged_by(probe: Callable) -> str:
+    """What a probe says of features without sense, in every digit."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 12)).astype(np.float32), np.arange(40) % 3
+    maps, labels = x[:32].reshape(4, 12, 2, 4), np.arange(4 * 8 * 16).reshape(4, 8, 16) % 3
+    patches, depth = maps.reshape(4, 12, 8).transpose(0, 2, 1), labels[:, 0, :8] + 1.0
+    blocks = np.concatenate([maps, maps], 1)[:, :24]
+    tokens = {"cls_blocks": x.reshape(40, 2, 6), "mean_patch": x[:, 6:]}
+    small = dict(steps=4, batch_size=4)
+    pictures = Pixels.from_array(rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8), np.arange(9) % 3, "abc")
+    calls = {
+        neighbours: lambda: [found.tolist() for found in neighbours(x, x[:5], 3)],
+        similarity: lambda: similarity(x[:2], x).tolist(),
+        linear_probe: lambda: linear_probe(x, y, x, y, epochs=2, batch_size=8),
+        linear_grid: lambda: linear_grid(tokens, y, tokens, y, blocks=(1, 2), epochs=2, batch_size=8),
+        patch_probe: lambda: patch_probe(patches, labels[:, 0, :8], patches, labels[:, 0, :8], 3),
+        patch_depth_probe: lambda: patch_depth_probe(patches, depth, patches, depth),
+        linear_segmentation: lambda: linear_segmentation(maps, labels, maps, labels, 3, **small)["iou"],
+        linear_depth: lambda: linear_depth(maps, labels + 1.0, maps, labels + 1.0, **small)["rmse"],
+        dpt_depth: lambda: dpt_depth(blocks, labels + 1.0, blocks, labels + 1.0, channels=8, **small)["rmse"],
+        finetune: lambda: [p.tolist() for p in tuned(pictures).parameters()],
+    }
+    return repr(calls[probe]())
+
+
+VIT = build_vit("vit_tiny", patch_size=4, img_size=8, width=24, depth=1, heads=3)
+
+
+def tuned(pictures: Pixels) -> torch.nn.Module:
+    return finetune(VIT, pictures, pictures, 8, steps=4, batch_size=4, progress=False)["classifier"]
+
+
+PROBES = [neighbours, similarity, linear_probe, linear_grid, patch_probe, patch_depth_probe, linear_segmentation,
+          linear_depth, dpt_depth, finetune]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, double, partial(torch.autocast, "cpu")])
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)
+def test_probes_say_the_same_in_every_mode(probe, mode):
+    expected = judged_by(probe)
+    with mode():
+        assert judged_by(probe) == expected

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
-from minidino.probes.features import frozen
+from minidino.probes.features import frozen, in_float32
 from minidino.probes.knn import as_tensor
 from minidino.probes.segmentation import batches
 
@@ -248,6 +248,7 @@ def predict_depth(
             yield upsample(found[:, None], size, patch_size, part.shape[2:])[:, 0].cpu()
 
 
+@in_float32
 def linear_depth(
     train_maps: Rows,
     train_depth: Rows,
@@ -284,6 +285,7 @@ def linear_depth(
     return fit_depth(make, *data, min_depth, max_depth, LARGEST_LR, pixels=pixels, **options)
 
 
+@in_float32
 def fit_depth(
     make: Callable[[int, torch.Generator], nn.Module],
     train_maps: Rows,

@@ -7,7 +7,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,28 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for part, flag in flags:
             part.training = flag
+
+
+def in_float32(probe: Callable) -> Callable:
+    """Let a probe compute as it is written, under the caller's autocast, inference mode and default dtype, too.
+
+    Autocast would round features, and hold on to copies of weights that have moved since.
+    """
+
+    @wraps(probe)
+    def alone(*args, **options):
+        dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if dtype != torch.float32:
+                torch.set_default_dtype(torch.float32)
+                stack.callback(torch.set_default_dtype, dtype)
+            return probe(*args, **options)
+
+    return alone
 
 
 def extract(

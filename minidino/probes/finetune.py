@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minidino.images.pixels import Pixels
 from minidino.learning.optim import cosine_schedule, parameter_groups
 from minidino.model.vit import VisionTransformer
-from minidino.probes.features import extract
+from minidino.probes.features import extract, in_float32
 from minidino.probes.grid import labelled_crops
 
 LR_TIMES_WIDTH = 0.2
@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images))
 
 
+@in_float32
 def finetune(
     vit: VisionTransformer,
     train: Pixels,

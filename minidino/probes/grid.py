@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
-from minidino.probes.features import look
+from minidino.probes.features import in_float32, look
 from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
@@ -25,6 +25,7 @@ from minidino.probes.linear import (
 )
 
 
+@in_float32
 def linear_grid(
     train: dict[str, Rows],
     train_y: Rows,

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minidino.probes.features import in_float32
+
 Rows = Tensor | np.ndarray
 PAIRS_AT_A_TIME = 2**26  # similarities held at once: 256 MiB of float32
 
 
+@in_float32
 def neighbours(train_x: Rows, test_x: Rows, k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Find the k most similar rows of the bank for each query, exactly.
 

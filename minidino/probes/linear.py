@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
+from minidino.probes.features import in_float32
 from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
@@ -21,6 +22,7 @@ CHUNK = 4096  # rows judged at a time
 # ---------------------------------------------------------------- the class of an image
 
 
+@in_float32
 def linear_probe(
     train_x: Rows,
     train_y: Rows,
@@ -158,6 +160,7 @@ def head_accuracies(
 # ---------------------------------------------------------------- the class of a patch
 
 
+@in_float32
 def patch_probe(
     train_patches: Rows,
     train_masks: Rows,
@@ -215,6 +218,7 @@ def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes:
 # ---------------------------------------------------------------- the distance of a patch
 
 
+@in_float32
 def patch_depth_probe(
     train_patches: Rows, train_depth: Rows, test_patches: Rows, test_depth: Rows, ridge: float = 10.0
 ) -> dict:

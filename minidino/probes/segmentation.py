@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from minidino.probes.dense import at_pixels, checked, feature_maps, upsample
-from minidino.probes.features import frozen
+from minidino.probes.features import frozen, in_float32
 from minidino.probes.knn import class_numbers
 
 Rows = Tensor | np.ndarray
@@ -107,6 +107,7 @@ class LinearHead(nn.Module):
         return self.conv_seg(self.bn(maps))
 
 
+@in_float32
 def train_head(
     maps: Rows,
     masks: Rows,
@@ -183,6 +184,7 @@ def predict(
             yield upsample(head(part.to(device).float()), size, patch_size).argmax(1).cpu()
 
 
+@in_float32
 def linear_segmentation(
     train_maps: Rows,
     train_masks: Rows,
