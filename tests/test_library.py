@@ -17,7 +17,7 @@ from minidino.probes.depth import linear_depth
 from minidino.probes.dpt import dpt_depth
 from minidino.probes.finetune import finetune
 from minidino.probes.grid import linear_grid
-from minidino.probes.knn import neighbours
+from minidino.probes.knn import knn_accuracy, knn_predict, neighbours
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
 from minidino.probes.retrieval import similarity
 from minidino.probes.segmentation import linear_segmentation
@@ -109,3 +109,26 @@ def test_probes_say_the_same_in_every_mode(probe, mode):
     expected = judged_by(probe)
     with mode():
         assert judged_by(probe) == expected
+
+
+# ---------------------------------------------------------------- requests that make no sense
+
+
+def test_probes_refuse_to_learn_nothing_and_to_ask_nobody():
+    x, y = torch.randn(40, 12), torch.arange(40) % 3
+    tokens = {"cls_blocks": x.view(40, 2, 6), "mean_patch": x[:, 6:]}
+    for ks in ((0, 5), (-1, 5), ()):  # a vote of nobody was for class 0, one of -1 neighbours of all but one
+        with pytest.raises(ValueError, match="ks of 1 or more"):
+            knn_accuracy(x, y, x, y, ks=ks)
+    with pytest.raises(ValueError, match="ks of 1 or more"):
+        knn_predict(x, y, x, 0)
+    nothing = ((dict(epochs=0), "got 0 and 256"), (dict(batch_size=0), "and 0"), (dict(lrs=()), "got none"))
+    for options, words in nothing:
+        with pytest.raises(ValueError, match=words):
+            linear_probe(x, y, x, y, **options)
+        with pytest.raises(ValueError, match=words):
+            linear_grid(tokens, y, tokens, y, blocks=(1, 2), **options)
+    with pytest.raises(ValueError, match="got 12 and 5: not the same features"):
+        linear_probe(x, y, x[:, :5], y)
+    with pytest.raises(ValueError, match="got 3 and 2: not the same features"):
+        patch_probe(x.view(10, 16, 3), y[:16].expand(10, -1), x.view(10, 24, 2), y[:24].expand(10, -1), 3)

@@ -51,7 +51,8 @@ def linear_probe(
     Returns:
         "accuracy" top-1 fraction on the test rows, "best_lr", and "table" {lr: top-1 fraction on the held-out rows}.
     Raises:
-        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite.
+        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite, or of
+            another width; nothing to train: no rate, no epoch, no batch.
     Source: DINOv2 paper, section 7; official dinov2/eval/linear.py (the 13 learning rates, optimizer, schedule).
     Differs: the rate is chosen on held-out training rows, not on the test rows; features are standardised with the
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
@@ -66,8 +67,7 @@ def linear_probe(
     val, train = held_out(len(train_x), val_frac, generator)
     x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
     spans = [(0, x.shape[1])]
-    batch_size = min(batch_size, len(train))
-    steps = epochs * (len(train) // batch_size)
+    batch_size, steps = steps_of(len(train), epochs, batch_size)
     batches = shuffled(x, train_y[train], batch_size, generator)
     (weights,) = train_heads(batches, spans, x.shape[1] - 1, n_classes, lrs, steps, generator)
     table = head_accuracies([weights], spans, len(lrs), val_x, train_y[val])
@@ -89,6 +89,14 @@ def held_out(n: int, val_frac: float, generator: torch.Generator) -> tuple[Int[T
     order = torch.randperm(n, generator=generator)
     n_val = min(max(1, round(val_frac * n)), n - 1)
     return order[:n_val], order[n_val:]
+
+
+def steps_of(n: int, epochs: int, batch_size: int) -> tuple[int, int]:
+    """Rows of a batch, at most n, and whole batches in so many epochs. Raises ValueError where either is below 1."""
+    if min(epochs, batch_size) < 1:
+        raise ValueError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
+    batch_size = min(batch_size, n)
+    return batch_size, epochs * (n // batch_size)
 
 
 def shuffled(
@@ -117,6 +125,8 @@ def train_heads(
 
     The weights of column `ones` are the biases.
     """
+    if not len(lrs):
+        raise ValueError("expected at least one learning rate, got none")
     weights = [_first_weights(stop - start, ones - start, n_classes, len(lrs), generator) for start, stop in spans]
     velocity = [torch.zeros_like(w) for w in weights]
     rates = torch.tensor(lrs).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
@@ -293,5 +303,9 @@ def _with_ones(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D1"]:
 
 def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:
     """Mean 0 and deviation 1 in each feature of the training rows; a feature that never changes becomes 0."""
+    for other in others:
+        if other.shape[1] != train.shape[1]:
+            wide = f"{train.shape[1]} and {other.shape[1]}"
+            raise ValueError(f"expected features of one width to train and to test, got {wide}: not the same features")
     mean, std = train.mean(0), train.std(0, correction=0)
     return [torch.where(std > 1e-6, (x - mean) / std.clamp_min(1e-6), 0.0) for x in (train, *others)]
