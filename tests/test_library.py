@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from minidino.config import override, preset
+from minidino.images.batches import collate
 from minidino.images.pixels import Pixels
+from minidino.learning.train import start, train
 from minidino.model.vit import build_vit
 from minidino.probes.depth import linear_depth
 from minidino.probes.dpt import dpt_depth
@@ -132,3 +135,19 @@ def test_probes_refuse_to_learn_nothing_and_to_ask_nobody():
         linear_probe(x, y, x[:, :5], y)
     with pytest.raises(ValueError, match="got 3 and 2: not the same features"):
         patch_probe(x.view(10, 16, 3), y[:16].expand(10, -1), x.view(10, 24, 2), y[:24].expand(10, -1), 3)
+
+
+def test_training_refuses_the_modes_it_cannot_learn_in():
+    config = override(preset("scenes-cpu"), ["run.steps=2", "vit.depth=1", "vit.width=32", "optim.batch_size=2"])
+    pictures = Pixels.from_array(np.zeros((4, 48, 48, 3), dtype=np.uint8), [0] * 4, ["black"])
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
+        with mode(), pytest.raises(ValueError, match="outside of no_grad"):
+            next(train(config, pictures, start(config, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.long, torch.Tensor.byte, lambda masks: masks.unflatten(-1, (2, 2))])
+def test_masks_of_another_kind_are_no_batch(change):
+    crops, masks = torch.zeros(2, 3, 3, 8, 8), torch.ones(2, 3, 4, dtype=torch.bool)
+    assert collate(crops, crops[:0], masks, torch.arange(3)).mask_weights.shape == (24,)
+    with pytest.raises(ValueError, match=r"masks \(G, B, N\) of bool, got \(2, 3, "):
+        collate(crops, crops[:0], change(masks), torch.arange(3))

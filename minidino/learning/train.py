@@ -193,6 +193,7 @@ def train(
         `seconds` counts from step 0, without the time the watcher takes.
     Raises:
         FloatingPointError: loss or gradients were not finite for 20 steps in a row.
+        ValueError: called under torch.autocast, no_grad or inference_mode.
     """
     device = next(state.student.parameters()).device
     plan, clock = schedules(config), time.perf_counter()
@@ -209,6 +210,9 @@ def train(
 
 def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float], read: bool) -> dict[str, Any]:
     """One update of the student, then of the teacher."""
+    if torch.is_autocast_enabled(batch.crops_global.device.type) or not torch.is_grad_enabled():
+        raise ValueError("expected train outside of no_grad, inference_mode and torch.autocast, which would keep old "
+                         "copies of weights; run.precision says what is computed in half precision")  # fmt: skip
     _seed(config, state)
     state.optimizer.zero_grad(set_to_none=True)
     state.student.backbone.requires_grad_(state.step >= round(config.optim.freeze_backbone_frac * config.run.steps))
