@@ -117,6 +117,19 @@ def test_probes_say_the_same_in_every_mode(probe, mode):
 # ---------------------------------------------------------------- requests that make no sense
 
 
+def test_pictures_in_memory_have_whole_numbers_for_labels_and_are_copied():
+    images, labels = np.zeros((3, 4, 4, 1), dtype=np.uint8), np.arange(3)
+    pictures = Pixels.from_array(images, labels, "abc")
+    images[:], labels[:] = 9, -1
+    assert pictures.data.max() == 0 and pictures.labels.tolist() == [0, 1, 2]
+    assert Pixels.from_array(images, [0.0, -1.0, 2.0], "abc").labels.tolist() == [0, -1, 2]
+    for wrong in ([0.0, 0.7, 2.0], [0, np.nan, 1], np.eye(3), ["0", "1", "2"]):  # 0.7 was class 0
+        with pytest.raises(ValueError, match="as the numbers of classes"):
+            Pixels.from_array(images, wrong, "abc")
+    with pytest.raises(ValueError, match="numpy array .* got Tensor of"):
+        Pixels.from_array(torch.from_numpy(images), [0] * 3, "a")
+
+
 def test_probes_refuse_to_learn_nothing_and_to_ask_nobody():
     x, y = torch.randn(40, 12), torch.arange(40) % 3
     tokens = {"cls_blocks": x.view(40, 2, 6), "mean_patch": x[:, 6:]}
