@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from minidino.config import override, preset
+from minidino.curation.clusters import balanced_sample, hierarchical_kmeans
 from minidino.images.batches import collate
+from minidino.images.crops import crop_boxes, mean_and_std, multi_crop, released_laws
+from minidino.images.masks import batch_masks
 from minidino.images.pixels import Pixels
 from minidino.learning.train import start, train
 from minidino.model.vit import build_vit
@@ -164,3 +167,24 @@ def test_masks_of_another_kind_are_no_batch(change):
     assert collate(crops, crops[:0], masks, torch.arange(3)).mask_weights.shape == (24,)
     with pytest.raises(ValueError, match=r"masks \(G, B, N\) of bool, got \(2, 3, "):
         collate(crops, crops[:0], change(masks), torch.arange(3))
+
+
+def test_chance_does_not_depend_on_the_default_dtype():
+    laws, images = released_laws(16, 8), torch.randint(256, (2, 3, 20, 24), dtype=torch.uint8)
+    tree = hierarchical_kmeans(np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32), [6, 2])
+    config = override(preset("scenes-cpu"), ["run.steps=1", "vit.depth=1", "vit.width=32", "optim.batch_size=2"])
+    pictures = Pixels.from_array(np.zeros((4, 48, 48, 3), dtype=np.uint8), [0] * 4, ["black"])
+
+    def drawn() -> list[list]:
+        mean_and_std.cache_clear()
+        seed = torch.Generator().manual_seed(0)
+        crops = multi_crop(images, torch.tensor([[20, 24]] * 2), laws[:2], laws[2], 1, [3, 4])
+        boxes, masks = crop_boxes(3, 20, 24, (0.3, 1.0), seed), batch_masks(8, (8, 8), seed)
+        return [x.tolist() for x in (*crops, boxes, masks, balanced_sample(tree, 10, seed))]
+
+    expected = drawn()
+    with double():
+        assert drawn() == expected
+        state = start(config, torch.device("cpu"))
+        (record,) = train(config, pictures, state)
+    assert {p.dtype for p in state.student.parameters()} == {torch.float32} and np.isfinite(record["loss"])

@@ -190,7 +190,9 @@ def balanced_sample(
         quota = shares
     chosen = []
     for group, share in zip(members(tree[0]), quota):
-        key = torch.rand(len(group), generator=generator).numpy() if leaf == "random" else tree[0].distance[group]
+        key = tree[0].distance[group]
+        if leaf == "random":
+            key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
         chosen.append(group[np.argsort(key, kind="stable")[:share]])
     return np.sort(np.concatenate(chosen))
 

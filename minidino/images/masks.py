@@ -78,7 +78,7 @@ def batch_masks(
     n_patches = grid[0] * grid[1]
     n_masked = int(n_crops * mask_probability)
     masks = torch.zeros(n_crops, n_patches, dtype=torch.bool)
-    draws = torch.rand(n_masked, generator=generator).tolist()
+    draws = torch.rand(n_masked, generator=generator, dtype=torch.float32).tolist()
     places = torch.randperm(n_crops, generator=generator).tolist()
     low, high = ratio
     for i, (place, draw) in enumerate(zip(places, draws)):
@@ -90,7 +90,8 @@ def batch_masks(
 def _add_block(mask: np.ndarray, room: int | float, generator: torch.Generator, min_patches: int, low: float) -> int:
     """Hide one more block in place, at most `room` new patches; answer how many, 0 when no attempt fitted."""
     height, width = mask.shape
-    for u_area, u_aspect, u_top, u_left in torch.rand(N_ATTEMPTS, 4, generator=generator).tolist():
+    attempts = torch.rand(N_ATTEMPTS, 4, generator=generator, dtype=torch.float32)
+    for u_area, u_aspect, u_top, u_left in attempts.tolist():
         area = min_patches + (room - min_patches) * u_area
         aspect = math.exp(low * (1 - 2 * u_aspect))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

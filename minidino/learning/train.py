@@ -113,7 +113,7 @@ def start(config: RunConfig, device: torch.device) -> State:
     if not alone and (precision == "fp16" or config.optim.freeze_backbone_frac > 0):
         raise ValueError("run.parallel: expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'")
     torch.manual_seed(config.run.seed)
-    student = build_student(config).to(device).train()
+    student = build_student(config).to(device, torch.float32).train()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return State(student, make_teacher(student), adamw(student, config.optim), scaler, precision)
 
