@@ -19,7 +19,7 @@ from minidino.images.masks import batch_masks
 from minidino.images.pixels import Pixels
 from minidino.learning.train import start, train
 from minidino.model.vit import build_vit
-from minidino.probes.depth import linear_depth
+from minidino.probes.depth import linear_depth, silog_loss
 from minidino.probes.dpt import dpt_depth
 from minidino.probes.finetune import finetune
 from minidino.probes.grid import linear_grid
@@ -188,3 +188,13 @@ def test_chance_does_not_depend_on_the_default_dtype():
         state = start(config, torch.device("cpu"))
         (record,) = train(config, pictures, state)
     assert {p.dtype for p in state.student.parameters()} == {torch.float32} and np.isfinite(record["loss"])
+
+
+def test_what_is_not_pixels_is_not_normalised_and_numbers_are_no_mask():
+    with pytest.raises(ValueError, match="as uint8, got torch.float32"):
+        plain("images/crops").normalise(torch.rand(1, 3, 8, 8))
+    prediction, target = torch.rand(2, 2, 6, 6) + 1
+    valid = target > 1.5
+    assert silog_loss(prediction, target, valid) > 0
+    with pytest.raises(ValueError, match="valid as bool, got torch.int64"):
+        silog_loss(prediction, target, valid.long())

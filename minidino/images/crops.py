@@ -73,7 +73,10 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
 
 
 def normalise(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
-    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`."""
+    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`.
+    ValueError for what is not uint8, such as floats in [0, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected pixels from 0 to 255 as uint8, got {images.dtype}")
     mean, std = mean_and_std(images.shape[1], images.device)
     return (images.float() / 255).sub_(mean).div_(std)
 
@@ -115,11 +118,7 @@ def reference_view(law: CropLaw) -> Callable[[Image.Image], Float[Tensor, "3 siz
 
 
 def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator) -> Float[Tensor, "3 size size"]:
-    """Cut and distort one view of one image, by `reference_view`.
-
-    Returns:
-        One view, normalised by the ImageNet mean and standard deviation.
-    """
+    """Cut and distort one view of one image, by `reference_view`; normalised by ImageNet's mean and deviation."""
     view = reference_view(law)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it ours
         torch.default_generator.set_state(generator.get_state())

@@ -103,12 +103,14 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, warm_up: bool 
     Returns:
         Scalar, no less than 1e-6 (so that a perfect prediction has a gradient). One valid pixel has no variance.
     Raises:
-        ValueError: unequal shapes, no valid pixel.
+        ValueError: unequal shapes, valid that is not bool, no valid pixel.
     Source: official dinov2/eval/depth/models/losses/sigloss.py (variance with n - 1).
     """
     if not prediction.shape == target.shape == valid.shape:
         shapes = [tuple(x.shape) for x in (prediction, target, valid)]
         raise ValueError(f"expected prediction, target and valid of one shape, got {shapes}")
+    if valid.dtype != torch.bool:  # numbers would choose rows
+        raise ValueError(f"expected valid as bool, got {valid.dtype}")
     if not valid.any():
         raise ValueError("no valid pixel: nothing to compare")
     g = (prediction[valid].float() + EPS).log() - (target[valid].float() + EPS).log()
