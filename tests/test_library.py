@@ -19,6 +19,7 @@ from minidino.images.masks import batch_masks
 from minidino.images.pixels import Pixels
 from minidino.learning.train import start, train
 from minidino.model.vit import build_vit
+from minidino.model.weights import backbone_of, export_weights
 from minidino.probes.depth import linear_depth, silog_loss
 from minidino.probes.dpt import dpt_depth
 from minidino.probes.finetune import finetune
@@ -198,3 +199,27 @@ def test_what_is_not_pixels_is_not_normalised_and_numbers_are_no_mask():
     assert silog_loss(prediction, target, valid) > 0
     with pytest.raises(ValueError, match="valid as bool, got torch.int64"):
         silog_loss(prediction, target, valid.long())
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_what_is_no_state_dict_of_a_backbone_is_told():
+    weights = plain("model/weights")
+    state = VIT.state_dict()
+    for source, words in (
+        (VIT, r"got a VisionTransformer: give its state_dict\(\)"),
+        ({name: x.numpy() for name, x in state.items()}, "got no tensors by name, but blocks.0.attn.proj.bias"),
+        ({"epoch": 3, "model_state_dict": state}, "got no tensors by name, but epoch, model_state_dict"),
+        ({}, "but nothing"),
+        (state | {"head.weight": torch.zeros(3, 24)}, "leave out what is no part of a backbone"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            weights.load_weights(VIT, source)
+
+
+def test_blocks_that_share_their_weights_are_written_one_by_one(tmp_path):
+    vit = build_vit("vit_tiny", patch_size=4, img_size=8, width=24, depth=2, heads=3)
+    vit.blocks[1].attn = vit.blocks[0].attn
+    images = torch.randn(1, 3, 8, 8)
+    assert torch.equal(backbone_of(export_weights(vit, tmp_path / "tied.safetensors"))(images), vit(images))
