@@ -13,6 +13,8 @@ import torch
 
 from minidino.config import override, preset
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans
+from minidino.curation.duplicates import find_duplicates
+from minidino.curation.retrieval import retrieve_by_cluster
 from minidino.images.batches import collate
 from minidino.images.crops import crop_boxes, mean_and_std, multi_crop, released_laws
 from minidino.images.masks import batch_masks
@@ -223,3 +225,21 @@ def test_blocks_that_share_their_weights_are_written_one_by_one(tmp_path):
     vit.blocks[1].attn = vit.blocks[0].attn
     images = torch.randn(1, 3, 8, 8)
     assert torch.equal(backbone_of(export_weights(vit, tmp_path / "tied.safetensors"))(images), vit(images))
+
+
+# ---------------------------------------------------------------- curation
+
+
+def test_curation_refuses_what_has_no_answer():
+    x = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    x[7] = x[2]
+    assert len(find_duplicates(x, 0.99, k=1).representatives) == 39
+    with pytest.raises(ValueError, match="k of at least 1 neighbour, got 0"):  # which would find no copy
+        find_duplicates(x, 0.99, k=0)
+    for quality in (np.arange(40), np.arange(5)[:, None]):
+        with pytest.raises(ValueError, match=r"quality of shape \(40, q\), got \("):
+            find_duplicates(x, 0.99, quality=quality)
+    with pytest.raises(ValueError, match=r"rows \(n, 8\) like the centres, got \(40, 3\)"):
+        retrieve_by_cluster(x[:, :3], x, 3)
+    with pytest.raises(ValueError, match="min_queries of at least 1, got 0"):
+        retrieve_by_cluster(x[:1], x, 3, min_queries=0)

@@ -87,6 +87,8 @@ def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> 
     """Give each row to its nearest centre; `unit` as for `kmeans`."""
     import faiss
 
+    if x.ndim != 2 or x.shape[1] != centroids.shape[1]:
+        raise ValueError(f"expected rows (n, {centroids.shape[1]}) like the centres, got {x.shape}")
     prepare = unit_rows if unit else float_rows
     labels, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     for start in range(0, len(x), CHUNK):
