@@ -25,7 +25,7 @@ from minidino.model.weights import backbone_of, export_weights
 from minidino.probes.depth import linear_depth, silog_loss
 from minidino.probes.dpt import dpt_depth
 from minidino.probes.finetune import finetune
-from minidino.probes.grid import linear_grid
+from minidino.probes.grid import cached_features, linear_grid, train_grid
 from minidino.probes.knn import knn_accuracy, knn_predict, neighbours
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
 from minidino.probes.retrieval import similarity
@@ -91,6 +91,7 @@ def judged_by(probe: Callable) -> str:
         similarity: lambda: similarity(x[:2], x).tolist(),
         linear_probe: lambda: linear_probe(x, y, x, y, epochs=2, batch_size=8),
         linear_grid: lambda: linear_grid(tokens, y, tokens, y, blocks=(1, 2), epochs=2, batch_size=8),
+        train_grid: lambda: train_grid(cached_features(tokens, y, 8), 5, 3, blocks=(1, 2)).table(tokens, y),
         patch_probe: lambda: patch_probe(patches, labels[:, 0, :8], patches, labels[:, 0, :8], 3),
         patch_depth_probe: lambda: patch_depth_probe(patches, depth, patches, depth),
         linear_segmentation: lambda: linear_segmentation(maps, labels, maps, labels, 3, **small)["iou"],
@@ -108,8 +109,8 @@ def tuned(pictures: Pixels) -> torch.nn.Module:
     return finetune(VIT, pictures, pictures, 8, steps=4, batch_size=4, progress=False)["classifier"]
 
 
-PROBES = [neighbours, similarity, linear_probe, linear_grid, patch_probe, patch_depth_probe, linear_segmentation,
-          linear_depth, dpt_depth, finetune]  # fmt: skip
+PROBES = [neighbours, similarity, linear_probe, linear_grid, train_grid, patch_probe, patch_depth_probe,
+          linear_segmentation, linear_depth, dpt_depth, finetune]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, double, partial(torch.autocast, "cpu")])

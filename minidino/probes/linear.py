@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
+from minidino.model.attention import autocast_off
 from minidino.probes.features import in_float32
 from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
@@ -129,18 +130,20 @@ def train_heads(
         raise ValueError("expected at least one learning rate, got none")
     weights = [_first_weights(stop - start, ones - start, n_classes, len(lrs), generator) for start, stop in spans]
     velocity = [torch.zeros_like(w) for w in weights]
-    rates = torch.tensor(lrs).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
+    rates = torch.tensor(lrs, dtype=torch.float32).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
     factor = cosine_schedule(1.0, 0.0, steps)
     done = 0
     for x, y in islice(batches, steps):
         if len(y) == 0 or y.min() < 0 or y.max() >= n_classes:
             raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
-        logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
+        with autocast_off(x):  # under which a network may look at the batches
+            logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
         error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
         error.scatter_add_(1, y.expand(len(error), 1, -1), error.new_full((1, 1, 1), -1).expand(len(error), 1, len(y)))
         change = -factor(done) * len(y) / 256 * rates
         for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
-            v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
+            with autocast_off(x):
+                v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
             w.addcmul_(v, change)
         done += 1
     if done < steps:
@@ -150,11 +153,12 @@ def train_heads(
 
 def _first_weights(width: int, ones: int, n_classes: int, n_rates: int, generator: torch.Generator) -> Tensor:
     """N(0, 0.01) and biases of 0, alike for all rates: (r * C, width)."""
-    weights = 0.01 * torch.randn(n_classes, width, generator=generator)
+    weights = 0.01 * torch.randn(n_classes, width, generator=generator, dtype=torch.float32)
     weights[:, ones] = 0
     return weights.repeat(n_rates, 1)
 
 
+@in_float32
 def head_accuracies(
     weights: list[Tensor], spans: Sequence[tuple[int, int]], n_rates: int, x: Float[Tensor, "n F"], y: Int[Tensor, "n"]
 ) -> Float[Tensor, "heads"]:
