@@ -24,6 +24,7 @@ from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights
 from minidino.probes.depth import linear_depth, silog_loss
 from minidino.probes.dpt import dpt_depth
+from minidino.probes.features import FeatureStore, feature_key
 from minidino.probes.finetune import finetune
 from minidino.probes.grid import cached_features, linear_grid, train_grid
 from minidino.probes.knn import knn_accuracy, knn_predict, neighbours
@@ -202,6 +203,19 @@ def test_what_is_not_pixels_is_not_normalised_and_numbers_are_no_mask():
     assert silog_loss(prediction, target, valid) > 0
     with pytest.raises(ValueError, match="valid as bool, got torch.int64"):
         silog_loss(prediction, target, valid.long())
+
+
+def test_no_picture_at_all_is_nothing_to_learn_from():
+    pictures = Pixels.from_array(np.zeros((2, 8, 8, 3), dtype=np.uint8), [0, 1], "ab")
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        finetune(VIT, pictures.select([]), pictures, 8, steps=1, progress=False)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.requires_grad_, torch.Tensor.t])
+def test_a_store_keeps_tensors_of_any_kind(change, tmp_path):
+    value = change(torch.arange(6.0).view(2, 3))
+    (stored,) = FeatureStore(tmp_path).get(feature_key("hash", "set", 8), lambda: {"cls": value}).values()
+    assert stored.dtype == np.float32 and stored.tolist() == value.tolist()
 
 
 # ---------------------------------------------------------------- weights

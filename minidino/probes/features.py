@@ -229,7 +229,8 @@ class FeatureStore:
         made = {"key": key, "made_from": json.loads(key), "arrays": {}}
         try:
             for name, value in arrays.items():
-                value = np.asarray(value)
+                value = value.detach().cpu() if isinstance(value, Tensor) else value
+                value = np.asarray(value.float() if value.dtype == torch.bfloat16 else value)  # which numpy has not
                 size = _save(unfinished / f"{name}.npy", value)
                 made["arrays"][name] = {"shape": list(value.shape), "dtype": str(value.dtype), "bytes": size}
             write_atomically(unfinished / "made.json", json.dumps(made, indent=1).encode())

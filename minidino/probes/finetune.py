@@ -86,7 +86,7 @@ def finetune(
     if min(len(known), steps, batch_size) < 1:
         raise ValueError("expected labelled test pictures, steps and batch_size of at least 1, got "
                          f"{len(known)}, {steps} and {batch_size}")  # fmt: skip
-    counted = int(max(train.labels.max(), test.labels.max())) + 1
+    counted = int(max(train.labels.max(initial=-1), test.labels.max())) + 1
     n_classes = n_classes or counted
     if n_classes < counted:
         raise ValueError(f"expected labels below n_classes = {n_classes}, got {counted - 1}")
