@@ -195,6 +195,19 @@ def test_chance_does_not_depend_on_the_default_dtype():
     assert {p.dtype for p in state.student.parameters()} == {torch.float32} and np.isfinite(record["loss"])
 
 
+def test_a_batch_is_chosen_as_a_selection_is():
+    pictures = Pixels.from_array(np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(3, 3), [0] * 3, "a")
+    for chosen in ([0, 2], np.array([True, False, True]), torch.tensor([0, -1])):
+        assert pictures.batch(chosen)[0][:, 0, 0, 0].tolist() == [0, 2]
+        assert len(pictures.select(chosen)) == 2
+
+
+def test_shares_of_masks_are_no_percentages():
+    for wrong in (dict(ratio=(10.0, 50.0)), dict(ratio=(0.5, 0.1)), dict(mask_probability=2.0)):
+        with pytest.raises(ValueError, match="from 0 to 1, got"):
+            batch_masks(4, (6, 6), torch.Generator(), **wrong)
+
+
 def test_what_is_not_pixels_is_not_normalised_and_numbers_are_no_mask():
     with pytest.raises(ValueError, match="as uint8, got torch.float32"):
         plain("images/crops").normalise(torch.rand(1, 3, 8, 8))

@@ -73,8 +73,12 @@ def batch_masks(
         max_patches: as in `block_mask`.
     Returns:
         True where hidden; all False for unmasked crops.
+    Raises:
+        ValueError: shares that are not within 0 and 1, or fall.
     Source: official dinov2/data/collate.py (b8931f7).
     """
+    if not 0 <= mask_probability <= 1 or not 0 <= ratio[0] <= ratio[1] <= 1:
+        raise ValueError(f"expected shares from 0 to 1, got mask_probability {mask_probability} and ratio {ratio}")
     n_patches = grid[0] * grid[1]
     n_masked = int(n_crops * mask_probability)
     masks = torch.zeros(n_crops, n_patches, dtype=torch.bool)

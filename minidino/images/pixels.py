@@ -90,7 +90,8 @@ class Pixels:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B C H W"], Int64[Tensor, "B 2"]]:
         """Stack pictures of unequal size: zeros below and to the right; second, the height and width of each."""
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = np.asarray(indices)
+        indices = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(np.int64)
         sizes = self.sizes[indices].reshape(-1, 2)
         height, width = sizes.max(axis=0).tolist() if len(sizes) else (0, 0)
         images = np.zeros((len(indices), self.channels, height, width), dtype=np.uint8)
