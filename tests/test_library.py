@@ -117,9 +117,11 @@ PROBES = [neighbours, similarity, linear_probe, linear_grid, train_grid, patch_p
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, double, partial(torch.autocast, "cpu")])
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)
 def test_probes_say_the_same_in_every_mode(probe, mode):
+    before = torch.get_rng_state()
     expected = judged_by(probe)
     with mode():
         assert judged_by(probe) == expected
+    assert torch.equal(torch.get_rng_state(), before)  # chance is the caller's, too
 
 
 # ---------------------------------------------------------------- requests that make no sense

@@ -344,7 +344,8 @@ def fit_depth(
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / steps, largest_lr) if lr is None else lr
     generator = torch.Generator().manual_seed(seed)
-    head = make(train_maps.shape[1], generator).train()
+    with torch.random.fork_rng(devices=[]):  # modules first draw from the global generator
+        head = make(train_maps.shape[1], generator).train()
     dense = pixels is None or gradient_weight > 0
     if not dense and not isinstance(head, DepthHead):
         raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {type(head).__name__}")

@@ -136,7 +136,8 @@ def train_head(
     if min(steps, batch_size, 1 if pixels is None else pixels) < 1:
         raise ValueError(f"expected steps, batch_size, pixels of at least 1, got {steps}, {batch_size}, {pixels}")
     generator = torch.Generator().manual_seed(seed)
-    head = LinearHead(maps.shape[1], n_classes, generator).to(device)
+    with torch.random.fork_rng(devices=[]):  # modules first draw from the global generator
+        head = LinearHead(maps.shape[1], n_classes, generator).to(device)
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     size, flat = masks.shape[1:], masks.flatten(1)
     with torch.enable_grad():
