@@ -183,6 +183,8 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Learn from the state's step to the run's last; one record a step, with readings every run.log_every steps.
 
+    Each step seeds torch's global generator anew.
+
     Args:
         config: the whole run.
         pixels: decoded training images.
