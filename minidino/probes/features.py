@@ -82,7 +82,7 @@ def extract(
     Raises:
         ValueError: the images are not uint8 of shape (n, C, H, W), or there is none; more blocks than vit has.
     Source: DINOv2 paper, section 7 (frozen features); official dinov2/eval/utils.py.
-    Differs: float32 throughout; the official extraction runs under fp16 autocast.
+    Differs: computed in the dtype of vit; the official extraction runs under fp16 autocast, which may be put around it.
     """
     expect_pixels(images)
     found: list[dict[str, Tensor]] = []
