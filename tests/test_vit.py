@@ -240,6 +240,10 @@ def test_attention_maps_equal_torch_multihead_attention():
         (dict(img_size=30), "img_size 30 px is not a multiple of patch_size 4 px"),
         (dict(heads=5), "width 24 is not a multiple of heads 5"),
         (dict(attention="flash"), "unknown attention 'flash'"),
+        (dict(depth=0), "depth of at least 1, got 0"),  # not the depth of the name
+        (dict(heads=-3), "heads of at least 1, got -3"),
+        (dict(patch_size=0), "patch_size of at least 1, got 0"),
+        (dict(num_register_tokens=-1), "num_register_tokens of at least 0, got -1"),
     ],
 )
 def test_impossible_builds_are_refused(options, message):

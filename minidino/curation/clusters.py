@@ -87,6 +87,8 @@ def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> 
     """Give each row to its nearest centre; `unit` as for `kmeans`."""
     import faiss
 
+    if x.ndim != 2 or x.shape[1] != centroids.shape[1]:
+        raise ValueError(f"expected rows (n, {centroids.shape[1]}) like the centres, got {x.shape}")
     prepare = unit_rows if unit else float_rows
     labels, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     for start in range(0, len(x), CHUNK):
@@ -190,7 +192,9 @@ def balanced_sample(
         quota = shares
     chosen = []
     for group, share in zip(members(tree[0]), quota):
-        key = torch.rand(len(group), generator=generator).numpy() if leaf == "random" else tree[0].distance[group]
+        key = tree[0].distance[group]
+        if leaf == "random":
+            key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
         chosen.append(group[np.argsort(key, kind="stable")[:share]])
     return np.sort(np.concatenate(chosen))
 

@@ -56,6 +56,8 @@ def find_duplicates(
         floor: a component may be a chain whose ends have nothing in common (a ~ b ~ c). Members whose cosine to the
             representative is below the floor leave it and form components of their own. None: as published.
         engine: where neighbours are searched.
+    Raises:
+        ValueError: a threshold that is no cosine, k below 1, or not one row of quality for each picture.
     Source: DINOv2 paper, appendix A.3.
     Differs: the floor; the paper's rule for the representative is not published.
     """
@@ -111,6 +113,8 @@ def similar_pairs(descriptors: Rows, threshold: float, k: int = N_NEIGHBOURS, en
     """Edges of the neighbour graph above a cosine."""
     if not -1 <= threshold <= 1:
         raise ValueError(f"expected a cosine from -1 to 1 as threshold, got {threshold}")
+    if k < 1:
+        raise ValueError(f"expected k of at least 1 neighbour, got {k}")
     if len(descriptors) < 2:
         return Pairs(*np.zeros((2, 0), dtype=np.int64))
     similarity, rows = Index(descriptors, min(k, len(descriptors) - 1) + 1, engine=engine).graph()
@@ -133,6 +137,8 @@ def representatives(
     labels: Int[np.ndarray, "N"], quality: Float[np.ndarray, "N q"] | None = None
 ) -> Int[np.ndarray, "C"]:
     """The best row of each component; of equals the first."""
+    if quality is not None and (np.ndim(quality) != 2 or len(quality) != len(labels)):
+        raise ValueError(f"expected quality of shape ({len(labels)}, q), got {np.shape(quality)}")
     columns = [] if quality is None else [-column for column in np.asarray(quality, dtype=np.float64).T]  # bytes have no minus
     order = np.lexsort([np.arange(len(labels)), *columns[::-1], labels])  # the last key counts first
     _, first = np.unique(labels[order], return_index=True)

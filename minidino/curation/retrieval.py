@@ -62,8 +62,12 @@ def retrieve_by_cluster(
         per_cluster: rows of one cluster at most.
         cap: rows in all at most, chosen at random.
         seed: of clusters and chance.
+    Raises:
+        ValueError: more clusters than rows of the pool, queries of another width, or min_queries below 1.
     Source: DINOv2 paper, appendix A.4.
     """
+    if min_queries < 1:
+        raise ValueError(f"expected min_queries of at least 1, got {min_queries}")
     clusters = kmeans(pool, n_clusters, seed, unit=True)
     home = assign(query, clusters.centroids, unit=True).labels
     chosen = np.flatnonzero(np.bincount(home, minlength=n_clusters) >= min_queries)

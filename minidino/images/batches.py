@@ -40,7 +40,13 @@ class Batch(NamedTuple):
 
 
 def collate(crops_global: Tensor, crops_local: Tensor, masks: Tensor, index: Tensor) -> Batch:
-    """Put a batch together; the weight of a masked patch is 1 / number masked in its crop."""
+    """Put a batch together; the weight of a masked patch is 1 / number masked in its crop.
+
+    Raises:
+        ValueError: masks that are not (G, B, N) of bool.
+    """
+    if masks.dtype != torch.bool or masks.ndim != 3:
+        raise ValueError(f"expected masks (G, B, N) of bool, got {tuple(masks.shape)} of {masks.dtype}")
     counts = masks.sum(-1, keepdim=True).clamp(min=1)
     weights = (1.0 / counts).expand(masks.shape)[masks]
     return Batch(crops_global, crops_local, masks, weights, index)

@@ -73,7 +73,10 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
 
 
 def normalise(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
-    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`."""
+    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`.
+    ValueError for what is not uint8, such as floats in [0, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected pixels from 0 to 255 as uint8, got {images.dtype}")
     mean, std = mean_and_std(images.shape[1], images.device)
     return (images.float() / 255).sub_(mean).div_(std)
 
@@ -115,11 +118,7 @@ def reference_view(law: CropLaw) -> Callable[[Image.Image], Float[Tensor, "3 siz
 
 
 def reference_crop(image: Image.Image, law: CropLaw, generator: torch.Generator) -> Float[Tensor, "3 size size"]:
-    """Cut and distort one view of one image, by `reference_view`.
-
-    Returns:
-        One view, normalised by the ImageNet mean and standard deviation.
-    """
+    """Cut and distort one view of one image, by `reference_view`; normalised by ImageNet's mean and deviation."""
     view = reference_view(law)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it ours
         torch.default_generator.set_state(generator.get_state())
@@ -188,7 +187,7 @@ def plan_view(
     """Turn uniform numbers into the decisions of `law`, one row for each image. The layout of a row is fixed here."""
     chances, factors, order, sigma = uniforms[:, N_BOX:].split([5, 4, 4, 1], dim=1)
     flip, jitter, gray, blur, solarize = chances.unbind(1)
-    strengths = torch.tensor([law.brightness, law.contrast, law.saturation, law.hue])
+    strengths = torch.tensor([law.brightness, law.contrast, law.saturation, law.hue], dtype=torch.float32)
     low = torch.cat([(1 - strengths[:3]).clamp(min=0), -strengths[3:]])
     high = torch.cat([1 + strengths[:3], strengths[3:]])
     return ViewPlan(
@@ -226,8 +225,8 @@ def crop_boxes(
         Top, left, height, width in pixels: whole numbers, as float.
     Source: torchvision RandomResizedCrop.get_params.
     """
-    sides = torch.tensor([[height, width]]).expand(n, 2)
-    return _boxes(torch.rand(n, N_BOX, generator=generator), sides[:, 0], sides[:, 1], scale, ratio)
+    height, width = torch.tensor([[height], [width]]).expand(2, n)
+    return _boxes(torch.rand(n, N_BOX, generator=generator, dtype=torch.float32), height, width, scale, ratio)
 
 
 def _boxes(
@@ -254,15 +253,15 @@ def _boxes(
 
 def _uniforms(seed: int, n_views: int) -> Tensor:
     """All the chance of one image, drawn at once: (n_views, N_DRAWS)."""
-    return torch.rand(n_views, N_DRAWS, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(n_views, N_DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
     """Crop, resize, distort and normalise: (B, H, C, W), a view-major plan of V * B -> (V, B, C, size, size)."""
     channels = lines.shape[2]
     if not len(plan.box):
-        return torch.zeros(0, len(lines), channels, size, size, device=lines.device)
-    views = torch.empty(len(plan.box), channels, size, size, device=lines.device)
+        return torch.zeros(0, len(lines), channels, size, size, device=lines.device, dtype=torch.float32)
+    views = torch.empty(len(plan.box), channels, size, size, device=lines.device, dtype=torch.float32)
     mean, std = mean_and_std(channels, lines.device)
     box, flip = plan.box.to(lines.device), plan.flip.to(lines.device)
     if lines.device.type == "cpu":  # one after the other, from the picture to the last change in the cache
@@ -280,7 +279,7 @@ def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
 def mean_and_std(channels: int, device: torch.device | str) -> tuple[Float[Tensor, "C 1 1"], Float[Tensor, "C 1 1"]]:
     """What pictures in [0, 1] are normalised by: ImageNet's, or a half and a quarter where channels are not its three."""
     law = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in law)
+    return tuple(torch.tensor(values, device=device, dtype=torch.float32)[:, None, None] for values in law)
 
 
 # ---------------------------------------------------------------- colour and focus: rows in, rows out

@@ -73,12 +73,16 @@ def batch_masks(
         max_patches: as in `block_mask`.
     Returns:
         True where hidden; all False for unmasked crops.
+    Raises:
+        ValueError: shares that are not within 0 and 1, or fall.
     Source: official dinov2/data/collate.py (b8931f7).
     """
+    if not 0 <= mask_probability <= 1 or not 0 <= ratio[0] <= ratio[1] <= 1:
+        raise ValueError(f"expected shares from 0 to 1, got mask_probability {mask_probability} and ratio {ratio}")
     n_patches = grid[0] * grid[1]
     n_masked = int(n_crops * mask_probability)
     masks = torch.zeros(n_crops, n_patches, dtype=torch.bool)
-    draws = torch.rand(n_masked, generator=generator).tolist()
+    draws = torch.rand(n_masked, generator=generator, dtype=torch.float32).tolist()
     places = torch.randperm(n_crops, generator=generator).tolist()
     low, high = ratio
     for i, (place, draw) in enumerate(zip(places, draws)):
@@ -90,7 +94,8 @@ def batch_masks(
 def _add_block(mask: np.ndarray, room: int | float, generator: torch.Generator, min_patches: int, low: float) -> int:
     """Hide one more block in place, at most `room` new patches; answer how many, 0 when no attempt fitted."""
     height, width = mask.shape
-    for u_area, u_aspect, u_top, u_left in torch.rand(N_ATTEMPTS, 4, generator=generator).tolist():
+    attempts = torch.rand(N_ATTEMPTS, 4, generator=generator, dtype=torch.float32)
+    for u_area, u_aspect, u_top, u_left in attempts.tolist():
         area = min_patches + (room - min_patches) * u_area
         aspect = math.exp(low * (1 - 2 * u_aspect))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

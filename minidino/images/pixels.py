@@ -45,18 +45,27 @@ class Pixels:
 
     @classmethod
     def from_array(cls, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str]) -> "Pixels":
-        """Take pictures of one size, (n, H, W, C) uint8."""
+        """Copy pictures of one size, (n, H, W, C) uint8, and the number of the class of each, below 0 where unknown.
+
+        Raises:
+            ValueError: pictures of another kind, such as a tensor; labels that are no whole numbers, or not n.
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] == 0:
-            raise ValueError(f"expected (n, H, W, C) uint8, got {images.shape} {images.dtype}")
+            got = f"{type(images).__name__} of {tuple(images.shape)} {images.dtype}"
+            raise ValueError(f"expected a numpy array (n, H, W, C) uint8, got {got}")
+        labels = np.asarray(labels)
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        if labels.ndim != 1 or labels.dtype.kind not in "biuf" or (labels % 1 != 0).any():  # NaN and infinity, too
+            few = labels[:3].tolist()
+            raise ValueError(f"expected labels (n,) as the numbers of classes, below 0 where unknown, got {few}")
         n, height, width, channels = images.shape
         return cls(
-            data=np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(-1),
+            data=np.array(images.transpose(0, 3, 1, 2), order="C").reshape(-1),
             offsets=np.arange(n, dtype=np.int64) * (channels * height * width),
             sizes=np.full((n, 2), (height, width), dtype=np.int64),
             originals=np.full((n, 2), (height, width), dtype=np.int64),
-            labels=np.asarray(labels, dtype=np.int64),
+            labels=labels.astype(np.int64),
             classes=list(classes),
             files=[f"{i:06d}" for i in range(n)],
             channels=channels,
@@ -81,7 +90,8 @@ class Pixels:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[UInt8[Tensor, "B C H W"], Int64[Tensor, "B 2"]]:
         """Stack pictures of unequal size: zeros below and to the right; second, the height and width of each."""
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = np.asarray(indices)
+        indices = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(np.int64)
         sizes = self.sizes[indices].reshape(-1, 2)
         height, width = sizes.max(axis=0).tolist() if len(sizes) else (0, 0)
         images = np.zeros((len(indices), self.channels, height, width), dtype=np.uint8)

@@ -37,11 +37,15 @@ def sinkhorn_knopp(
         all_reduce: called once with "max" and n_iterations times with "sum", by every process.
     Returns:
         Probabilities, float32, without gradient. Rows sum to 1; columns to about (rows of all processes) / K.
+    Raises:
+        ValueError: logits of other than two axes.
     Source: DINOv2 paper, section 4; Caron et al. 2020 (SwAV); official dinov2/loss/dino_clstoken_loss.py (b8931f7).
     Differs: the global maximum is subtracted, so exp cannot overflow (the official code does from logits of 3.54 at
         temp 0.04). The official factors 1/sum(Q), 1/K, 1/B and B cancel in the last row division and are left out,
         so no count travels between processes. Sums that underflow to 0 are kept from dividing 0 by 0.
     """
+    if logits.ndim != 2:
+        raise ValueError(f"expected logits (B, K), got {tuple(logits.shape)}: views have to be flattened")
     logits = logits.float()
     peak = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
     probs = ((logits - all_reduce(peak, op="max")) / teacher_temp).exp()
@@ -114,13 +118,16 @@ def dino_loss(
     Returns:
         Scalar, nats, float32; ln K when the student knows nothing.
     Raises:
-        ValueError: fewer student than teacher views, or no pair of different views.
+        ValueError: fewer student than teacher views, no pair of different views, or shapes that do not fit.
     Source: DINOv2 paper, section 4; official dinov2/loss/dino_clstoken_loss.py and ssl_meta_arch.py (b8931f7).
     Differs: with G = 2 and local crops this is the released sum over pairs / (2 + 2 L). Without local crops the
         released code divides the two pairs by 3, here it is by 2.
     """
     n_teacher, n_student = len(teacher_probs), len(student_logits)
     check_views(n_student, n_teacher)
+    if student_logits.ndim != 3 or student_logits.shape[1:] != teacher_probs.shape[1:]:
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_probs.shape)}"
+        raise ValueError(f"expected student logits (V, B, K) and teacher probabilities (G, B, K), got {shapes}")
     pairs = [(g, v) for g in range(n_teacher) for v in range(n_student) if g != v]
     log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)  # (V, B, K)
     targets = teacher_probs.float()
@@ -156,8 +163,13 @@ def ibot_loss(
         student_temp: 0.1 in the published recipes.
     Returns:
         Scalar, nats, float32; 0 (with a gradient of 0) when nothing is masked.
+    Raises:
+        ValueError: shapes that do not fit.
     Source: DINOv2 paper, section 4; Zhou et al. 2022 (iBOT); official dinov2/loss/ibot_patch_loss.py (b8931f7).
     """
+    shapes = [tuple(x.shape) for x in (student_logits, teacher_probs, mask_weights)]
+    if len(shapes[0]) != 2 or shapes[1] != shapes[0] or shapes[2] != shapes[0][:1]:
+        raise ValueError(f"expected logits (M, K), probabilities (M, K) and weights (M,), got {shapes}")
     log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)
     cross_entropy = -(teacher_probs.float() * log_probs).sum(dim=-1)  # (M,)
     return (mask_weights.float() * cross_entropy).sum() / n_crops

@@ -113,7 +113,7 @@ def start(config: RunConfig, device: torch.device) -> State:
     if not alone and (precision == "fp16" or config.optim.freeze_backbone_frac > 0):
         raise ValueError("run.parallel: expected 'ddp' with fp16 or with heads that learn first, got 'fsdp'")
     torch.manual_seed(config.run.seed)
-    student = build_student(config).to(device).train()
+    student = build_student(config).to(device, torch.float32).train()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return State(student, make_teacher(student), adamw(student, config.optim), scaler, precision)
 
@@ -183,6 +183,8 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """Learn from the state's step to the run's last; one record a step, with readings every run.log_every steps.
 
+    Each step seeds torch's global generator anew.
+
     Args:
         config: the whole run.
         pixels: decoded training images.
@@ -193,6 +195,7 @@ def train(
         `seconds` counts from step 0, without the time the watcher takes.
     Raises:
         FloatingPointError: loss or gradients were not finite for 20 steps in a row.
+        ValueError: called under torch.autocast, no_grad or inference_mode.
     """
     device = next(state.student.parameters()).device
     plan, clock = schedules(config), time.perf_counter()
@@ -209,6 +212,9 @@ def train(
 
 def _update(config: RunConfig, state: State, batch: Batch, now: dict[str, float], read: bool) -> dict[str, Any]:
     """One update of the student, then of the teacher."""
+    if torch.is_autocast_enabled(batch.crops_global.device.type) or not torch.is_grad_enabled():
+        raise ValueError("expected train outside of no_grad, inference_mode and torch.autocast, which would keep old "
+                         "copies of weights; run.precision says what is computed in half precision")  # fmt: skip
     _seed(config, state)
     state.optimizer.zero_grad(set_to_none=True)
     state.student.backbone.requires_grad_(state.step >= round(config.optim.freeze_backbone_frac * config.run.steps))

@@ -7,6 +7,7 @@ Crops of several sizes go through the blocks as rows of one matrix; only attenti
 """
 
 from collections.abc import Collection, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -77,16 +78,16 @@ def build_vit(
         drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
         recompute: while training keep of each block its input alone, and compute the block again in the backward pass.
     Raises:
-        ValueError: an unknown name or choice, or sizes that do not divide.
+        ValueError: an unknown name or choice, sizes below 1 or that do not divide.
     Source: DINOv2 paper, table 17; official dinov2/hub/backbones.py (b8931f7).
     """
     if name not in SIZES:
         raise ValueError(f"unknown backbone {name!r}: expected one of {', '.join(SIZES)}")
     named_width, named_depth, named_heads, named_ffn = SIZES[name]
     return VisionTransformer(
-        width=width or named_width,
-        depth=depth or named_depth,
-        heads=heads or named_heads,
+        width=named_width if width is None else width,
+        depth=named_depth if depth is None else depth,
+        heads=named_heads if heads is None else heads,
         ffn=ffn or named_ffn,
         patch_size=patch_size,
         img_size=img_size,
@@ -181,6 +182,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         _check_one_of("ffn", ffn, ("mlp", "swiglu"))
         _check_one_of("drop_path", drop_path, DROP_PATH)
+        at_least_one = {"width": width, "depth": depth, "heads": heads, "in_chans": in_chans, "patch_size": patch_size,
+                        "img_size": img_size}  # fmt: skip
+        for size, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"expected {size} of at least 1, got {value}")
+        if num_register_tokens < 0:
+            raise ValueError(f"expected num_register_tokens of at least 0, got {num_register_tokens}")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         if img_size % patch_size:
@@ -281,7 +289,8 @@ class VisionTransformer(nn.Module):
             ValueError: a block that does not exist.
         Source: official dinov2/models/vision_transformer.py (b8931f7).
         """
-        wanted = set(range(self.depth - n, self.depth) if isinstance(n, int) else n)
+        n = n.tolist() if hasattr(n, "tolist") else n  # numbers of numpy and torch
+        wanted = {index(i) for i in (range(self.depth - n, self.depth) if isinstance(n, int) else n)}
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
             raise ValueError(f"expected blocks from 0 to {self.depth - 1}, got {sorted(wanted)}")
         x, groups = self._pack([images], [None])

@@ -157,6 +157,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _located(source: Source, cache: str | Path | None) -> Path | Mapping:
     """Where the weights of whatever names them are; a name is downloaded."""
+    if isinstance(source, nn.Module):
+        raise ValueError(f"expected weights, got a {type(source).__name__}: give its state_dict()")
     if isinstance(source, Mapping):
         return source
     is_name = str(source) in RELEASED and not Path(source).exists()
@@ -165,10 +167,12 @@ def _located(source: Source, cache: str | Path | None) -> Path | Mapping:
 
 def _backbone_state(source: Path | Mapping) -> State:
     """Tensors by official names, when they are those of a Vision Transformer at all."""
-    state = to_hub_layout(source if isinstance(source, Mapping) else read_state(source))
+    source = source if isinstance(source, Mapping) else read_state(source)
+    state = to_hub_layout(source)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         wanted = "cls_token, pos_embed and patch_embed.proj.weight"
-        raise ValueError(f"expected Vision Transformer weights with {wanted}, got keys {_few(state)}")
+        got = f"keys {_few(state)}" if state else f"no tensors by name, but {_few(source) or 'nothing'}"
+        raise ValueError(f"expected Vision Transformer weights with {wanted}, got {got}")
     shape = tuple(state["pos_embed"].shape)
     if len(shape) != 3 or shape[1] < 2 or math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
         raise ValueError(f"expected a pos_embed of (1, 1 + M*M, D), positions of a square grid, got {shape}")
@@ -230,7 +234,10 @@ def _check_fit(ours: Mapping[str, Tensor], state: State) -> None:
     for kind, keys in (("missing", missing), ("not expected", unexpected), ("of another shape", reshaped)):
         if keys:
             lines.append(f"  {len(keys)} {kind}: {_few(keys)}")
-    raise ValueError("\n".join(lines + ["build the backbone with the sizes of the weights (see build_vit)"]))
+    advice = "build the backbone with the sizes of the weights (see build_vit)"
+    if not (missing or reshaped) and theirs == mine:
+        advice = "leave out what is no part of a backbone, such as the head of a classifier"
+    raise ValueError("\n".join([*lines, advice]))
 
 
 def _few(keys: Collection[str]) -> str:
@@ -287,7 +294,7 @@ def export_weights(
     grid = _check_request(vit, path, layout, size)
     if layout == "onnx":
         return _write_onnx(vit, path, grid)
-    state = {name: x.detach().cpu().contiguous() for name, x in vit.state_dict().items()}
+    state = {name: x.detach().cpu().contiguous().clone() for name, x in vit.state_dict().items()}  # tied ones, too
     if size is not None:
         offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
-from minidino.probes.features import frozen
+from minidino.probes.features import frozen, in_float32
 from minidino.probes.knn import as_tensor
 from minidino.probes.segmentation import batches
 
@@ -103,12 +103,14 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, warm_up: bool 
     Returns:
         Scalar, no less than 1e-6 (so that a perfect prediction has a gradient). One valid pixel has no variance.
     Raises:
-        ValueError: unequal shapes, no valid pixel.
+        ValueError: unequal shapes, valid that is not bool, no valid pixel.
     Source: official dinov2/eval/depth/models/losses/sigloss.py (variance with n - 1).
     """
     if not prediction.shape == target.shape == valid.shape:
         shapes = [tuple(x.shape) for x in (prediction, target, valid)]
         raise ValueError(f"expected prediction, target and valid of one shape, got {shapes}")
+    if valid.dtype != torch.bool:  # numbers would choose rows
+        raise ValueError(f"expected valid as bool, got {valid.dtype}")
     if not valid.any():
         raise ValueError("no valid pixel: nothing to compare")
     g = (prediction[valid].float() + EPS).log() - (target[valid].float() + EPS).log()
@@ -248,6 +250,7 @@ def predict_depth(
             yield upsample(found[:, None], size, patch_size, part.shape[2:])[:, 0].cpu()
 
 
+@in_float32
 def linear_depth(
     train_maps: Rows,
     train_depth: Rows,
@@ -284,6 +287,7 @@ def linear_depth(
     return fit_depth(make, *data, min_depth, max_depth, LARGEST_LR, pixels=pixels, **options)
 
 
+@in_float32
 def fit_depth(
     make: Callable[[int, torch.Generator], nn.Module],
     train_maps: Rows,
@@ -340,7 +344,8 @@ def fit_depth(
         raise ValueError(f"no depth from {min_depth} to {max_depth} m in training or test: nothing to learn or judge")
     lr = min(PUBLISHED_LR * PUBLISHED_STEPS / steps, largest_lr) if lr is None else lr
     generator = torch.Generator().manual_seed(seed)
-    head = make(train_maps.shape[1], generator).train()
+    with torch.random.fork_rng(devices=[]):  # modules first draw from the global generator
+        head = make(train_maps.shape[1], generator).train()
     dense = pixels is None or gradient_weight > 0
     if not dense and not isinstance(head, DepthHead):
         raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {type(head).__name__}")

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidino.probes.depth import Rows, fit_depth, within
+from minidino.probes.features import in_float32
 from minidino.probes.knn import as_tensor
 
 CHANNELS = 256  # of the released decoder
@@ -122,6 +123,7 @@ class DPTHead(nn.Module):
         return metres if self.training else metres.clamp(max=self.max_depth)
 
 
+@in_float32
 def dpt_depth(
     train_maps: Rows,
     train_depth: Rows,

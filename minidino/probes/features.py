@@ -7,7 +7,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,28 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+def in_float32(probe: Callable) -> Callable:
+    """Let a probe compute as it is written, under the caller's autocast, inference mode and default dtype, too.
+
+    Autocast would round features, and hold on to copies of weights that have moved since.
+    """
+
+    @wraps(probe)
+    def alone(*args, **options):
+        dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if dtype != torch.float32:
+                torch.set_default_dtype(torch.float32)
+                stack.callback(torch.set_default_dtype, dtype)
+            return probe(*args, **options)
+
+    return alone
+
+
 def extract(
     vit: nn.Module,
     images: UInt8[Tensor, "n C H W"],
@@ -59,7 +82,7 @@ def extract(
     Raises:
         ValueError: the images are not uint8 of shape (n, C, H, W), or there is none; more blocks than vit has.
     Source: DINOv2 paper, section 7 (frozen features); official dinov2/eval/utils.py.
-    Differs: float32 throughout; the official extraction runs under fp16 autocast.
+    Differs: computed in the dtype of vit; the official extraction runs under fp16 autocast, which may be put around it.
     """
     expect_pixels(images)
     found: list[dict[str, Tensor]] = []
@@ -206,7 +229,8 @@ class FeatureStore:
         made = {"key": key, "made_from": json.loads(key), "arrays": {}}
         try:
             for name, value in arrays.items():
-                value = np.asarray(value)
+                value = value.detach().cpu() if isinstance(value, Tensor) else value
+                value = np.asarray(value.float() if value.dtype == torch.bfloat16 else value)  # which numpy has not
                 size = _save(unfinished / f"{name}.npy", value)
                 made["arrays"][name] = {"shape": list(value.shape), "dtype": str(value.dtype), "bytes": size}
             write_atomically(unfinished / "made.json", json.dumps(made, indent=1).encode())

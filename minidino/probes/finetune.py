@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minidino.images.pixels import Pixels
 from minidino.learning.optim import cosine_schedule, parameter_groups
 from minidino.model.vit import VisionTransformer
-from minidino.probes.features import extract
+from minidino.probes.features import extract, in_float32
 from minidino.probes.grid import labelled_crops
 
 LR_TIMES_WIDTH = 0.2
@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images))
 
 
+@in_float32
 def finetune(
     vit: VisionTransformer,
     train: Pixels,
@@ -85,7 +86,7 @@ def finetune(
     if min(len(known), steps, batch_size) < 1:
         raise ValueError("expected labelled test pictures, steps and batch_size of at least 1, got "
                          f"{len(known)}, {steps} and {batch_size}")  # fmt: skip
-    counted = int(max(train.labels.max(), test.labels.max())) + 1
+    counted = int(max(train.labels.max(initial=-1), test.labels.max())) + 1
     n_classes = n_classes or counted
     if n_classes < counted:
         raise ValueError(f"expected labels below n_classes = {n_classes}, got {counted - 1}")

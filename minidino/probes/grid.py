@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
-from minidino.probes.features import look
+from minidino.probes.features import in_float32, look
 from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
@@ -21,10 +21,12 @@ from minidino.probes.linear import (
     held_out,
     labelled,
     shuffled,
+    steps_of,
     train_heads,
 )
 
 
+@in_float32
 def linear_grid(
     train: dict[str, Rows],
     train_y: Rows,
@@ -59,7 +61,8 @@ def linear_grid(
         "accuracy" of the chosen head, top-1 fraction on the test rows; "best_lr", "blocks", "avgpool" say which;
         "table" has a dict for each head: "lr", "blocks", "avgpool", "accuracy" on the rows that chose.
     Raises:
-        ValueError: another way to choose, too few labelled rows, features that lack the blocks.
+        ValueError: another way to choose, too few labelled rows, features that lack the blocks; nothing to train, as
+            for `linear_probe`.
     Source: DINOv2 paper, section 7.1; official dinov2/eval/linear.py (b8931f7).
     Differs: the features are computed once, so there is no augmentation: for that see `train_grid` and
         `augmented_features`; heads of one input start from the same weights.
@@ -77,8 +80,7 @@ def linear_grid(
     if choose == "held-out":
         val, rows = held_out(len(x), val_frac, generator)
         x, y, val_x, val_y = x[rows], y[rows], x[val], y[val]
-    batch_size = min(batch_size, len(x))
-    steps = epochs * (len(x) // batch_size)
+    batch_size, steps = steps_of(len(x), epochs, batch_size)
     width = torch.as_tensor(train["mean_patch"]).shape[1]
     spans = _spans(width, blocks)
     batches = shuffled(x, y, batch_size, generator)

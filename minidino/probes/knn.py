@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minidino.probes.features import in_float32
+
 Rows = Tensor | np.ndarray
 PAIRS_AT_A_TIME = 2**26  # similarities held at once: 256 MiB of float32
 
 
+@in_float32
 def neighbours(train_x: Rows, test_x: Rows, k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """Find the k most similar rows of the bank for each query, exactly.
 
@@ -112,8 +115,8 @@ def knn_accuracy(
     Returns:
         {k: top-1 fraction}.
     Raises:
-        ValueError: a k is larger than the bank, the lengths do not fit, labels are no whole numbers, nothing is
-            labelled, or a temperature that is not above 0.
+        ValueError: no k, one below 1 or larger than the bank, the lengths do not fit, labels are no whole numbers,
+            nothing is labelled, or a temperature that is not above 0.
     Source: DINOv2 paper, section 7; official dinov2/eval/knn.py.
     """
     test_y = class_numbers(test_y)
@@ -138,6 +141,8 @@ def _predictions(
     known = train_y >= 0
     if not known.any():
         raise ValueError("no row of the bank has a label of 0 or more: nobody to vote")
+    if not ks or min(ks) < 1:
+        raise ValueError(f"expected ks of 1 or more neighbours, got {list(ks)}")
     similarity, index = neighbours(train_x[known.cpu().numpy()], test_x, max(ks))
     classes, labels = train_y[known].to(index.device).unique(return_inverse=True)  # however large their numbers are
     labels = labels[index]  # (n, k), nearest first

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
+from minidino.model.attention import autocast_off
+from minidino.probes.features import in_float32
 from minidino.probes.knn import as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
@@ -21,6 +23,7 @@ CHUNK = 4096  # rows judged at a time
 # ---------------------------------------------------------------- the class of an image
 
 
+@in_float32
 def linear_probe(
     train_x: Rows,
     train_y: Rows,
@@ -49,7 +52,8 @@ def linear_probe(
     Returns:
         "accuracy" top-1 fraction on the test rows, "best_lr", and "table" {lr: top-1 fraction on the held-out rows}.
     Raises:
-        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite.
+        ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite, or of
+            another width; nothing to train: no rate, no epoch, no batch.
     Source: DINOv2 paper, section 7; official dinov2/eval/linear.py (the 13 learning rates, optimizer, schedule).
     Differs: the rate is chosen on held-out training rows, not on the test rows; features are standardised with the
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
@@ -64,8 +68,7 @@ def linear_probe(
     val, train = held_out(len(train_x), val_frac, generator)
     x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
     spans = [(0, x.shape[1])]
-    batch_size = min(batch_size, len(train))
-    steps = epochs * (len(train) // batch_size)
+    batch_size, steps = steps_of(len(train), epochs, batch_size)
     batches = shuffled(x, train_y[train], batch_size, generator)
     (weights,) = train_heads(batches, spans, x.shape[1] - 1, n_classes, lrs, steps, generator)
     table = head_accuracies([weights], spans, len(lrs), val_x, train_y[val])
@@ -87,6 +90,14 @@ def held_out(n: int, val_frac: float, generator: torch.Generator) -> tuple[Int[T
     order = torch.randperm(n, generator=generator)
     n_val = min(max(1, round(val_frac * n)), n - 1)
     return order[:n_val], order[n_val:]
+
+
+def steps_of(n: int, epochs: int, batch_size: int) -> tuple[int, int]:
+    """Rows of a batch, at most n, and whole batches in so many epochs. Raises ValueError where either is below 1."""
+    if min(epochs, batch_size) < 1:
+        raise ValueError(f"expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
+    batch_size = min(batch_size, n)
+    return batch_size, epochs * (n // batch_size)
 
 
 def shuffled(
@@ -115,20 +126,24 @@ def train_heads(
 
     The weights of column `ones` are the biases.
     """
+    if not len(lrs):
+        raise ValueError("expected at least one learning rate, got none")
     weights = [_first_weights(stop - start, ones - start, n_classes, len(lrs), generator) for start, stop in spans]
     velocity = [torch.zeros_like(w) for w in weights]
-    rates = torch.tensor(lrs).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
+    rates = torch.tensor(lrs, dtype=torch.float32).repeat_interleave(n_classes)[:, None]  # (r * C, 1)
     factor = cosine_schedule(1.0, 0.0, steps)
     done = 0
     for x, y in islice(batches, steps):
         if len(y) == 0 or y.min() < 0 or y.max() >= n_classes:
             raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
-        logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
+        with autocast_off(x):  # under which a network may look at the batches
+            logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
         error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
         error.scatter_add_(1, y.expand(len(error), 1, -1), error.new_full((1, 1, 1), -1).expand(len(error), 1, len(y)))
         change = -factor(done) * len(y) / 256 * rates
         for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
-            v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
+            with autocast_off(x):
+                v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
             w.addcmul_(v, change)
         done += 1
     if done < steps:
@@ -138,11 +153,12 @@ def train_heads(
 
 def _first_weights(width: int, ones: int, n_classes: int, n_rates: int, generator: torch.Generator) -> Tensor:
     """N(0, 0.01) and biases of 0, alike for all rates: (r * C, width)."""
-    weights = 0.01 * torch.randn(n_classes, width, generator=generator)
+    weights = 0.01 * torch.randn(n_classes, width, generator=generator, dtype=torch.float32)
     weights[:, ones] = 0
     return weights.repeat(n_rates, 1)
 
 
+@in_float32
 def head_accuracies(
     weights: list[Tensor], spans: Sequence[tuple[int, int]], n_rates: int, x: Float[Tensor, "n F"], y: Int[Tensor, "n"]
 ) -> Float[Tensor, "heads"]:
@@ -158,6 +174,7 @@ def head_accuracies(
 # ---------------------------------------------------------------- the class of a patch
 
 
+@in_float32
 def patch_probe(
     train_patches: Rows,
     train_masks: Rows,
@@ -215,6 +232,7 @@ def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes:
 # ---------------------------------------------------------------- the distance of a patch
 
 
+@in_float32
 def patch_depth_probe(
     train_patches: Rows, train_depth: Rows, test_patches: Rows, test_depth: Rows, ridge: float = 10.0
 ) -> dict:
@@ -289,5 +307,9 @@ def _with_ones(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D1"]:
 
 def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:
     """Mean 0 and deviation 1 in each feature of the training rows; a feature that never changes becomes 0."""
+    for other in others:
+        if other.shape[1] != train.shape[1]:
+            wide = f"{train.shape[1]} and {other.shape[1]}"
+            raise ValueError(f"expected features of one width to train and to test, got {wide}: not the same features")
     mean, std = train.mean(0), train.std(0, correction=0)
     return [torch.where(std > 1e-6, (x - mean) / std.clamp_min(1e-6), 0.0) for x in (train, *others)]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minidino.images.pixels import Pixels
+from minidino.probes.features import in_float32
 from minidino.probes.knn import PAIRS_AT_A_TIME, Rows, as_tensor
 
 PROTOCOLS = {  # name: (positives, left out of the ranking)
@@ -54,6 +55,7 @@ class GroundTruth(NamedTuple):
 # ---------------------------------------------------------------- the measure
 
 
+@in_float32
 def similarity(queries: Rows, database: Rows) -> Float[Tensor, "Q N"]:
     """Cosine of every query with every row of the database, float32."""
     x, bank = (F.normalize(as_tensor(part).float(), dim=1) for part in (queries, database))

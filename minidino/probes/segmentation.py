@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from minidino.probes.dense import at_pixels, checked, feature_maps, upsample
-from minidino.probes.features import frozen
+from minidino.probes.features import frozen, in_float32
 from minidino.probes.knn import class_numbers
 
 Rows = Tensor | np.ndarray
@@ -107,6 +107,7 @@ class LinearHead(nn.Module):
         return self.conv_seg(self.bn(maps))
 
 
+@in_float32
 def train_head(
     maps: Rows,
     masks: Rows,
@@ -135,7 +136,8 @@ def train_head(
     if min(steps, batch_size, 1 if pixels is None else pixels) < 1:
         raise ValueError(f"expected steps, batch_size, pixels of at least 1, got {steps}, {batch_size}, {pixels}")
     generator = torch.Generator().manual_seed(seed)
-    head = LinearHead(maps.shape[1], n_classes, generator).to(device)
+    with torch.random.fork_rng(devices=[]):  # modules first draw from the global generator
+        head = LinearHead(maps.shape[1], n_classes, generator).to(device)
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     size, flat = masks.shape[1:], masks.flatten(1)
     with torch.enable_grad():
@@ -183,6 +185,7 @@ def predict(
             yield upsample(head(part.to(device).float()), size, patch_size).argmax(1).cpu()
 
 
+@in_float32
 def linear_segmentation(
     train_maps: Rows,
     train_masks: Rows,
