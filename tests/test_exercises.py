@@ -4,11 +4,12 @@ No notebook is run. Before an exercise's cell only those statements run that def
 """
 
 import ast
+import dis
 import inspect
-import symtable
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import pytest
@@ -71,12 +72,12 @@ def needed(before: list[ast.stmt], cell: list[ast.stmt], given: tuple[str, ...] 
 
 def names_of(statement: ast.stmt) -> tuple[set[str], set[str]]:
     """Names of the notebook that a statement binds, and those that it reads, in functions as well."""
-    top = symtable.symtable(ast.unparse(statement), "cell", "exec")
-    binds = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    reads, tables = set(), [top]
-    for table in tables:
-        reads |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table is top)}
-        tables += table.get_children()
+    codes = [compile(ast.unparse(statement), "cell", "exec")]
+    binds = {step.argval for step in dis.get_instructions(codes[0]) if step.opname == "STORE_NAME"}
+    reads = set()
+    for code in codes:
+        reads |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
     return binds, reads
 
 
