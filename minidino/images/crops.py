@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -72,11 +72,8 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
     )
 
 
-def normalise(images: UInt8[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
-    """Bring pixels, 0 to 255, to what a network was trained on, on their device: see `mean_and_std`.
-    ValueError for what is not uint8, such as floats in [0, 1]."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"expected pixels from 0 to 255 as uint8, got {images.dtype}")
+def normalise(images: Num[Tensor, "n C H W"]) -> Float[Tensor, "n C H W"]:
+    """Bring pixels, 0 to 255 in numbers of any kind, to what a network was trained on, on their device: see `mean_and_std`."""
     mean, std = mean_and_std(images.shape[1], images.device)
     return (images.float() / 255).sub_(mean).div_(std)
 
