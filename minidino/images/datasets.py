@@ -343,8 +343,7 @@ def check_images(images: ImageSet, progress: bool = True, channels: int = 3) -> 
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
     decoded = decode_each(images, lambda picture: True, progress, channels=channels)
-    results = [(i, r) for i, r in decoded if isinstance(r, BadImage)]
-    rows = [{"file": images.files[i], "reason": str(reason)} for i, reason in results]
+    rows = [{"file": images.files[i], "reason": str(bad)} for i, bad in decoded if isinstance(bad, BadImage)]
     return {"decoded": len(images) - len(rows), "quarantined": rows}
 
 
