@@ -131,12 +131,12 @@ def decode_channels(data: bytes, channels: int, max_pixels: int = 64_000_000) ->
     Raises:
         BadImage: as `decode`; an array of another shape or type.
     """
-    if channels == 1 and not data.startswith(NUMPY):
-        return np.array(decode(data, max_pixels).convert("L"))[..., None]
-    if not data.startswith(NUMPY):
-        decode(data, max_pixels)  # which knows better what is wrong with it, if something is
+    if data.startswith(NUMPY):
+        return _array(data, channels, max_pixels)
+    picture = decode(data, max_pixels)  # which knows better what is wrong with it, if something is
+    if channels != 1:
         raise BadImage(f"a picture, where an array of numpy (.npy) with {channels} channels is expected")
-    return _array(data, channels, max_pixels)
+    return np.array(picture.convert("L"))[..., None]
 
 
 def _array(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "H W C"]:
@@ -197,10 +197,8 @@ def _what_is(data: bytes) -> str:
     """Name the content of a file that no decoder recognises."""
     if not data:
         return "empty file"
-    for pattern, words in SIGNATURES:
-        if re.match(pattern, data[:1024], re.DOTALL | re.IGNORECASE):
-            return words
-    return "not an image: unknown content"
+    fitting = (words for start, words in SIGNATURES if re.match(start, data[:1024], re.DOTALL | re.IGNORECASE))
+    return next(fitting, "not an image: unknown content")
 
 
 def _words(error: Exception) -> str:
