@@ -11,7 +11,6 @@ span the picture and its border, and `patch_size` tells these functions so. With
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.probes.features import as_seen, expect_pixels, frozen
-from minidino.probes.knn import as_tensor
-
-Rows = Tensor | np.ndarray
+from minidino.probes.knn import Rows, as_tensor
 
 
 def borders(size: Sequence[int], patch_size: int) -> tuple[int, int, int, int]:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
 from minidino.probes.features import frozen
-from minidino.probes.knn import as_tensor
+from minidino.probes.knn import Rows, as_tensor
 from minidino.probes.segmentation import batches
 
-Rows = Tensor | np.ndarray
 EPS = 1e-3  # metres, added before every logarithm
 SCALES = (1, 2, 4, 6)  # every so many-th pixel in the gradient loss, as released
 UPSAMPLE = 4  # bins per side of a patch, as released

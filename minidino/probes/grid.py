@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.probes.features import look
-from minidino.probes.knn import as_tensor, class_numbers
-from minidino.probes.linear import (
-    PUBLISHED_LRS,
-    Rows,
-    counted,
-    head_accuracies,
-    held_out,
-    labelled,
-    shuffled,
-    train_heads,
-)
+from minidino.probes.knn import Rows, as_tensor, class_numbers
+from minidino.probes.linear import PUBLISHED_LRS, counted, head_accuracies, held_out, labelled, shuffled, train_heads
 
 
 def linear_grid(

@@ -3,17 +3,15 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.learning.optim import cosine_schedule
-from minidino.probes.knn import as_tensor, class_numbers
+from minidino.probes.knn import Rows, as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
-Rows = Tensor | np.ndarray
 PUBLISHED_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 CHUNK = 4096  # rows judged at a time
 
