@@ -60,7 +60,8 @@ def linear_probe(
     if n_classes is None:
         train_y, test_y, n_classes = counted(train_y, test_y)
     val, train = held_out(len(train_x), val_frac, generator)
-    x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
+    parts = _standardised(train_x[train], train_x[val], test_x)
+    x, val_x, test_x = (F.pad(part, (0, 1), value=1.0) for part in parts)  # the weights of the last column are biases
     spans = [(0, x.shape[1])]
     batch_size = min(batch_size, len(train))
     steps = epochs * (len(train) // batch_size)
@@ -185,13 +186,15 @@ def patch_probe(
     if len(x) == 0 or len(test_x) == 0:
         raise ValueError(f"expected patches with a class of 0 or more, got {len(x)} to train and {len(test_x)} to test")
     x, test_x = _standardised(x, test_x)
-    predicted = _softmax_regression(x, y, n_classes, l2, max_iterations)(test_x).argmax(1)
+    predicted = F.linear(test_x, *_softmax_regression(x, y, n_classes, l2, max_iterations)).argmax(1)
     found = mean_iou(predicted, test_y, n_classes)
     return {key: found[key] for key in ("miou", "iou", "accuracy")}
 
 
-def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int):
-    """The fitted map from features to logits."""
+def _softmax_regression(
+    x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, "C"]]:
+    """Weights and biases of the fitted map from features to logits."""
     weight = torch.zeros(n_classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(n_classes, requires_grad=True)
     search = torch.optim.LBFGS(
@@ -206,8 +209,7 @@ def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes:
 
     with torch.enable_grad():
         search.step(loss)
-    weight, bias = weight.detach(), bias.detach()
-    return lambda features: F.linear(features, weight, bias)
+    return weight.detach(), bias.detach()
 
 
 # ---------------------------------------------------------------- the distance of a patch
@@ -278,11 +280,6 @@ def _patch_rows(patches: Rows, values: Rows) -> tuple[Float[Tensor, "nN D"], Ten
             f"and {tuple(values.shape)}"
         )
     return patches.float().flatten(0, 1), values.flatten()
-
-
-def _with_ones(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D1"]:
-    """A last column of ones, whose weights are the biases."""
-    return F.pad(x, (0, 1), value=1.0)
 
 
 def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:
