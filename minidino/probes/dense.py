@@ -88,11 +88,11 @@ def spans(grid: Sequence[int], size: Sequence[int], patch_size: int | None) -> t
     """
     if patch_size is None:
         return 0, 0, *size
-    if tuple(grid) != tuple(-(-n // patch_size) for n in size):
+    expected = tuple(-(-n // patch_size) for n in size)
+    if tuple(grid) != expected:
         raise ValueError(
-            f"pictures of {tuple(size)} px with patches of {patch_size} px have a map of "
-            f"{tuple(-(-n // patch_size) for n in size)}, got {tuple(grid)}; give patch_size=None for maps that span "
-            "their targets exactly, at whatever size"
+            f"pictures of {tuple(size)} px with patches of {patch_size} px have a map of {expected}, got {tuple(grid)}; "
+            "give patch_size=None for maps that span their targets exactly, at whatever size"
         )
     left, _, top, _ = borders(size, patch_size)
     return top, left, grid[0] * patch_size, grid[1] * patch_size
