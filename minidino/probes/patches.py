@@ -197,13 +197,13 @@ def thinned_matches(
     Raises:
         ValueError: a match outside its grid, or a radius below 0.
     """
-    grid_b = grid_b or grid
     if radius < 0:
         raise ValueError(f"expected a radius of 0 patches or more, got {radius}")
-    for index, side in ((found.i, grid), (found.j, grid_b)):
+    sides = (found.i, grid), (found.j, grid_b or grid)
+    for index, side in sides:
         if len(index) and not 0 <= index.min() <= index.max() < math.prod(side):
             raise ValueError(f"expected patches from 0 to {math.prod(side) - 1} on the grid {side}, got {index.max()}")
-    ends = [np.stack(np.unravel_index(index, side), 1) for index, side in ((found.i, grid), (found.j, grid_b))]
+    ends = [np.stack(np.unravel_index(index, side), 1) for index, side in sides]
     kept: list[int] = []
     for m in np.argsort(-found.similarity, kind="stable"):
         near = [np.abs(end[kept] - end[m]).max(1) <= radius for end in ends]
