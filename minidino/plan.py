@@ -87,7 +87,8 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         raise ValueError(f"vit.name: expected one of {', '.join(SIZES)}, got {v.name!r}")
     width, depth, heads, ffn = SIZES[v.name]
     width, heads, gated = v.width or width, v.heads or heads, (v.ffn or ffn) == "swiglu"
-    cpu, half = device == "cpu", _is_half(config, device)
+    cpu = device == "cpu"
+    half = (pick_precision(config.run.precision, torch.device("cpu")) if cpu else config.run.precision) != "fp32"
     tokens = 1 + v.num_register_tokens + (c.global_size // v.patch_size) ** 2
     suits_triton = not cpu and half and tokens <= LONGEST and width // heads in (32, 64, 128)
     return Sizes(
@@ -109,12 +110,6 @@ def _head(config: RunConfig, ibot: bool = False) -> HeadSizes:
         bottleneck_dim=(h.ibot_bottleneck_dim if ibot else None) or h.bottleneck_dim, n_layers=h.n_layers,
         weight_norm=h.weight_norm, train_g=h.weight_g == "released",
     )  # fmt: skip
-
-
-def _is_half(config: RunConfig, device: str) -> bool:
-    if device == "cpu":
-        return pick_precision(config.run.precision, torch.device("cpu")) != "fp32"
-    return config.run.precision != "fp32"
 
 
 def make_plan(
