@@ -192,11 +192,9 @@ def _told(path: Path, width: int) -> dict[str, int | float | bool | None]:
         said = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:  # no JSON, or no text
         said = None
+    said = said if isinstance(said, dict) else {}
     for part in ("vit", "backbone_config"):  # of a run of this package; of a Hugging Face model around a backbone
-        if isinstance(said, dict) and isinstance(said.get(part), dict):
-            said = said[part]
-    if not isinstance(said, dict):
-        said = {}
+        said = said[part] if isinstance(said.get(part), dict) else said
     named_width, _, named_heads, _ = SIZES.get(str(said.get("name")), (None,) * 4)
     if (said.get("width") or said.get("hidden_size") or named_width) != width:
         warnings.warn(f"{config} tells of no backbone {width} wide, as these weights are: left aside", stacklevel=3)
