@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidino.config import RunConfig
 from minidino.images.archives import MARK
-from minidino.judge import is_run, random_backbone, trained_backbone
+from minidino.judge import CHUNK, is_run, random_backbone, trained_backbone
 from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of
 from minidino.probes import features
@@ -26,7 +26,6 @@ from minidino.probes.dense import borders, feature_maps
 from minidino.probes.depth import taps
 from minidino.runs import Run, pick_device
 
-CHUNK = 512  # pictures described at a time
 THUMBNAIL = 16  # px: raw pixels of a whole picture are those of a thumbnail
 WAVES = 8  # cosines along each side of a picture that tell where a patch lies
 BLOCKS = 4  # last blocks whose class tokens are kept
