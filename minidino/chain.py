@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from minidino import pictures
-from minidino.config import RunConfig, convert, override, preset, words_of
+from minidino.config import RunConfig, override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled
 from minidino.model.vit import SIZES as VIT_SIZES
-from minidino.ranges import Positive, Stage, require
+from minidino.ranges import Positive, Stage, convert, require, words_of
 from minidino.report import Section, write_report
 from minidino.runs import Run, expect_no_run, write_atomically
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
