@@ -41,41 +41,19 @@ class Tokens(NamedTuple):
 def build_vit(
     name: str,
     *,
-    patch_size: int = 14,
-    img_size: int = 518,
-    num_register_tokens: int = 0,
-    ffn: str | None = None,
-    layerscale: float | None = 1.0,
-    drop_path_rate: float = 0.0,
-    interpolate_offset: float = 0.1,
-    interpolate_antialias: bool = False,
-    in_chans: int = 3,
-    attention: str = "auto",
     width: int | None = None,
     depth: int | None = None,
     heads: int | None = None,
-    drop_path: str = "subset",
-    init_std: float = 0.02,
-    recompute: bool = False,
+    ffn: str | None = None,
+    **options,
 ) -> "VisionTransformer":
     """Build a randomly initialised Vision Transformer of a published size.
 
     Args:
         name: "vit_tiny", "vit_small", "vit_base", "vit_large" or "vit_giant2".
-        patch_size: pixels of a patch side, P.
-        img_size: pixels of the square image whose patch grid the position embedding is stored for.
-        num_register_tokens: R; 4 in the published register models.
-        ffn: "mlp", "swiglu", or None for the published choice for that name.
-        layerscale: start value of the residual gains; 1e-5 for training, None or 0 removes them.
-        drop_path_rate: fraction of the residuals left out while training, the same in every block.
-        interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`; 0.1 and False for the published
-            models without registers, 0.0 and True for those with.
-        attention: "auto", "triton", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
         width, depth, heads: replace those of the name, for models that fit a laptop.
-        init_std: of the linear weights. 0.02 as published suits widths of 384 and more; a net 64 wide that starts so
-            small passes hardly anything on, and learns late.
-        drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
-        recompute: while training keep of each block its input alone, and compute the block again in the backward pass.
+        ffn: "mlp", "swiglu", or None for the published choice for that name.
+        options: all else that `VisionTransformer` takes, such as patch_size and img_size.
     Raises:
         ValueError: an unknown name or choice, or sizes that do not divide.
     Source: DINOv2 paper, table 17; official dinov2/hub/backbones.py (b8931f7).
@@ -88,18 +66,7 @@ def build_vit(
         depth=depth or named_depth,
         heads=heads or named_heads,
         ffn=ffn or named_ffn,
-        patch_size=patch_size,
-        img_size=img_size,
-        num_register_tokens=num_register_tokens,
-        layerscale=layerscale,
-        drop_path_rate=drop_path_rate,
-        interpolate_offset=interpolate_offset,
-        interpolate_antialias=interpolate_antialias,
-        in_chans=in_chans,
-        attention=attention,
-        drop_path=drop_path,
-        init_std=init_std,
-        recompute=recompute,
+        **options,
     )
 
 
@@ -151,8 +118,26 @@ def interpolate_pos_embed(
 
 
 class VisionTransformer(nn.Module):
-    """The backbone; see `build_vit` for the arguments.
+    """The backbone; `build_vit` makes one of a published size.
 
+    Args:
+        width, depth, heads: D, number of blocks, h.
+        ffn: "mlp" or "swiglu".
+        patch_size: pixels of a patch side, P.
+        img_size: pixels of the square image whose patch grid the position embedding is stored for.
+        num_register_tokens: R; 4 in the published register models.
+        layerscale: start value of the residual gains; 1e-5 for training, None or 0 removes them.
+        drop_path_rate: fraction of the residuals left out while training, the same in every block.
+        interpolate_offset, interpolate_antialias: see `interpolate_pos_embed`; 0.1 and False for the published
+            models without registers, 0.0 and True for those with.
+        in_chans: of the images, C.
+        attention: "auto", "triton", "sdpa" or "reference"; see `minidino.model.attention.resolve`.
+        drop_path: "subset" (skips the work that is dropped) or "scale" (the readable one).
+        init_std: of the linear weights. 0.02 as published suits widths of 384 and more; a net 64 wide that starts so
+            small passes hardly anything on, and learns late.
+        recompute: while training keep of each block its input alone, and compute the block again in the backward pass.
+    Raises:
+        ValueError: an unknown choice, or sizes that do not divide.
     Source: official dinov2/models/vision_transformer.py (b8931f7), DinoVisionTransformer.
     Differs: always packed, without xFormers; in every rate the two residuals of a block drop independently (the
         released code shares one draw module up to rate 0.1, and takes the subset above it).
@@ -165,18 +150,18 @@ class VisionTransformer(nn.Module):
         depth: int,
         heads: int,
         ffn: str,
-        patch_size: int,
-        img_size: int,
-        num_register_tokens: int,
-        layerscale: float | None,
-        drop_path_rate: float,
-        interpolate_offset: float,
-        interpolate_antialias: bool,
-        in_chans: int,
-        attention: str,
-        drop_path: str,
-        init_std: float,
-        recompute: bool,
+        patch_size: int = 14,
+        img_size: int = 518,
+        num_register_tokens: int = 0,
+        layerscale: float | None = 1.0,
+        drop_path_rate: float = 0.0,
+        interpolate_offset: float = 0.1,
+        interpolate_antialias: bool = False,
+        in_chans: int = 3,
+        attention: str = "auto",
+        drop_path: str = "subset",
+        init_std: float = 0.02,
+        recompute: bool = False,
     ):
         super().__init__()
         _check_one_of("ffn", ffn, ("mlp", "swiglu"))
