@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from minidino.config import RunConfig, from_json, to_json
 
-PACKAGES = ("minidino", "torch", "torchvision", "numpy", "einops", "faiss-cpu", "pillow", "matplotlib")
+PACKAGES = ("minidino", "torch", "torchvision", "numpy", "faiss-cpu", "pillow", "matplotlib")
 BEFORE = ("pixels", "curation")  # what may stand in a run folder before the run
 NOTES = ("guard.json", "teacher.json", "environment.json")  # written before config.json, which makes the folder a run
 RESULTS = ("weights.safetensors", "heads.safetensors", "results.json", "report.html", "guard.json", "teacher.json",
