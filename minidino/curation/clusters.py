@@ -183,7 +183,7 @@ def balanced_sample(
     for level in tree:
         sizes.append(np.bincount(level.labels, sizes[-1], len(level.centroids)).astype(np.int64))
     quota = split_budget(sizes[-1], budget, generator)
-    for level, below in zip(tree[:0:-1], sizes[-2:0:-1]):
+    for level, below in zip(reversed(tree[1:]), reversed(sizes[1:-1])):
         shares = np.zeros_like(below)
         for group, share in zip(members(level), quota):
             shares[group] = split_budget(below[group], int(share), generator)
