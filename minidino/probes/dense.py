@@ -26,7 +26,8 @@ def borders(size: Sequence[int], patch_size: int) -> tuple[int, int, int, int]:
 
     Source: official dinov2/hub/utils.py, CenterPadding.
     """
-    (top, bottom), (left, right) = ((-n % patch_size // 2, -n % patch_size - -n % patch_size // 2) for n in size)
+    missing = [-n % patch_size for n in size]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
     return left, right, top, bottom
 
 
