@@ -303,7 +303,8 @@ def _check_request(
     if layout not in SUFFIXES:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(SUFFIXES)}")
     suffixes = SUFFIXES[layout]
-    if path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir():
+    wrong = path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir()
+    if wrong:
         kind = "a folder" if suffixes is None else f"a {' or '.join(suffixes)} file"
         raise ValueError(f"layout {layout!r} goes into {kind}, got {path}")
     if suffixes is None and (path / "config.json").exists() and not (path / "model.safetensors").exists():
