@@ -211,13 +211,15 @@ def _classes_of(inner: dict[int, tuple[str, ...]], voters: list[int]) -> dict[in
         return {}
     (depth,) = depths
     levels = [k for k in range(depth) if len({inner[i][k] for i in voters}) > 1]
+    if not levels:
+        return {}
     parents: dict[str, set[tuple[str, ...]]] = {}
-    for i in voters if levels else []:
+    for i in voters:
         kept = [inner[i][k] for k in levels]
         parents.setdefault(kept[-1], set()).add(tuple(kept[:-1]))
     if any(len(above) > 1 for above in parents.values()):
         return {}
-    found = {i: inner[i][levels[-1]] for i in inner if levels and len(inner[i]) == depth}
+    found = {i: names[levels[-1]] for i, names in inner.items() if len(names) == depth}
     return {i: label for i, label in found.items() if label in parents}
 
 
