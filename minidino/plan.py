@@ -99,7 +99,7 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         local_size=c.local_size, n_local=c.n_local,
         koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
         attention=v.attention if v.attention != "auto" else "triton" if suits_triton else "sdpa",
-        prototypes=w.prototypes if w.prototypes != "auto" else AUTO["cpu" if cpu else "cuda"], half=half, cpu=cpu,
+        prototypes=w.prototypes if w.prototypes != "auto" else AUTO, half=half, cpu=cpu,
     )  # fmt: skip
 
 
