@@ -154,9 +154,9 @@ def train_head(
     return head.eval()
 
 
-def poly(step: int, steps: int, warmup_frac: float = WARMUP) -> float:
+def poly(step: int, steps: int) -> float:
     """Factor of the learning rate: linear warm-up, times 1 - step / steps ("poly" of power 1)."""
-    warmup = max(1, round(warmup_frac * steps))
+    warmup = max(1, round(WARMUP * steps))
     return min(1.0, (step + 1) / warmup) * (1 - step / steps)
 
 
