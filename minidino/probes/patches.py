@@ -237,7 +237,7 @@ def token_norms(
     Returns:
         Euclidean lengths: "cls" (n,), "registers" (n, R), "patch" (n, N).
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is none.
+        ValueError: the images are not uint8 of shape (n, C, H, W), or there is none.
     Source: Darcet et al., Vision Transformers Need Registers, section 2; issues 293 and 373 of facebookresearch/dinov2.
     """
     expect_pixels(images)
@@ -301,7 +301,7 @@ def attention_to(
     Returns:
         Float32 on the CPU; a map sums to at most 1.
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is no such block or token.
+        ValueError: the images are not uint8 of shape (n, C, H, W), or there is no such block or token.
     """
     expect_pixels(images)
     grid = images.shape[2] // vit.patch_size, images.shape[3] // vit.patch_size
