@@ -172,15 +172,12 @@ def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run
     if "after" in guard:
         words += f": k-NN {guard['before']:.3f} before and {guard['after']:.3f} after, at that size"
     hashed = json.loads((next(reversed(runs.values())).folder / "teacher.json").read_text())["sha256"]
+    settings = [(key, " ".join(x) if isinstance(x, tuple) else str(x)) for key, x in asdict(plan).items()]
     sections = [
         Section("Size and worth", f"{TASKS[task].unit} of frozen features. One run.", folder / "sizes.png", table),
         Section("What they should beat", table=rest),
         Section("Checks", f"{words}.\n\nThe teacher's weights have the same hash before and after: {hashed[:16]}..."),
         Section("The config", f"All of it stands in {PLAN}; each run's own folder has its config.json.",
-                table=[("field", "value"), *((key, _said(value)) for key, value in asdict(plan).items())]),
+                table=[("field", "value"), *settings]),
     ]  # fmt: skip
     return write_report(folder / "report.html", "minidino chain: pretrain, adapt, distill, probe", sections)
-
-
-def _said(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
