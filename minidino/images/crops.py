@@ -160,7 +160,8 @@ def multi_crop(
     if not len(images) == len(sizes) == len(seeds):
         raise ValueError(f"expected one size and one seed per image, got {len(images)}, {len(sizes)}, {len(seeds)}")
     n_global, lines = len(laws_global), images.permute(0, 2, 1, 3)  # (B, H, C, W)
-    uniforms = torch.stack([_uniforms(seed, n_global + n_local) for seed in seeds], dim=1)  # (V, B, N_DRAWS)
+    shape, chances = (n_global + n_local, N_DRAWS), [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(shape, generator=chance) for chance in chances], dim=1)  # (V, B, N_DRAWS)
     plans = [plan_view(u, *sizes.T, law) for u, law in zip(uniforms, laws_global)]
     plan_local = plan_view(uniforms[n_global:].flatten(0, 1), *sizes.repeat(n_local, 1).T, law_local)
     return (
@@ -251,11 +252,6 @@ def _boxes(
     centred = ((sides - whole) / 2).floor()
     found = fits.any(dim=1, keepdim=True)
     return torch.cat([torch.where(found, place, centred), torch.where(found, drawn, whole)], dim=1)
-
-
-def _uniforms(seed: int, n_views: int) -> Tensor:
-    """All the chance of one image, drawn at once: (n_views, N_DRAWS)."""
-    return torch.rand(n_views, N_DRAWS, generator=torch.Generator().manual_seed(seed))
 
 
 def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
