@@ -272,10 +272,8 @@ class Run:
             path.unlink(missing_ok=True)
         if first is not None:
             run.save(0, first, 1)
-        for name, said in (notes or {}).items():
+        for name, said in {**(notes or {}), "environment.json": environment(config.run.seed, device)}.items():
             write_atomically(run.folder / name, json.dumps(said, indent=1).encode())
-        text = json.dumps(environment(config.run.seed, device), indent=1)
-        write_atomically(run.folder / "environment.json", text.encode())
         write_atomically(run.config_path, to_json(config).encode())
         return run
 
