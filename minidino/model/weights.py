@@ -29,7 +29,7 @@ from minidino.model.layouts import (
     to_timm_layout,
 )
 from minidino.model.released import RELEASED, fetch
-from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
+from minidino.model.vit import SIZES, VisionTransformer, interpolate_pos_embed
 from minidino.runs import atomic_path, disk_errors, write_atomically
 
 Source = str | Path | Mapping
@@ -108,8 +108,8 @@ def backbone_of(
     registers, side = sizes["registers"], math.isqrt(state["pos_embed"].shape[1] - 1)
     published = {"interpolate_offset": 0.0 if registers else 0.1, "interpolate_antialias": bool(registers)}
     told["heads"] = heads or told.get("heads") or _guess_heads(sizes["width"])
-    vit = build_vit(
-        "vit_tiny", width=sizes["width"], depth=sizes["depth"], ffn=sizes["ffn"], in_chans=sizes["in_chans"],
+    vit = VisionTransformer(
+        width=sizes["width"], depth=sizes["depth"], ffn=sizes["ffn"], in_chans=sizes["in_chans"],
         patch_size=sizes["patch_size"], img_size=side * sizes["patch_size"], num_register_tokens=registers,
         layerscale=1.0 if sizes["layerscale"] else None, **{**published, **told, **options},
     )  # fmt: skip
