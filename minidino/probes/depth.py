@@ -45,7 +45,8 @@ def taps(depth: int, head: str = "lin4", mode: str = "released") -> list[int]:
     """
     if head not in ("lin1", "lin4") or mode not in ("released", "fixed"):
         raise ValueError(f"expected head lin1 or lin4 and mode released or fixed, got {head!r} and {mode!r}")
-    if depth < (least := 1 if head == "lin1" else 4):
+    least = 1 if head == "lin1" else 4
+    if depth < least:
         raise ValueError(f"{head} needs {least} blocks, got {depth}")
     if head == "lin1":
         return [depth - 1]
