@@ -178,7 +178,7 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     if not plan.config.vit.recompute:
         of_losses.append([*of_losses[-1], "vit.recompute=true"])
     o, run = plan.config.optim, plan.config.run
-    shared = ["run.parallel=fsdp"] + ["run.precision=bf16"] * (run.precision == "fp16")
+    shared = ["run.parallel=fsdp"] + (["run.precision=bf16"] if run.precision == "fp16" else [])
     for sharing in [[], shared] if plan.gpus > 1 and run.parallel == "ddp" else [[]]:
         for losses in of_losses:
             for parts in _divisors(o.batch_size // plan.gpus, o.accumulate):
