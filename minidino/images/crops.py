@@ -160,8 +160,8 @@ def multi_crop(
     if not len(images) == len(sizes) == len(seeds):
         raise ValueError(f"expected one size and one seed per image, got {len(images)}, {len(sizes)}, {len(seeds)}")
     n_global, lines = len(laws_global), images.permute(0, 2, 1, 3)  # (B, H, C, W)
-    shape, chances = (n_global + n_local, N_DRAWS), [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniforms = torch.stack([torch.rand(shape, generator=chance) for chance in chances], dim=1)  # (V, B, N_DRAWS)
+    shape, generators = (n_global + n_local, N_DRAWS), [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(shape, generator=g) for g in generators], dim=1)  # (V, B, N_DRAWS)
     plans = [plan_view(u, *sizes.T, law) for u, law in zip(uniforms, laws_global)]
     plan_local = plan_view(uniforms[n_global:].flatten(0, 1), *sizes.repeat(n_local, 1).T, law_local)
     return (
