@@ -286,9 +286,8 @@ def export_weights(
     if layout == "onnx":
         return _write_onnx(vit, path, grid)
     state = {name: x.detach().cpu().contiguous() for name, x in vit.state_dict().items()}
-    if size is not None:
-        offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)
+    how = vit.interpolate_offset, vit.interpolate_antialias
+    state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, *how)
     said = {key: getattr(vit, key) for key in ("heads", *STRETCH)}
     if layout == "huggingface":
         return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
