@@ -102,12 +102,11 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
         FileExistsError: the folder holds a run.
         ValueError: the folder holds another chain, which has begun.
     """
-    written = json.dumps(asdict(plan), indent=1)
     expect_no_run(folder)
     begun = any(any(folder.glob(trace)) for trace in TRACES)
     if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
-    write_atomically(folder / PLAN, written.encode())
+    write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1).encode())
     runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}
     _go(runs["pretrained"], say, lambda place: pretrain(plan.configs()[0], place))
     _go(runs["adapted"], say, lambda place: adapt(
