@@ -6,7 +6,7 @@
 Crops of several sizes go through the blocks as rows of one matrix; only attention has to know where a crop ends.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,8 +164,9 @@ class VisionTransformer(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        _check_one_of("ffn", ffn, ("mlp", "swiglu"))
-        _check_one_of("drop_path", drop_path, DROP_PATH)
+        for field, value, choices in (("ffn", ffn, ("mlp", "swiglu")), ("drop_path", drop_path, DROP_PATH)):
+            if value not in choices:
+                raise ValueError(f"unknown {field} {value!r}: expected one of {', '.join(choices)}")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         if img_size % patch_size:
@@ -310,9 +311,3 @@ class VisionTransformer(nn.Module):
 def _unpack(x: Float[Tensor, "T D"], groups: Groups) -> list[Tensor]:
     """The groups of a packed sequence, each (crops, tokens, D)."""
     return [part.unflatten(0, group) for part, group in zip(x.split([b * n for b, n in groups]), groups)]
-
-
-def _check_one_of(field: str, value: str, choices: Collection[str]) -> None:
-    """A text option is one of its choices."""
-    if value not in choices:
-        raise ValueError(f"unknown {field} {value!r}: expected one of {', '.join(choices)}")
