@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from minidino import pictures
-from minidino.config import RunConfig, convert, override, preset, words_of
+from minidino.config import RunConfig, override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.judge import n_parameters
 from minidino.learning.adapt import adapted
 from minidino.learning.distill import distilled
 from minidino.model.vit import SIZES as VIT_SIZES
-from minidino.ranges import Positive, Stage, require
+from minidino.ranges import Positive, Stage, convert, require, words_of
 from minidino.report import Section, write_report
 from minidino.runs import Run, expect_no_run, write_atomically
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
@@ -102,12 +102,11 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
         FileExistsError: the folder holds a run.
         ValueError: the folder holds another chain, which has begun.
     """
-    written = json.dumps(asdict(plan), indent=1)
     expect_no_run(folder)
     begun = any(any(folder.glob(trace)) for trace in TRACES)
     if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
-    write_atomically(folder / PLAN, written.encode())
+    write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1).encode())
     runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}
     _go(runs["pretrained"], say, lambda place: pretrain(plan.configs()[0], place))
     _go(runs["adapted"], say, lambda place: adapt(
@@ -172,15 +171,12 @@ def report(plan: Chain, folder: Path, found: dict[str, Any], runs: dict[str, Run
     if "after" in guard:
         words += f": k-NN {guard['before']:.3f} before and {guard['after']:.3f} after, at that size"
     hashed = json.loads((next(reversed(runs.values())).folder / "teacher.json").read_text())["sha256"]
+    settings = [(key, " ".join(x) if isinstance(x, tuple) else str(x)) for key, x in asdict(plan).items()]
     sections = [
         Section("Size and worth", f"{TASKS[task].unit} of frozen features. One run.", folder / "sizes.png", table),
         Section("What they should beat", table=rest),
         Section("Checks", f"{words}.\n\nThe teacher's weights have the same hash before and after: {hashed[:16]}..."),
         Section("The config", f"All of it stands in {PLAN}; each run's own folder has its config.json.",
-                table=[("field", "value"), *((key, _said(value)) for key, value in asdict(plan).items())]),
+                table=[("field", "value"), *settings]),
     ]  # fmt: skip
     return write_report(folder / "report.html", "minidino chain: pretrain, adapt, distill, probe", sections)
-
-
-def _said(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)

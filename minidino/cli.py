@@ -124,7 +124,8 @@ def _train(stages) -> None:
             return _go_on(folder)
         _expect_new(folder)
         vit = backbone_of(options.weights) if options.weights else None
-        config = override(_base(options), [*([f"vit.patch_size={vit.patch_size}"] if vit else []), *options.changes])
+        patch = [f"vit.patch_size={vit.patch_size}"] if vit else []
+        config = override(_base(options), patch + options.changes)
         if vit:
             asked = {change.partition("=")[0].strip() for change in options.changes}
             if lost := asked & set(difference(config, going_on(config, vit, 0.0))):

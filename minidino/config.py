@@ -399,20 +399,20 @@ def from_json(text: str) -> RunConfig:
     """
     raw, default = json.loads(text), RunConfig()
     require(isinstance(raw, dict), "config", "a dictionary of stages", raw)
-    stages, unknown = {}, set(raw) - {f.name for f in fields(default)}
-    if unknown:
+    stages: dict[str, Any] = {}
+    if unknown := set(raw) - {f.name for f in fields(default)}:
         raise ValueError(f"config has unknown stages {sorted(unknown)}")
     for name, value in raw.items():
         if name == "preset":
             stages[name] = value
             continue
         require(isinstance(value, dict), f"config stage {name!r}", "a dictionary of fields", value)
-        known = get_type_hints(type(getattr(default, name)))
-        unknown = set(value) - set(known)
-        if unknown:
+        stage = type(getattr(default, name))
+        known = get_type_hints(stage)
+        if unknown := set(value) - set(known):
             raise ValueError(f"config stage {name!r} has unknown fields {sorted(unknown)}; known: {sorted(known)}")
-        values = {key: convert(v, known[key]) for key, v in value.items()}
-        for key, (converted, good) in values.items():
-            require(good, f"{name}.{key}", words_of(known[key]), repr(converted))
-        stages[name] = type(getattr(default, name))(**{key: converted for key, (converted, _) in values.items()})
+        for key, given in value.items():
+            value[key], good = convert(given, known[key])
+            require(good, f"{name}.{key}", words_of(known[key]), repr(value[key]))
+        stages[name] = stage(**value)
     return RunConfig(**stages)

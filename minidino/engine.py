@@ -105,8 +105,8 @@ class Ray:
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
         answers = data.map_batches(
-            _Chunk(job, self.threads), batch_size=1, num_cpus=self.threads, num_gpus=_gpus(gpu),
-            ray_remote_args_fn=lambda: {"max_retries": RETRIES},
+            _Chunk(job, self.threads), batch_size=1, num_cpus=self.threads,
+            num_gpus=int(gpu and torch.cuda.is_available()), ray_remote_args_fn=lambda: {"max_retries": RETRIES},
         )  # fmt: skip
         try:
             for row in answers.iter_rows():
@@ -219,10 +219,6 @@ def _scripted(module: torch.jit.ScriptModule) -> bytes:
 
 def _unscripted(data: bytes) -> torch.jit.ScriptModule:
     return torch.jit.load(BytesIO(data))
-
-
-def _gpus(wanted: bool) -> int:
-    return int(wanted and torch.cuda.is_available())
 
 
 def _last_words(error: Exception) -> str:

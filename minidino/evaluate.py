@@ -96,8 +96,7 @@ def ask_linear(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Ans
             blocks = (1, 4) if bank["cls_blocks"].shape[1] >= 4 else (1,)
             found[subject.name] = linear_grid(bank, labels[0], queries, labels[1], blocks=blocks)
         else:
-            rows = bank["cls_blocks"][:, -1], labels[0], queries["cls_blocks"][:, -1], labels[1]
-            found[subject.name] = linear_probe(*rows, epochs=10)
+            found[subject.name] = linear_probe(*data.rows(subject), epochs=10)
     _bars(found, data, folder, "linear top-1")
     return found
 

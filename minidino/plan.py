@@ -87,7 +87,8 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         raise ValueError(f"vit.name: expected one of {', '.join(SIZES)}, got {v.name!r}")
     width, depth, heads, ffn = SIZES[v.name]
     width, heads, gated = v.width or width, v.heads or heads, (v.ffn or ffn) == "swiglu"
-    cpu, half = device == "cpu", _is_half(config, device)
+    cpu = device == "cpu"
+    half = (pick_precision(config.run.precision, torch.device("cpu")) if cpu else config.run.precision) != "fp32"
     tokens = 1 + v.num_register_tokens + (c.global_size // v.patch_size) ** 2
     suits_triton = not cpu and half and tokens <= LONGEST and width // heads in (32, 64, 128)
     return Sizes(
@@ -98,7 +99,7 @@ def sizes_of(config: RunConfig, device: str) -> Sizes:
         local_size=c.local_size, n_local=c.n_local,
         koleo_views=(2 if w.koleo_views == "released" else 1) if w.koleo else 0,
         attention=v.attention if v.attention != "auto" else "triton" if suits_triton else "sdpa",
-        prototypes=w.prototypes if w.prototypes != "auto" else AUTO["cpu" if cpu else "cuda"], half=half, cpu=cpu,
+        prototypes=w.prototypes if w.prototypes != "auto" else AUTO, half=half, cpu=cpu,
     )  # fmt: skip
 
 
@@ -109,12 +110,6 @@ def _head(config: RunConfig, ibot: bool = False) -> HeadSizes:
         bottleneck_dim=(h.ibot_bottleneck_dim if ibot else None) or h.bottleneck_dim, n_layers=h.n_layers,
         weight_norm=h.weight_norm, train_g=h.weight_g == "released",
     )  # fmt: skip
-
-
-def _is_half(config: RunConfig, device: str) -> bool:
-    if device == "cpu":
-        return pick_precision(config.run.precision, torch.device("cpu")) != "fp32"
-    return config.run.precision != "fp32"
 
 
 def make_plan(
@@ -183,7 +178,7 @@ def remedies(plan: Plan) -> Iterator[tuple[str, Plan]]:
     if not plan.config.vit.recompute:
         of_losses.append([*of_losses[-1], "vit.recompute=true"])
     o, run = plan.config.optim, plan.config.run
-    shared = ["run.parallel=fsdp"] + ["run.precision=bf16"] * (run.precision == "fp16")
+    shared = ["run.parallel=fsdp"] + (["run.precision=bf16"] if run.precision == "fp16" else [])
     for sharing in [[], shared] if plan.gpus > 1 and run.parallel == "ddp" else [[]]:
         for losses in of_losses:
             for parts in _divisors(o.batch_size // plan.gpus, o.accumulate):

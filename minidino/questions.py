@@ -45,7 +45,7 @@ class Described:
 
     @cached_property
     def key(self) -> str:
-        return f"{self.name} {self.pixels.fingerprint()}{' whole' * self.whole}"
+        return f"{self.name} {self.pixels.fingerprint()}" + (" whole" if self.whole else "")
 
     def features(self, subject: Subject) -> dict[str, Tensor]:
         """Descriptions of all pictures, (n, ...) each, from the cache or computed now."""

@@ -58,8 +58,9 @@ def ranges_of(stage: type[Stage]) -> dict[str, Range]:
     """{field: what it may be}, of those that have a range, alone or beside None."""
     found = {}
     for name, hint in get_type_hints(stage, include_extras=True).items():
-        kinds = [kind for kind in (hint, *get_args(hint)) if hasattr(kind, "__metadata__")]
-        found |= {name: kind.__metadata__[0] for kind in kinds[:1]}
+        for kind in (hint, *get_args(hint)):
+            if hasattr(kind, "__metadata__"):  # of Annotated
+                found[name] = kind.__metadata__[0]
     return found
 
 

@@ -69,22 +69,21 @@ def keep_freed_memory() -> bool:
     A training step frees and asks again for the same hundred megabytes, and each page that comes back from the
     kernel is zeroed first: with the default settings that can cost more than the arithmetic.
     """
-    if platform.system() != "Linux":
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
-    return all(libc.mallopt(name, value) for name, value in settings)
+    return _tell_malloc(mmap_max=0, trim_threshold=2**31 - 1, top_pad=64 << 20)
 
 
 def give_back_memory() -> None:
     """Return to glibc's own ways after training, and hand what is free to the kernel."""
-    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for name, value in ((-4, 65536), (-1, 128 << 10), (-2, 128 << 10)):  # the defaults of mallopt(3)
-            libc.mallopt(name, value)
-        libc.malloc_trim(0)
+    if _tell_malloc(mmap_max=65536, trim_threshold=128 << 10, top_pad=128 << 10):  # the defaults of mallopt(3)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tell_malloc(**settings: int) -> bool:
+    """Set options of glibc's malloc; True where that worked."""
+    options = {"trim_threshold": -1, "top_pad": -2, "mmap_max": -4}  # M_... of malloc.h
+    if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False
+    return all(libc.mallopt(options[name], value) for name, value in settings.items())
 
 
 def peak_memory_mb() -> float | None:
@@ -273,10 +272,8 @@ class Run:
             path.unlink(missing_ok=True)
         if first is not None:
             run.save(0, first, 1)
-        for name, said in (notes or {}).items():
+        for name, said in {**(notes or {}), "environment.json": environment(config.run.seed, device)}.items():
             write_atomically(run.folder / name, json.dumps(said, indent=1).encode())
-        text = json.dumps(environment(config.run.seed, device), indent=1)
-        write_atomically(run.folder / "environment.json", text.encode())
         write_atomically(run.config_path, to_json(config).encode())
         return run
 

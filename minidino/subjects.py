@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidino.config import RunConfig
 from minidino.images.archives import MARK
-from minidino.judge import is_run, random_backbone, trained_backbone
+from minidino.judge import CHUNK, is_run, random_backbone, trained_backbone
 from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of
 from minidino.probes import features
@@ -26,11 +26,9 @@ from minidino.probes.dense import borders, feature_maps
 from minidino.probes.depth import taps
 from minidino.runs import Run, pick_device
 
-CHUNK = 512  # pictures described at a time
 THUMBNAIL = 16  # px: raw pixels of a whole picture are those of a thumbnail
 WAVES = 8  # cosines along each side of a picture that tell where a patch lies
 BLOCKS = 4  # last blocks whose class tokens are kept
-READINGS = ("last", "last4", "lin1", "lin4")  # segmentation of one and four blocks, depth of one and four
 
 Described = dict[str, Tensor | np.ndarray]
 
@@ -40,7 +38,8 @@ class Subject:
     """Something that turns pictures into features.
 
     name: as in tables. made_by: all that its features depend on. whole: (n, 3, S, S) uint8 -> {"cls_blocks": (n, b, D),
-    and of a network "mean_patch": (n, D)}. maps: (n, 3, H, W) uint8 and a reading -> (n, C, Hp, Wp); None: it cannot.
+    and of a network "mean_patch": (n, D)}. maps: (n, 3, H, W) uint8 and a reading, "last" or "last4" blocks for classes,
+    "lin1" or "lin4" for distances -> (n, C, Hp, Wp); None: it cannot.
     vit: the network, where there is one. base: the subject that this one is, told where each patch lies.
     """
 

@@ -99,7 +99,6 @@ def learn_from_a_pool(
     pool = make_pool(scenes.images, scenes.labels, COPIES, JUNK, config.data.scene_seed)
     say(f"curating a raw pool: {len(scenes.images)} scenes, {pool.made.count('junk')} pieces of junk, "
         f"{len(pool.files) - len(scenes.images) - pool.made.count('junk')} copies")  # fmt: skip
-    (folder / "curation").mkdir(parents=True, exist_ok=True)
     archive = write_pool(pool, folder / "curation" / "pool.zip")
     side = config.data.short_side
     manifest = curate(archive, folder / "curation", copy_steps=COPY_STEPS, seed=config.run.seed, short_side=side, say=say)

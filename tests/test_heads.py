@@ -17,7 +17,6 @@ from minidino.probes.features import extract
 from minidino.probes.heads import load_head
 from minidino.probes.segmentation import LinearHead
 
-
 HEADS = [DPTHead(6, 8, max_depth=80.0), DepthHead(48, bins(max_depth=80.0, n=20)),
          DepthHead(48, bins(max_depth=80.0), batch_norm=True), LinearHead(48, 5), nn.Linear(48, 7)]  # fmt: skip
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minidino.curation.pipeline import Curation
 from minidino.cli import main
+from minidino.curation.pipeline import Curation
 from minidino.images import pixels as pixels_module
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels

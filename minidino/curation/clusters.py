@@ -176,16 +176,13 @@ def balanced_sample(
         ValueError: a budget above the number of rows, or another leaf.
     Source: Vo et al. 2024, section 3.4, and its hierarchical_sampling.py.
     """
-    n = len(tree[0].labels)
-    if not 0 <= budget <= n:
-        raise ValueError(f"expected a budget from 0 to {n} rows, got {budget}")
     if leaf not in ("random", "closest"):
         raise ValueError(f"expected leaf 'random' or 'closest', got {leaf!r}")
-    sizes = [np.ones(n, dtype=np.int64)]  # rows under each node, level by level
+    sizes = [np.ones(len(tree[0].labels), dtype=np.int64)]  # rows under each node, level by level
     for level in tree:
         sizes.append(np.bincount(level.labels, sizes[-1], len(level.centroids)).astype(np.int64))
     quota = split_budget(sizes[-1], budget, generator)
-    for level, below in zip(tree[:0:-1], sizes[-2:0:-1]):
+    for level, below in zip(reversed(tree[1:]), reversed(sizes[1:-1])):
         shares = np.zeros_like(below)
         for group, share in zip(members(level), quota):
             shares[group] = split_budget(below[group], int(share), generator)

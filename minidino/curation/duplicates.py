@@ -71,8 +71,8 @@ def find_duplicates(
             break
         stays = np.flatnonzero(~far)
         among = far[pairs.left] & far[pairs.right] & (labels[pairs.left] == labels[pairs.right])
-        links = Pairs(*(np.concatenate([p[among], r]) for p, r in zip(pairs, (stays, kept[labels[stays]]))))
-        labels = connect(len(descriptors), links)
+        left, right = np.append(pairs.left[among], stays), np.append(pairs.right[among], kept[labels[stays]])
+        labels = connect(len(descriptors), Pairs(left, right))
         kept = representatives(labels, quality)
     return Components(labels, kept)
 

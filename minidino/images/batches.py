@@ -75,12 +75,11 @@ def _permutation(n_images: int, seed: int, epoch: int) -> Int[Tensor, "n"]:
 
 def crop_laws(crops: CropConfig) -> tuple[CropLaw, CropLaw, CropLaw]:
     """First global, second global and local law of a config."""
-    blur = "released" if crops.blur == "none" else crops.blur
-    first, second, local = released_laws(crops.global_size, crops.local_size, blur)
+    first, second, local = released_laws(crops.global_size, crops.local_size, crops.blur)
     shared = {
         "jitter_p": crops.jitter_probability, "brightness": crops.brightness, "contrast": crops.contrast,
         "saturation": crops.saturation, "hue": crops.hue, "gray_p": crops.grayscale_probability,
-    } | ({"blur_p": 0.0} if crops.blur == "none" else {})  # fmt: skip
+    }  # fmt: skip
     return (
         replace(first, scale=crops.global_scale, **shared),
         replace(second, scale=crops.global_scale, solarize_p=crops.solarize_probability, **shared),
@@ -157,19 +156,12 @@ def make_batch(
     seeds = [crop_seed(config.run.seed, step, *each) for each in zip(index.tolist(), repeat.tolist(), strict=True)]
     crops_global, crops_local = multi_crop(images, sizes, laws_global, law_local, config.crops.n_local, seeds)
     n_images = len(index) * n_processes()  # holes are shared out over the whole batch
-    n_crops = len(laws_global) * n_images
-    masks = _all_patches(config, n_crops) if config.distill.teacher else _holes(config, n_crops, step)
+    n_crops, side, patch_size = len(laws_global) * n_images, config.crops.global_size, config.vit.patch_size
+    if config.distill.teacher:  # every patch is compared, and none is hidden: see `objective.student_losses`
+        masks = torch.ones(n_crops, (side // patch_size) ** 2, dtype=torch.bool)
+    else:
+        generator = torch.Generator().manual_seed(crop_seed(config.run.seed, step, MASKS))
+        masks = batch_masks(n_crops, (side // patch_size, side // patch_size), generator, config.masks.probability,
+                            config.masks.ratio, largest_block(config.masks, side, patch_size))  # fmt: skip
     masks = masks.view(len(laws_global), n_images, -1)[:, my_rows(n_images, config.optim.accumulate)]
     return collate(crops_global, crops_local, masks.to(images.device), index)
-
-
-def _holes(config: RunConfig, n_crops: int, step: int) -> Bool[Tensor, "n N"]:
-    side, patch_size = config.crops.global_size, config.vit.patch_size
-    generator = torch.Generator().manual_seed(crop_seed(config.run.seed, step, MASKS))
-    return batch_masks(n_crops, (side // patch_size, side // patch_size), generator, config.masks.probability,
-                       config.masks.ratio, largest_block(config.masks, side, patch_size))  # fmt: skip
-
-
-def _all_patches(config: RunConfig, n_crops: int) -> Bool[Tensor, "n N"]:
-    """Distillation compares every patch, and hides none: see `objective.student_losses`."""
-    return torch.ones(n_crops, (config.crops.global_size // config.vit.patch_size) ** 2, dtype=torch.bool)

@@ -222,15 +222,7 @@ def _each_picture(images: Images, change: Callable[[Image.Image], Image.Image]) 
 
 
 CORRUPTIONS: dict[str, Callable[[Images, int, Generators], Images]] = {
-    "gaussian_noise": gaussian_noise,
-    "shot_noise": shot_noise,
-    "impulse_noise": impulse_noise,
-    "defocus_blur": defocus_blur,
-    "gaussian_blur": gaussian_blur,
-    "motion_blur": motion_blur,
-    "brightness": brightness,
-    "contrast": contrast,
-    "saturate": saturate,
-    "pixelate": pixelate,
-    "jpeg_compression": jpeg_compression,
-}
+    damage.__name__: damage
+    for damage in (gaussian_noise, shot_noise, impulse_noise, defocus_blur, gaussian_blur, motion_blur, brightness,
+                   contrast, saturate, pixelate, jpeg_compression)
+}  # fmt: skip

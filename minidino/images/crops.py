@@ -55,15 +55,16 @@ def released_laws(global_size: int, local_size: int, blur: str = "released") -> 
     Args:
         global_size: side of a global crop, 224 px in the paper.
         local_size: side of a local crop, 96 or 98 px in the paper.
-        blur: "released" blurs with p = 0, 0.9, 0.5, as the published weights were trained; "paper" with 1, 0.1, 0.5.
+        blur: "released" blurs with p = 0, 0.9, 0.5, as the published weights were trained; "paper" with 1, 0.1, 0.5;
+            "none" never.
     Raises:
         ValueError: another blur.
     Source: DINOv2 paper, appendix B; official dinov2/data/augmentations.py and transforms.py (b8931f7), where
         RandomApply gets 1 - p; confirmed by the authors in dinov3 issue 342.
     """
-    chances = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
+    chances = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "none": (0.0, 0.0, 0.0)}
     if blur not in chances:
-        raise ValueError(f"expected blur 'released' or 'paper', got {blur!r}")
+        raise ValueError(f"expected blur 'released', 'paper' or 'none', got {blur!r}")
     first, second, local = chances[blur]
     return (
         CropLaw(size=global_size, scale=(0.32, 1.0), blur_p=first),
@@ -155,7 +156,8 @@ def multi_crop(
     if not len(images) == len(sizes) == len(seeds):
         raise ValueError(f"expected one size and one seed per image, got {len(images)}, {len(sizes)}, {len(seeds)}")
     n_global, lines = len(laws_global), images.permute(0, 2, 1, 3)  # (B, H, C, W)
-    uniforms = torch.stack([_uniforms(seed, n_global + n_local) for seed in seeds], dim=1)  # (V, B, N_DRAWS)
+    shape, generators = (n_global + n_local, N_DRAWS), [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(shape, generator=g, dtype=torch.float32) for g in generators], dim=1)  # (V, B, N_DRAWS)
     plans = [plan_view(u, *sizes.T, law) for u, law in zip(uniforms, laws_global)]
     plan_local = plan_view(uniforms[n_global:].flatten(0, 1), *sizes.repeat(n_local, 1).T, law_local)
     return (
@@ -246,11 +248,6 @@ def _boxes(
     centred = ((sides - whole) / 2).floor()
     found = fits.any(dim=1, keepdim=True)
     return torch.cat([torch.where(found, place, centred), torch.where(found, drawn, whole)], dim=1)
-
-
-def _uniforms(seed: int, n_views: int) -> Tensor:
-    """All the chance of one image, drawn at once: (n_views, N_DRAWS)."""
-    return torch.rand(n_views, N_DRAWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def _cut_views(lines: Tensor, plan: ViewPlan, size: int) -> Tensor:
@@ -408,9 +405,5 @@ def _mirrored(n: int, size: int, device: torch.device) -> Int[Tensor, "lines 9"]
 
 def solarize(x: Float[Tensor, "n C s s"]) -> Float[Tensor, "n C s s"]:
     """Invert every value from 128/255 up."""
-    return _choose(x >= SOLARIZE_THRESHOLD, 1 - x, x)
-
-
-def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Do what torch.where does; on a CPU it mispredicts a branch for each pixel and takes four times as long."""
-    return torch.lerp(no, yes, condition.to(no.dtype))
+    # torch.where mispredicts a branch for each pixel on a CPU, and takes four times as long
+    return torch.lerp(x, 1 - x, (x >= SOLARIZE_THRESHOLD).to(x.dtype))

@@ -211,13 +211,15 @@ def _classes_of(inner: dict[int, tuple[str, ...]], voters: list[int]) -> dict[in
         return {}
     (depth,) = depths
     levels = [k for k in range(depth) if len({inner[i][k] for i in voters}) > 1]
+    if not levels:
+        return {}
     parents: dict[str, set[tuple[str, ...]]] = {}
-    for i in voters if levels else []:
+    for i in voters:
         kept = [inner[i][k] for k in levels]
         parents.setdefault(kept[-1], set()).add(tuple(kept[:-1]))
     if any(len(above) > 1 for above in parents.values()):
         return {}
-    found = {i: inner[i][levels[-1]] for i in inner if levels and len(inner[i]) == depth}
+    found = {i: names[levels[-1]] for i, names in inner.items() if len(names) == depth}
     return {i: label for i, label in found.items() if label in parents}
 
 
@@ -343,8 +345,7 @@ def check_images(images: ImageSet, progress: bool = True, channels: int = 3) -> 
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
     decoded = decode_each(images, lambda picture: True, progress, channels=channels)
-    results = [(i, r) for i, r in decoded if isinstance(r, BadImage)]
-    rows = [{"file": images.files[i], "reason": str(reason)} for i, reason in results]
+    rows = [{"file": images.files[i], "reason": str(bad)} for i, bad in decoded if isinstance(bad, BadImage)]
     return {"decoded": len(images) - len(rows), "quarantined": rows}
 
 

@@ -29,6 +29,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "ICO", "QOI", "SGI")
 MAX_ASPECT = 4
+MAX_PIXELS = 64_000_000  # of a picture: keeps the peak below 1 GiB
 ORIENTATION = 0x0112
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 NUMPY = b"\x93NUMPY"
@@ -65,13 +66,12 @@ class BadImage(ValueError):
     """A file that cannot become pixels; the message is the reason, in plain words."""
 
 
-def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Turn the bytes of any image file into an upright RGB picture, or say why not.
 
     Args:
         data: the whole file.
-        max_pixels: width times height, in pixels, above which a picture is refused before it is decoded;
-            the default keeps the peak below 1 GiB.
+        max_pixels: width times height, in pixels, above which a picture is refused before it is decoded.
     Returns:
         A loaded Pillow image of mode RGB that holds no reference to `data`.
     Raises:
@@ -84,7 +84,7 @@ def decode(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
     return _read(data, max_pixels, lambda image: _to_rgb(_upright(image)))
 
 
-def decode_values(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
+def decode_values(data: bytes) -> np.ndarray:
     """Turn the bytes of an image file into its numbers, upright and as they are: no palette, no scaling.
 
     Returns:
@@ -98,7 +98,7 @@ def decode_values(data: bytes, max_pixels: int = 64_000_000) -> np.ndarray:
             raise BadImage("a JPEG blurs its values; a target must be PNG or another format without loss")
         return np.asarray(_upright(image))
 
-    return _read(data, max_pixels, values)
+    return _read(data, MAX_PIXELS, values)
 
 
 def _read(data: bytes, max_pixels: int, finish: Callable[[Image.Image], Any]) -> Any:
@@ -125,18 +125,18 @@ def _read(data: bytes, max_pixels: int, finish: Callable[[Image.Image], Any]) ->
         raise BadImage(f"damaged {image.format}: {_words(error)}") from None
 
 
-def decode_channels(data: bytes, channels: int, max_pixels: int = 64_000_000) -> UInt8[np.ndarray, "H W C"]:
+def decode_channels(data: bytes, channels: int) -> UInt8[np.ndarray, "H W C"]:
     """Turn the bytes of an array of numpy into pixels of so many channels, or say why not; for 1 any picture does, too.
 
     Raises:
         BadImage: as `decode`; an array of another shape or type.
     """
-    if channels == 1 and not data.startswith(NUMPY):
-        return np.array(decode(data, max_pixels).convert("L"))[..., None]
-    if not data.startswith(NUMPY):
-        decode(data, max_pixels)  # which knows better what is wrong with it, if something is
+    if data.startswith(NUMPY):
+        return _array(data, channels, MAX_PIXELS)
+    picture = decode(data)  # which knows better what is wrong with it, if something is
+    if channels != 1:
         raise BadImage(f"a picture, where an array of numpy (.npy) with {channels} channels is expected")
-    return _array(data, channels, max_pixels)
+    return np.array(picture.convert("L"))[..., None]
 
 
 def _array(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "H W C"]:
@@ -197,10 +197,8 @@ def _what_is(data: bytes) -> str:
     """Name the content of a file that no decoder recognises."""
     if not data:
         return "empty file"
-    for pattern, words in SIGNATURES:
-        if re.match(pattern, data[:1024], re.DOTALL | re.IGNORECASE):
-            return words
-    return "not an image: unknown content"
+    fitting = (words for start, words in SIGNATURES if re.match(start, data[:1024], re.DOTALL | re.IGNORECASE))
+    return next(fitting, "not an image: unknown content")
 
 
 def _words(error: Exception) -> str:

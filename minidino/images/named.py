@@ -49,8 +49,10 @@ def download(name: str, root: str | Path) -> Path:
         wanted = " and ".join(str(root / file) for file in DOWNLOADS[name])
         message = f"{name} could not be downloaded ({error}); put {wanted} there by hand and run again"
         raise ConnectionError(message) from error
-    if name == "imagenette":
-        _expect_whole({split: len(pictures) for split, pictures, _, _ in parts}, root)
+    found = {split: len(pictures) for split, pictures, _, _ in parts}
+    if name == "imagenette" and found != IMAGENETTE:  # an unpacking was killed
+        folder = root / Path(DOWNLOADS[name][0]).stem
+        raise ValueError(f"{folder}: expected {IMAGENETTE} pictures, got {found}; delete this folder and run again")
     with atomic_path(target) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
         for split, pictures, labels, classes in parts:
             for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
@@ -60,13 +62,6 @@ def download(name: str, root: str | Path) -> Path:
                 data = Path(picture).read_bytes() if is_file else _png(picture)
                 archive.writestr(f"{name}/{where}/{member}", data)
     return target
-
-
-def _expect_whole(found: dict[str, int], root: Path) -> None:
-    """Raise ValueError where an unpacking that was killed has left some of the pictures."""
-    if found != IMAGENETTE:
-        folder = root / Path(DOWNLOADS["imagenette"][0]).stem
-        raise ValueError(f"{folder}: expected {IMAGENETTE} pictures, got {found}; delete this folder and run again")
 
 
 def _torchvision_parts(name: str, root: Path) -> list[tuple[str, Sequence[Any], Sequence[int], list[str]]]:

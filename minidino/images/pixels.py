@@ -119,7 +119,7 @@ class Pixels:
         """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
         centre cut out."""
         result = np.empty((len(self), self.channels, size, size), dtype=np.uint8)
-        for row, i in zip(result, range(len(self)), strict=True):
+        for i, row in enumerate(result):
             image = self.image(i)
             row[:] = image if image.shape == row.shape else by_pillow(image, partial(square, size=size))
         return torch.from_numpy(result)

@@ -22,13 +22,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minidino.config import DistillConfig, RunConfig, VitConfig, override
+from minidino.config import DistillConfig, RunConfig, VitConfig, flatten, override
 from minidino.learning.teacher import Frozen, Network, build_student
 from minidino.learning.train import State, start
 from minidino.model.vit import SIZES, VisionTransformer
 from minidino.model.weights import backbone_of, load_weights
+from minidino.ranges import require
 from minidino.runs import Run
 
+SHARED = ("vit.patch_size", "data.channels", "heads.tied", "heads.n_prototypes", "heads.ibot_n_prototypes")
 SHAPE = ("width", "depth", "heads")  # what a student may say of itself besides its name
 
 
@@ -96,20 +98,17 @@ def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
         FileNotFoundError: its run or its heads are not there.
         ValueError: another patch size, another number of prototypes, or other heads; says what to do.
     """
-    source, d = Run(config.distill.teacher), config.distill
-    if d.targets == "features":
-        network: nn.Module = _backbone(d.teacher)
-        _expect_equal("vit.patch_size", config.vit.patch_size, network.patch_size, d.teacher)
-        _expect_equal("distill.teacher_width", d.teacher_width, network.width, d.teacher)
-        _expect_equal("data.channels", config.data.channels, network.patch_embed.proj.in_channels, d.teacher)
+    ours, teacher = flatten(config), config.distill.teacher
+    if config.distill.targets == "features":
+        network: nn.Module = _backbone(teacher)
+        channels = network.patch_embed.proj.in_channels
+        theirs = {"vit.patch_size": network.patch_size, "distill.teacher_width": network.width, "data.channels": channels}
     else:
-        network = network_of(source)
-        theirs = source.config()
-        _expect_equal("vit.patch_size", config.vit.patch_size, theirs.vit.patch_size, d.teacher)
-        _expect_equal("data.channels", config.data.channels, theirs.data.channels, d.teacher)
-        _expect_equal("heads.tied", config.heads.tied, theirs.heads.tied, d.teacher)
-        for name in ("n_prototypes", "ibot_n_prototypes"):
-            _expect_equal(f"heads.{name}", getattr(config.heads, name), getattr(theirs.heads, name), d.teacher)
+        network = network_of(Run(teacher))
+        of_run = flatten(Run(teacher).config())
+        theirs = {name: of_run[name] for name in SHARED}
+    for name, value in theirs.items():
+        require(ours[name] == value, name, f"{value}, as the teacher {teacher} has", ours[name])
     return Frozen(network.to(device).requires_grad_(False).eval(), fingerprint(network))
 
 
@@ -164,8 +163,3 @@ def fingerprint(network: nn.Module) -> str:
 def _backbone(teacher: str) -> VisionTransformer:
     run = Run(teacher)
     return backbone_of(run.folder / "weights.safetensors" if (run.folder / "heads.safetensors").exists() else teacher)
-
-
-def _expect_equal(name: str, ours: object, theirs: object, teacher: str) -> None:
-    if ours != theirs:
-        raise ValueError(f"{name}: expected {theirs}, as the teacher {teacher} has, got {ours}")

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -84,32 +83,26 @@ def make_targets(
     Raises:
         ValueError: targets neither "sinkhorn" nor "centering".
     """
-    temps = teacher_temp if isinstance(teacher_temp, tuple) else (teacher_temp, teacher_temp)
-    impl = prototypes.resolve(impl, logits.dino.device)
-    if targets == "sinkhorn":
-
-        def balanced(rows: Tensor, temp: float) -> Tensor | Potentials:
-            if impl == "reference":
-                return sinkhorn_knopp(rows, temp, all_reduce=all_reduce)
-            return sinkhorn_potentials(rows, temp, all_reduce=all_reduce, impl=impl)
-
-        dino = balanced(logits.dino.flatten(0, 1), temps[0]).unflatten(0, logits.dino.shape[:2])
-        return Targets(dino, None if logits.ibot is None else balanced(logits.ibot, temps[1])), None
-    if targets != "centering":
+    if targets not in ("sinkhorn", "centering"):
         raise ValueError(f"expected targets 'sinkhorn' or 'centering', got {targets!r}")
+    dino_temp, ibot_temp = teacher_temp if isinstance(teacher_temp, tuple) else (teacher_temp, teacher_temp)
+    impl = prototypes.resolve(impl, logits.dino.device)
 
-    def centred(rows: Tensor, before: Tensor | None, temp: float) -> tuple[Tensor | Potentials, Tensor]:
-        before = rows.new_zeros(1, rows.shape[-1]) if before is None else before
-        told = softmax_center if impl == "reference" else partial(center_potentials, impl=impl)
-        return told(rows, before, temp), update_center(before, rows, all_reduce=all_reduce)
+    def balanced(rows: Tensor, temp: float, mean: Tensor | None) -> tuple[Tensor | Potentials, Tensor | None]:
+        """Targets of some rows, and the next running mean, if centring."""
+        if targets == "sinkhorn":
+            if impl == "reference":
+                return sinkhorn_knopp(rows, temp, all_reduce=all_reduce), None
+            return sinkhorn_potentials(rows, temp, all_reduce=all_reduce, impl=impl), None
+        mean = rows.new_zeros(1, rows.shape[-1]) if mean is None else mean
+        told = softmax_center(rows, mean, temp) if impl == "reference" else center_potentials(rows, mean, temp, impl)
+        return told, update_center(mean, rows, all_reduce=all_reduce)
 
     before = center or Center(None, None)
-    dino, dino_center = centred(logits.dino.flatten(0, 1), before.dino, temps[0])
-    dino = dino.unflatten(0, logits.dino.shape[:2])
-    if logits.ibot is None:
-        return Targets(dino, None), Center(dino_center, before.ibot)
-    ibot, ibot_center = centred(logits.ibot, before.ibot, temps[1])
-    return Targets(dino, ibot), Center(dino_center, ibot_center)
+    dino, dino_center = balanced(logits.dino.flatten(0, 1), dino_temp, before.dino)
+    ibot, ibot_center = (None, before.ibot) if logits.ibot is None else balanced(logits.ibot, ibot_temp, before.ibot)
+    found = Targets(dino.unflatten(0, logits.dino.shape[:2]), ibot)
+    return found, None if targets == "sinkhorn" else Center(dino_center, ibot_center)
 
 
 def student_losses(

@@ -234,7 +234,7 @@ def _loss_triton(
 
 
 IMPLEMENTATIONS = {"reference": _loss_reference, "chunked": _loss_chunked, "triton": _loss_triton}
-AUTO = {"cpu": "reference", "cuda": "reference"}  # what "auto" means, by type of device
+AUTO = "reference"  # what "auto" means, on all devices: see docs/measured.md, Kernels
 
 
 def resolve(impl: str, device: torch.device | str) -> str:
@@ -249,7 +249,7 @@ def resolve(impl: str, device: torch.device | str) -> str:
     """
     kind = torch.device(device).type
     if impl == "auto":
-        return AUTO.get(kind, "reference")
+        return AUTO
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown prototype loss {impl!r}: expected 'auto', {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "triton" and not importlib.util.find_spec("triton"):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -67,13 +67,7 @@ class Frozen:
 
 def build_backbone(config: RunConfig) -> VisionTransformer:
     """The backbone of a config, its positions stored for the grid of a global crop."""
-    v = config.vit
-    return build_vit(
-        v.name, patch_size=v.patch_size, in_chans=config.data.channels, img_size=config.crops.global_size,
-        num_register_tokens=v.num_register_tokens, ffn=v.ffn, layerscale=v.layerscale, drop_path_rate=v.drop_path_rate,
-        drop_path=v.drop_path, interpolate_offset=v.interpolate_offset, interpolate_antialias=v.interpolate_antialias,
-        attention=v.attention, width=v.width, depth=v.depth, heads=v.heads, init_std=v.init_std, recompute=v.recompute,
-    )  # fmt: skip
+    return build_vit(**asdict(config.vit), in_chans=config.data.channels, img_size=config.crops.global_size)
 
 
 def build_head(h: HeadConfig, in_dim: int, ibot: bool = False) -> DINOHead:

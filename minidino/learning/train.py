@@ -165,8 +165,10 @@ def schedules(config: RunConfig) -> dict[str, Schedule]:
     lr = cosine_schedule(o.lr, o.final_lr, steps, warmup, first)
 
     def ibot(step: int) -> float:
-        done, first, full = step / steps, w.ibot_start_frac, w.ibot_full_frac
-        return w.ibot * (min(1.0, (done - first) / (full - first)) if full > first else 1.0) if done >= first else 0.0
+        done, enters, full = step / steps, w.ibot_start_frac, w.ibot_full_frac
+        if done < enters:
+            return 0.0
+        return w.ibot * min(1.0, (done - enters) / (full - enters)) if full > enters else w.ibot
 
     return {
         "lr": lr,
@@ -251,7 +253,8 @@ def _backward(
     """Gradients of a batch, computed in parts; what it decides as a whole does not depend on their number."""
     n_parts, device = config.optim.accumulate, batch.crops_global.device
     autocast = torch.autocast(device.type, DTYPES[state.precision], enabled=state.precision != "fp32")
-    parts = [batch.rows(rows) for rows in _slices(len(batch.index), n_parts)] if n_parts > 1 else [batch]
+    size = len(batch.index) // n_parts
+    parts = [batch.rows(slice(i * size, (i + 1) * size)) for i in range(n_parts)] if n_parts > 1 else [batch]
     with autocast:
         if config.distill.targets == "features":
             lessons, targets, center = _imitation(state, batch, parts), None, None
@@ -327,11 +330,6 @@ def _imitation(state: State, batch: Batch, parts: list[Batch]) -> list[Lesson]:
     told = frozen.once(batch, lambda: [token_targets(frozen.network, part) for part in parts])
     return [partial(state.ask_student, imitation_losses, part, targets)
             for part, targets in zip(parts, told, strict=True)]  # fmt: skip
-
-
-def _slices(n: int, n_parts: int) -> list[slice]:
-    size = n // n_parts
-    return [slice(i * size, (i + 1) * size) for i in range(n_parts)]
 
 
 def _step_optimizer(config: RunConfig, state: State, now: dict[str, float]) -> dict[str, float]:

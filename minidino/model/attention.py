@@ -77,7 +77,6 @@ def attention_triton(
 
 
 IMPLEMENTATIONS = {"reference": attention_reference, "sdpa": attention_sdpa, "triton": attention_triton}
-AUTO = {"cuda": "triton"}  # what "auto" means, by type of device; "sdpa" on all others
 LONGEST = 320  # tokens of a crop for which "auto" takes Triton: data/results/attention.json has 257 and 1,370
 
 
@@ -96,8 +95,7 @@ def resolve(impl: str, device: torch.device | str) -> str:
     """
     kind = torch.device(device).type
     if impl == "auto":
-        chosen = AUTO.get(kind, "sdpa")
-        return "sdpa" if chosen == "triton" and _no_triton(kind) else chosen
+        return "triton" if kind == "cuda" and not _no_triton(kind) else "sdpa"
     if impl == "triton" and (reason := _no_triton(kind)):
         raise NotImplementedError(f"attention 'triton' {reason}; choose 'sdpa', which runs everywhere")
     if impl not in IMPLEMENTATIONS:

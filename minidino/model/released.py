@@ -79,7 +79,7 @@ def _pieces(url: str, name: str) -> Iterator[bytes]:
                 if not bar.n or bar.n < total:
                     raise HTTPException(f"the connection ended after {bar.n} of {total} bytes")
     except OSError as error:
-        raise HTTPException(str(error)) from error
+        raise HTTPException(str(error)) from error  # an OSError would be given the name of the file that is written
 
 
 def _check(path: Path) -> None:

@@ -196,11 +196,9 @@ def _told(path: Path, width: int) -> dict[str, int | float | bool | None]:
         said = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:  # no JSON, or no text
         said = None
+    said = said if isinstance(said, dict) else {}
     for part in ("vit", "backbone_config"):  # of a run of this package; of a Hugging Face model around a backbone
-        if isinstance(said, dict) and isinstance(said.get(part), dict):
-            said = said[part]
-    if not isinstance(said, dict):
-        said = {}
+        said = said[part] if isinstance(said.get(part), dict) else said
     named_width, _, named_heads, _ = SIZES.get(str(said.get("name")), (None,) * 4)
     if (said.get("width") or said.get("hidden_size") or named_width) != width:
         warnings.warn(f"{config} tells of no backbone {width} wide, as these weights are: left aside", stacklevel=3)
@@ -295,9 +293,8 @@ def export_weights(
     if layout == "onnx":
         return _write_onnx(vit, path, grid)
     state = {name: x.detach().cpu().contiguous().clone() for name, x in vit.state_dict().items()}  # tied ones, too
-    if size is not None:
-        offset, antialias = vit.interpolate_offset, vit.interpolate_antialias
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, offset, antialias)
+    how = vit.interpolate_offset, vit.interpolate_antialias
+    state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, *how)
     said = {key: getattr(vit, key) for key in ("heads", *STRETCH)}
     if layout == "huggingface":
         return _write_hugging_face(state, path, said, None if size is None else grid[0] * vit.patch_size)
@@ -312,7 +309,8 @@ def _check_request(
     if layout not in SUFFIXES:
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(SUFFIXES)}")
     suffixes = SUFFIXES[layout]
-    if path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir():
+    wrong = path.is_file() if suffixes is None else path.suffix not in suffixes or path.is_dir()
+    if wrong:
         kind = "a folder" if suffixes is None else f"a {' or '.join(suffixes)} file"
         raise ValueError(f"layout {layout!r} goes into {kind}, got {path}")
     if suffixes is None and (path / "config.json").exists() and not (path / "model.safetensors").exists():

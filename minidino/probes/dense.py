@@ -11,7 +11,6 @@ span the picture and its border, and `patch_size` tells these functions so. With
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.probes.features import as_seen, expect_pixels, frozen
-from minidino.probes.knn import as_tensor
-
-Rows = Tensor | np.ndarray
+from minidino.probes.knn import Rows, as_tensor
 
 
 def borders(size: Sequence[int], patch_size: int) -> tuple[int, int, int, int]:
@@ -29,7 +26,8 @@ def borders(size: Sequence[int], patch_size: int) -> tuple[int, int, int, int]:
 
     Source: official dinov2/hub/utils.py, CenterPadding.
     """
-    (top, bottom), (left, right) = ((-n % patch_size // 2, -n % patch_size - -n % patch_size // 2) for n in size)
+    missing = [-n % patch_size for n in size]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
     return left, right, top, bottom
 
 
@@ -91,11 +89,11 @@ def spans(grid: Sequence[int], size: Sequence[int], patch_size: int | None) -> t
     """
     if patch_size is None:
         return 0, 0, *size
-    if tuple(grid) != tuple(-(-n // patch_size) for n in size):
+    expected = tuple(-(-n // patch_size) for n in size)
+    if tuple(grid) != expected:
         raise ValueError(
-            f"pictures of {tuple(size)} px with patches of {patch_size} px have a map of "
-            f"{tuple(-(-n // patch_size) for n in size)}, got {tuple(grid)}; give patch_size=None for maps that span "
-            "their targets exactly, at whatever size"
+            f"pictures of {tuple(size)} px with patches of {patch_size} px have a map of {expected}, got {tuple(grid)}; "
+            "give patch_size=None for maps that span their targets exactly, at whatever size"
         )
     left, _, top, _ = borders(size, patch_size)
     return top, left, grid[0] * patch_size, grid[1] * patch_size

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
 from minidino.probes.features import frozen, in_float32
-from minidino.probes.knn import as_tensor
+from minidino.probes.knn import Rows, as_tensor
 from minidino.probes.segmentation import batches
 
-Rows = Tensor | np.ndarray
 EPS = 1e-3  # metres, added before every logarithm
 SCALES = (1, 2, 4, 6)  # every so many-th pixel in the gradient loss, as released
 UPSAMPLE = 4  # bins per side of a patch, as released
@@ -46,8 +45,9 @@ def taps(depth: int, head: str = "lin4", mode: str = "released") -> list[int]:
     """
     if head not in ("lin1", "lin4") or mode not in ("released", "fixed"):
         raise ValueError(f"expected head lin1 or lin4 and mode released or fixed, got {head!r} and {mode!r}")
-    if depth < (1 if head == "lin1" else 4):
-        raise ValueError(f"{head} needs {1 if head == 'lin1' else 4} blocks, got {depth}")
+    least = 1 if head == "lin1" else 4
+    if depth < least:
+        raise ValueError(f"{head} needs {least} blocks, got {depth}")
     if head == "lin1":
         return [depth - 1]
     even = [(i + 1) * depth // 4 - 1 for i in range(4)]
@@ -143,19 +143,15 @@ def gradient_loss(
         raise ValueError(f"expected prediction, target and valid of one shape (B, H, W), got {shapes}")
     # metres at unknown pixels are no matter, but their logarithm must exist
     difference = (prediction.float() + EPS).log() - (torch.where(valid, target, 0).float() + EPS).log()
-    first, second = (1, 2) if mode == "fixed" else (0, 1)
+    axes = (1, 2) if mode == "fixed" else (0, 1)
     if mode == "released":
         difference, valid = difference[:, None], valid[:, None]
     total = difference.new_zeros(())
     for scale in SCALES:
-        d, known = (_every(_every(x, scale, first), scale, second) for x in (difference, valid))
+        d, known = (x[:, ::scale, ::scale] if mode == "fixed" else x[::scale, ::scale] for x in (difference, valid))
         if known.any() or mode == "released":
-            total = total + sum(_changes(d, known, axis) for axis in (first, second)) / known.sum()
+            total = total + sum(_changes(d, known, axis) for axis in axes) / known.sum()
     return total
-
-
-def _every(x: Tensor, step: int, axis: int) -> Tensor:
-    return x[(slice(None),) * axis + (slice(None, None, step),)]
 
 
 def _changes(d: Tensor, known: Tensor, axis: int) -> Tensor:
@@ -348,7 +344,8 @@ def fit_depth(
         head = make(train_maps.shape[1], generator).train()
     dense = pixels is None or gradient_weight > 0
     if not dense and not isinstance(head, DepthHead):
-        raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {type(head).__name__}")
+        kind = type(head).__name__
+        raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {kind}")
     device = next(head.parameters()).device
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     rate = cosine_schedule(lr, lr * 1e-8, steps, warmup_steps=steps // 3, start=lr * 1e-3)

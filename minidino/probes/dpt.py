@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidino.probes.depth import Rows, fit_depth, within
+from minidino.probes.depth import fit_depth, within
 from minidino.probes.features import in_float32
-from minidino.probes.knn import as_tensor
+from minidino.probes.knn import Rows, as_tensor
 
 CHANNELS = 256  # of the released decoder
 LARGEST_LR = 1e-3  # a tenth of the linear head's: this one is deep

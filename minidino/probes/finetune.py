@@ -82,10 +82,10 @@ def finetune(
             loss or logits that are not finite.
     Differs: the paper takes the recipe of DeiT III, whose many augmentations are for ImageNet; this is its core.
     """
-    known = (torch.from_numpy(test.labels) >= 0).nonzero()[:, 0]
-    if min(len(known), steps, batch_size) < 1:
+    test = test.labelled()
+    if min(len(test), steps, batch_size) < 1:
         raise ValueError("expected labelled test pictures, steps and batch_size of at least 1, got "
-                         f"{len(known)}, {steps} and {batch_size}")  # fmt: skip
+                         f"{len(test)}, {steps} and {batch_size}")  # fmt: skip
     counted = int(max(train.labels.max(initial=-1), test.labels.max())) + 1
     n_classes = n_classes or counted
     if n_classes < counted:
@@ -99,12 +99,12 @@ def finetune(
         with tqdm(total=n_images, unit="images", disable=not progress, leave=False) as bar:
             for images in _learn(model, crops, steps, lr, layerwise_decay, weight_decay, smoothing):
                 bar.update(len(images))
-    tokens = extract(model.eval().backbone, test.select(known.numpy()).squares(size), progress=progress)["cls"]
+    tokens = extract(model.eval().backbone, test.squares(size), progress=progress)["cls"]
     with torch.no_grad():
         logits = model.head(tokens.to(device)).cpu()
     if not logits.isfinite().all():
         raise ValueError(f"the logits are not finite after {steps} steps: lower the rate, now {lr:g}")
-    right = logits.argmax(1) == torch.from_numpy(test.labels)[known]
+    right = logits.argmax(1) == torch.from_numpy(test.labels)
     return {"accuracy": right.double().mean().item(), "classifier": model}
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from minidino.images.crops import CropLaw, crop_seed, multi_crop
 from minidino.images.pixels import Pixels
 from minidino.probes.features import in_float32, look
-from minidino.probes.knn import as_tensor, class_numbers
+from minidino.probes.knn import Rows, as_tensor, class_numbers
 from minidino.probes.linear import (
     PUBLISHED_LRS,
-    Rows,
     counted,
     head_accuracies,
     held_out,

@@ -60,11 +60,12 @@ def _unit_rows(x: Rows, name: str) -> Float[Tensor, "n D"]:
 
 def class_numbers(y: Rows) -> Int[Tensor, "*n"]:
     """Labels as a tensor of integers. Raises ValueError for what is no whole number, such as words, NaN and shares."""
-    y = y.detach() if isinstance(y, Tensor) else np.asarray(y)
-    if isinstance(y, np.ndarray) and y.dtype.kind not in "biuf":
-        few = y.ravel()[:3].tolist()
-        raise ValueError(f"expected labels as the numbers of classes, below 0 where unknown, got {few}")
-    y = y if isinstance(y, Tensor) else as_tensor(y)
+    if not isinstance(y, Tensor):
+        y = np.asarray(y)
+        if y.dtype.kind not in "biuf":
+            few = y.ravel()[:3].tolist()
+            raise ValueError(f"expected labels as the numbers of classes, below 0 where unknown, got {few}")
+        y = as_tensor(y)
     if y.is_floating_point() and (y.frac() != 0).any():  # also where it is not finite
         raise ValueError(f"expected labels as whole numbers, got {y[y.frac() != 0][:3].tolist()}")
     return y.long()

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,10 +11,9 @@ from torch import Tensor
 from minidino.learning.optim import cosine_schedule
 from minidino.model.attention import autocast_off
 from minidino.probes.features import in_float32
-from minidino.probes.knn import as_tensor, class_numbers
+from minidino.probes.knn import Rows, as_tensor, class_numbers
 from minidino.probes.segmentation import mean_iou
 
-Rows = Tensor | np.ndarray
 PUBLISHED_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 CHUNK = 4096  # rows judged at a time
 
@@ -66,7 +64,8 @@ def linear_probe(
     if n_classes is None:
         train_y, test_y, n_classes = counted(train_y, test_y)
     val, train = held_out(len(train_x), val_frac, generator)
-    x, val_x, test_x = (_with_ones(part) for part in _standardised(train_x[train], train_x[val], test_x))
+    parts = _standardised(train_x[train], train_x[val], test_x)
+    x, val_x, test_x = (F.pad(part, (0, 1), value=1.0) for part in parts)  # the weights of the last column are biases
     spans = [(0, x.shape[1])]
     batch_size, steps = steps_of(len(train), epochs, batch_size)
     batches = shuffled(x, train_y[train], batch_size, generator)
@@ -204,13 +203,15 @@ def patch_probe(
     if len(x) == 0 or len(test_x) == 0:
         raise ValueError(f"expected patches with a class of 0 or more, got {len(x)} to train and {len(test_x)} to test")
     x, test_x = _standardised(x, test_x)
-    predicted = _softmax_regression(x, y, n_classes, l2, max_iterations)(test_x).argmax(1)
+    predicted = F.linear(test_x, *_softmax_regression(x, y, n_classes, l2, max_iterations)).argmax(1)
     found = mean_iou(predicted, test_y, n_classes)
     return {key: found[key] for key in ("miou", "iou", "accuracy")}
 
 
-def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int):
-    """The fitted map from features to logits."""
+def _softmax_regression(
+    x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, "C"]]:
+    """Weights and biases of the fitted map from features to logits."""
     weight = torch.zeros(n_classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(n_classes, requires_grad=True)
     search = torch.optim.LBFGS(
@@ -225,8 +226,7 @@ def _softmax_regression(x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes:
 
     with torch.enable_grad():
         search.step(loss)
-    weight, bias = weight.detach(), bias.detach()
-    return lambda features: F.linear(features, weight, bias)
+    return weight.detach(), bias.detach()
 
 
 # ---------------------------------------------------------------- the distance of a patch
@@ -298,11 +298,6 @@ def _patch_rows(patches: Rows, values: Rows) -> tuple[Float[Tensor, "nN D"], Ten
             f"and {tuple(values.shape)}"
         )
     return patches.float().flatten(0, 1), values.flatten()
-
-
-def _with_ones(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D1"]:
-    """A last column of ones, whose weights are the biases."""
-    return F.pad(x, (0, 1), value=1.0)
 
 
 def _standardised(train: Float[Tensor, "n D"], *others: Float[Tensor, "_ D"]) -> list[Float[Tensor, "_ D"]]:

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from torch import Tensor
 
-from minidino.probes.knn import as_tensor, class_numbers, knn_predict
-from minidino.probes.linear import Rows, held_out, labelled
+from minidino.probes.knn import Rows, as_tensor, class_numbers, knn_predict
+from minidino.probes.linear import held_out, labelled
 
 PUBLISHED_CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
 

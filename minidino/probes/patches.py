@@ -197,13 +197,13 @@ def thinned_matches(
     Raises:
         ValueError: a match outside its grid, or a radius below 0.
     """
-    grid_b = grid_b or grid
     if radius < 0:
         raise ValueError(f"expected a radius of 0 patches or more, got {radius}")
-    for index, side in ((found.i, grid), (found.j, grid_b)):
+    sides = (found.i, grid), (found.j, grid_b or grid)
+    for index, side in sides:
         if len(index) and not 0 <= index.min() <= index.max() < math.prod(side):
             raise ValueError(f"expected patches from 0 to {math.prod(side) - 1} on the grid {side}, got {index.max()}")
-    ends = [np.stack(np.unravel_index(index, side), 1) for index, side in ((found.i, grid), (found.j, grid_b))]
+    ends = [np.stack(np.unravel_index(index, side), 1) for index, side in sides]
     kept: list[int] = []
     for m in np.argsort(-found.similarity, kind="stable"):
         near = [np.abs(end[kept] - end[m]).max(1) <= radius for end in ends]
@@ -237,7 +237,7 @@ def token_norms(
     Returns:
         Euclidean lengths: "cls" (n,), "registers" (n, R), "patch" (n, N).
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is none.
+        ValueError: the images are not uint8 of shape (n, C, H, W), or there is none.
     Source: Darcet et al., Vision Transformers Need Registers, section 2; issues 293 and 373 of facebookresearch/dinov2.
     """
     expect_pixels(images)
@@ -301,7 +301,7 @@ def attention_to(
     Returns:
         Float32 on the CPU; a map sums to at most 1.
     Raises:
-        ValueError: the images are not uint8 of shape (n, 3, H, W), or there is no such block or token.
+        ValueError: the images are not uint8 of shape (n, C, H, W), or there is no such block or token.
     """
     expect_pixels(images)
     grid = images.shape[2] // vit.patch_size, images.shape[3] // vit.patch_size

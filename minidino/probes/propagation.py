@@ -6,16 +6,13 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidino.probes.dense import checked, patch_shares, upsample
-from minidino.probes.knn import as_tensor, class_numbers, neighbours
+from minidino.probes.knn import Rows, as_tensor, class_numbers, neighbours
 from minidino.probes.segmentation import expect_classes, judged
-
-Rows = Tensor | np.ndarray
 
 
 def _transfer(

@@ -199,7 +199,8 @@ def groups_ground_truth(groups: Sequence[Hashable]) -> list[Query]:
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
         group = group.item() if isinstance(group, np.generic | Tensor) else group
-        if group not in ("", None) and not (isinstance(group, int | float) and not group >= 0):
+        distractor = group in ("", None) or (isinstance(group, int | float) and not group >= 0)  # nan is not
+        if not distractor:
             members.setdefault(group, []).append(row)
     pairs = [(row, group) for group in members.values() for row in group]
     return [Query(easy=[i for i in group if i != row], junk=[row], row=row) for row, group in sorted(pairs)]

@@ -7,7 +7,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 
 from minidino.probes.dense import at_pixels, checked, feature_maps, upsample
 from minidino.probes.features import frozen, in_float32
-from minidino.probes.knn import class_numbers
+from minidino.probes.knn import Rows, class_numbers
 
-Rows = Tensor | np.ndarray
 MS_SCALES = (1.0, 1.32, 1.73, 2.28, 3.0)  # published, of the multi-scale test
 WARMUP = 1500 / 40_000  # share of the steps, as published
 AT_ONCE = 2**25  # logits at a time when predicting: 128 MiB of float32
@@ -158,9 +156,9 @@ def train_head(
     return head.eval()
 
 
-def poly(step: int, steps: int, warmup_frac: float = WARMUP) -> float:
+def poly(step: int, steps: int) -> float:
     """Factor of the learning rate: linear warm-up, times 1 - step / steps ("poly" of power 1)."""
-    warmup = max(1, round(warmup_frac * steps))
+    warmup = max(1, round(WARMUP * steps))
     return min(1.0, (step + 1) / warmup) * (1 - step / steps)
 
 
