@@ -15,7 +15,7 @@ from minidino.engine import ENGINES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; 0 when it worked, 2 with one line of words when the request could not be met, 130 after Ctrl-C."""
+    """Run one stage; 0 when it worked, 2 with a line of words when it could not be done, 130 after Ctrl-C, 141 when nobody reads."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _plan, _bench, _doctor, _data):
@@ -26,12 +26,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if later:  # argparse takes key=value words before an option only
         options.changes += later
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: progress bars would fail
+    if getattr(sys.stdout, "errors", None) == "strict":  # names that cannot be shown are no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _together(options.stage), warnings.catch_warnings():
             for kind in (DeprecationWarning, FutureWarning):  # of what we use; not for whoever uses us
                 warnings.simplefilter("ignore", kind)
             warnings.showwarning = lambda message, *_: print(f"minidino {options.stage}: {message}", file=sys.stderr)
-            return options.run(options) or 0
+            code = options.run(options) or 0
+            print(end="", flush=True)  # while there are words for a full disk
+            return code
+    except BrokenPipeError:  # `| head` has read enough; what is left to print would fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as what SIGPIPE ends
     except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)
         return 2
@@ -105,6 +113,7 @@ def _curate(stages) -> None:
 
 def _train(stages) -> None:
     def run(options) -> int | None:
+        from minidino.distributed import interrupted
         from minidino.learning.adapt import going_on
         from minidino.learning.train import resolved
         from minidino.model.weights import backbone_of
@@ -120,7 +129,7 @@ def _train(stages) -> None:
             raise ValueError("fresh heads learn alone where a backbone is given: --heads-first goes with --weights")
         options.preset = options.preset or "scenes-cpu"
         folder = Path(options.out or f"runs/{options.preset}")
-        if _interrupted(folder):
+        if interrupted(folder):
             return _go_on(folder)
         _expect_new(folder)
         vit = backbone_of(options.weights) if options.weights else None
@@ -151,6 +160,11 @@ def _train(stages) -> None:
     parser.add_argument("changes", nargs="*", metavar="key=value", help="fields of the config")
 
 
+def _named(path: str) -> Path:
+    """The path, of which the last part is a name; that of `.` and `..` is not."""
+    return Path(path) if Path(path).name.strip(".") else Path(path).resolve()
+
+
 def _base(options) -> RunConfig:
     """The preset, with the pictures that --data names."""
     config = preset(options.preset)
@@ -159,11 +173,12 @@ def _base(options) -> RunConfig:
 
 def _adapt(stages) -> None:
     def run(options) -> int:
+        from minidino.distributed import interrupted
         from minidino.stages import adapt
 
-        source = Path(options.source)
+        source = _named(options.source)
         folder = Path(options.out or source.with_name(f"{source.name}-{options.size}px"))
-        if _interrupted(folder):
+        if interrupted(folder):
             return _go_on(folder)
         _expect_new(folder)
         return _told(adapt(source, folder, options.size, options.steps, options.changes, options.fit_memory)[0])
@@ -200,16 +215,17 @@ def _told(run) -> int:
 
 def _distill(stages) -> None:
     def run(options) -> None:
+        from minidino.distributed import interrupted
         from minidino.stages import distill, student_folders
 
         if not options.features and (options.data or options.preset != "scenes-cpu"):
             raise ValueError("the teacher's run knows its pictures: --data and --preset go with --features")
-        source, base = Path(options.source), _base(options) if options.features else None
+        source, base = _named(options.source), _base(options) if options.features else None
         folder = Path(options.out or source.with_name(f"{source.stem}-distilled"))
-        resume = options.resume or _interrupted(folder)
+        resume = options.resume or interrupted(folder)
         for place in student_folders(folder, options.student) if not resume else ():
             _expect_new(place)
-        runs, _ = distill(options.source, folder, options.student, options.steps, options.changes, base, resume)
+        runs, _ = distill(str(source), folder, options.student, options.steps, options.changes, base, resume)
         print("\n".join(str(run.folder) for run in runs))
 
     parser = _stage(stages, "distill", "teach small students by a larger network that is frozen",
@@ -238,19 +254,6 @@ def _chain(stages) -> None:
     parser.add_argument("plan", nargs="?", metavar="CHAIN.json", help="the stages; without it a short one of drawn scenes, "
                         "whose file in --out shows the fields")  # fmt: skip
     parser.add_argument("--out", default="runs/chain", help="folder of all stages; the same command goes on after a kill")
-
-
-def _interrupted(folder: Path) -> bool:
-    """Has torchrun replaced processes that had begun this run, or these runs, by this same command?"""
-    from minidino.distributed import restarted, wait
-    from minidino.runs import command
-
-    begun = restarted() and any(
-        json.loads(path.read_text()).get("command") == command()
-        for path in folder.rglob("environment.json") if path.with_name("config.json").exists()
-    )  # fmt: skip
-    wait()  # none begins while another still looks
-    return begun
 
 
 def _expect_new(folder: Path) -> None:

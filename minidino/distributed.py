@@ -7,10 +7,12 @@ and losses, is reduced over all of them, so that their number changes nothing bu
 by torchrun every function here is the identity.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from minidino.runs import command
 
 # ---------------------------------------------------------------- who is there
 
@@ -66,6 +70,16 @@ def restarted() -> bool:
     """Has torchrun replaced the processes, because one was lost? All have to ask: its own machine alone counts that."""
     count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     return all_reduce(count.cuda() if torch.cuda.is_available() else count, op="max").item() > 0
+
+
+def interrupted(folder: Path) -> bool:
+    """Has torchrun replaced processes that had begun this run, or these runs, by this same command?"""
+    begun = restarted() and any(
+        json.loads(path.read_text()).get("command") == command()
+        for path in folder.rglob("environment.json") if path.with_name("config.json").exists()
+    )  # fmt: skip
+    wait()  # none begins while another still looks
+    return begun
 
 
 @contextmanager

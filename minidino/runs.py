@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -183,8 +184,10 @@ def remove_litter(folder: Path) -> None:
 
 
 def home_cache() -> Path:
-    """Where downloads and indices are kept for all runs: $XDG_CACHE_HOME/minidino, or else ~/.cache/minidino."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minidino"
+    """Where downloads and indices are kept for all runs: $XDG_CACHE_HOME/minidino, or else ~/.cache/minidino; where there
+    is no home, as in containers that run as a number, a folder for temporary files."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(tempfile.gettempdir() if cache.startswith("~") else cache) / "minidino"
 
 
 @contextmanager

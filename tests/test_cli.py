@@ -2,20 +2,26 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minidino.cli import _interrupted, main
+from minidino.cli import main
 from minidino.config import PRESETS, preset
+from minidino.distributed import interrupted
 from minidino.model.vit import build_vit
 from minidino.model.weights import save_backbone
 from minidino.runs import Run
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["tour", "curate", "train", "adapt", "probe", "export", "plan", "bench", "doctor", "data list", "data get",
           "data check", "data"]  # fmt: skip
 
@@ -172,9 +178,9 @@ def test_train_prints_what_it_is_and_runs(capsys, monkeypatch):
 def test_a_process_that_torchrun_replaced_goes_on_with_its_own_run_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minidino.distributed.restarted", lambda: True)
     there = Run.create(tmp_path / "run", preset("scenes-cpu"), torch.device("cpu"))
-    assert _interrupted(there.folder)  # the same command
+    assert interrupted(there.folder)  # the same command
     monkeypatch.setattr("sys.argv", ["minidino", "train", "--out", "run", "run.steps=50"])
-    assert not _interrupted(there.folder)
+    assert not interrupted(there.folder)
     assert main(["train", "--out", str(there.folder), "run.steps=50"]) == 2
     assert "holds a run" in capsys.readouterr().err
 
@@ -225,3 +231,43 @@ def test_ctrl_c_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr("minidino.tour.tour", interrupted)
     assert main(["tour"]) == 130
     assert capsys.readouterr().err == "minidino tour: interrupted; what is saved stays, and --help says how to go on\n"
+
+
+def call(tmp_path, arguments, **options):
+    """The command line as a shell calls it, with what it prints kept back until a buffer is full."""
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "minidino.cli", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=settings, text=True, timeout=120, check=False, **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of pipes")
+def test_who_reads_no_further_ends_it_without_a_word(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = call(tmp_path, ["plan"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_names_that_the_terminal_cannot_show_do_not_stop_a_check(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "\N{GRINNING FACE}.png").write_bytes(b"no picture")
+    ended = call(tmp_path, ["data", "check", "pictures", "--json", "found.json"], capture_output=True)
+    assert ended.returncode == 0 and r"'\U0001f600.png': " in ended.stdout
+    (bad,) = json.loads((tmp_path / "found.json").read_text())["quarantined"]
+    assert bad["file"] == "\N{GRINNING FACE}.png"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of file numbers")
+def test_a_closed_stderr_stops_nothing(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "one.png")
+    ended = call(tmp_path, ["data", "check", "pictures"], stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2))
+    assert ended.returncode == 0 and ended.stdout.startswith("1 decoded")
+
+
+def test_a_run_may_be_named_by_a_dot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_run(tmp_path / "run", [5.0]).folder)
+    for command in ("adapt . --size 48 --steps 1", "distill . --student vit_tiny --steps 1"):
+        assert main(command.split()) == 2
+        assert str(tmp_path / "run") in capsys.readouterr().err  # not an empty name

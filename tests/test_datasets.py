@@ -236,6 +236,12 @@ def test_without_a_place_for_the_index_nothing_stops(tmp_path, monkeypatch):
     assert open_images(root).files == ["1.png"] and len(list((tmp_path / "own" / "minidino").iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "1.png"))  # no folder, so nothing can be written there
     assert open_images(root).files == ["1.png"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name")  # no home, as for a number without an account
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert open_images(root).files == ["1.png"]
+    monkeypatch.chdir(tmp_path)
+    Path("x").rename("~nobody-of-this-name")
+    assert open_images("~nobody-of-this-name").files == ["1.png"]
 
 
 # ------------------------------------------------------------------------------------------------ pixels

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from minidino.cli import main
+from minidino.config import override, preset
 from minidino.curation.pipeline import Curation
 from minidino.images import pixels as pixels_module
+from minidino.images.batches import batches
 from minidino.images.datasets import open_images
-from minidino.images.pixels import load_pixels
+from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import draw_scenes
 from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights, save_backbone
@@ -222,3 +225,20 @@ def test_training_on_a_full_disk_ends_in_a_line_that_names_the_file(n_bytes, fil
         assert main(["train", "--out", str(tmp_path / "run"), *tiny_run]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("minidino train: ") and re.search(file, said) and not list(tmp_path.rglob("weights.safetensors"))
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file, whose size can be limited")
+def test_workers_without_shared_memory_end_in_words():
+    images = Pixels.from_array(np.zeros((64, 80, 80, 3), np.uint8), [0] * 64, ["one"])
+    config = override(preset("scenes-cpu"), ["optim.batch_size=64", "run.workers=2", "run.steps=2"])
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("who waits for the workers waits for ever"))
+    signal.alarm(60)
+    try:
+        with full_disk(1 << 16), pytest.raises(OSError, match="run.workers: one of 2 .*--shm-size.*torch_.*File too large"):
+            list(batches(config, images, torch.device("cpu")))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

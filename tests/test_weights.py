@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -249,6 +250,13 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
     torch.save({"model": tiny().state_dict(), "args": argparse.Namespace(lr=1)}, "old.pth")
     with pytest.raises(ValueError, match="to be made by argparse.Namespace, .* save its state dict alone"):
         load_weights(tiny(), "old.pth")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_a_path_that_safetensors_does_not_open_is_not_called_damaged(tmp_path):
+    path = save_backbone(tiny(), tmp_path / os.fsdecode(b"caf\xe9") / "w.safetensors")
+    with pytest.raises(ValueError, match="cannot be opened by safetensors: rename it"):
+        load_weights(tiny(), path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

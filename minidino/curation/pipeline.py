@@ -91,7 +91,7 @@ class Curation:
         Raises:
             FileNotFoundError, ValueError: no file, or none that decodes; the folder is the pool.
         """
-        if Path(pool).expanduser().resolve() == Path(folder).resolve():
+        if Path(os.path.expanduser(pool)).resolve() == Path(folder).resolve():
             raise ValueError(f"{folder} is the pool itself: what is made there would count as pictures; choose another "
                              "with --out, such as a folder in it")  # fmt: skip
         self.pool, self.folder, self.short_side, self.seed = pool, Path(folder), short_side, seed
@@ -257,7 +257,7 @@ class Curation:
             table.writerow([name, 0, f"quarantined: {bad[name]}", *[""] * 5] if row is None else self._row(row))
         path = self.folder / "manifest.csv"
         named = str(self.pool) in dataset_names() and not Path(self.pool).exists()
-        pool = str(self.pool if named else Path(self.pool).expanduser().resolve())
+        pool = str(self.pool if named else Path(os.path.expanduser(self.pool)).resolve())
         note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
         path.unlink(missing_ok=True)  # else a crash here leaves it to speak of this pool
         write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())

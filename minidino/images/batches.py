@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from minidino.config import CropConfig, MaskConfig, RunConfig
 from minidino.distributed import my_rows, n_processes
@@ -108,7 +108,10 @@ class _Steps(Dataset):
         step = self.start_step + i
         whole = batch_indices(len(self.pixels), self.batch_size, step, self.seed)
         index = whole[self.rows]
-        return step, *self.pixels.batch(index), index, repeats(whole)[self.rows]
+        prepared = *self.pixels.batch(index), index, repeats(whole)[self.rows]
+        if get_worker_info():  # here, as it is too late for words where torch does it: who waits would wait for ever
+            prepared = tuple(tensor.share_memory_() for tensor in prepared)
+        return step, *prepared
 
 
 def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step: int = 0) -> Iterator[Batch]:
@@ -122,6 +125,7 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
     Raises:
         ValueError: pictures of other channels than those of the config; a batch that cannot be shared out; fewer steps
             than are done.
+        OSError: a process that prepares batches has failed, as for want of shared memory.
     """
     if pixels.channels != config.data.channels:
         raise ValueError(f"data.channels: expected {pixels.channels}, as the pictures have, got {config.data.channels}")
@@ -130,8 +134,20 @@ def batches(config: RunConfig, pixels: Pixels, device: torch.device, start_step:
         raise ValueError(f"run.steps: expected at least the {start_step} that are done, got {settings.steps}")
     rows = my_rows(config.optim.batch_size, config.optim.accumulate)
     steps = _Steps(pixels, config.optim.batch_size, settings.seed, start_step, n_steps, rows)
-    for step, images, sizes, index, repeat in DataLoader(steps, batch_size=None, num_workers=settings.workers):
+    for step, images, sizes, index, repeat in _prepared(steps, settings.workers):
         yield make_batch(config, step, images.to(device, non_blocking=True), sizes, index, repeat)
+
+
+def _prepared(steps: _Steps, workers: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """What steps ask for, in order; worker processes hand it over in shared memory, of which containers have little."""
+    try:
+        yield from DataLoader(steps, batch_size=None, num_workers=workers)
+    except RuntimeError as error:
+        if not workers:
+            raise
+        said = str(error).strip().splitlines()[-1]
+        wanted = "ask for fewer or for 0, or for more shared memory (docker run --shm-size=8g), memory or open files"
+        raise OSError(f"run.workers: one of {workers} that prepare batches has failed, {wanted}: {said}") from error
 
 
 def repeats(index: Int[Tensor, "B"]) -> Int[Tensor, "B"]:

@@ -113,7 +113,7 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
         ValueError: the archive cannot be read at all.
     """
     cache = Path(cache_dir or home_cache()).expanduser()
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))  # `~name` may be a folder of that name
     if not root.exists() and str(path) in dataset_names():
         root = download(str(path), data_root or cache / "data")
     if not root.exists():

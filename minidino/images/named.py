@@ -1,6 +1,7 @@
 """The sets that torchvision knows by name, brought into the one form that others have: a zip of class folders."""
 
 import io
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def download(name: str, root: str | Path) -> Path:
     """
     if name not in DOWNLOADS:
         raise ValueError(f"no set called {name!r}; known: {dataset_names()}")
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     target = root / f"{name}.zip"
     if target.exists():
         return target

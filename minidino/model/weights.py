@@ -152,6 +152,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "weights_only" in said:  # torch advises to run whatever it is
         said = "not written by torch.save"
+    if "is not valid UTF-8" in said:  # the path, not the file
+        return f"{path} cannot be opened by safetensors: rename it, or a folder above it, to a name that is UTF-8"
     return f"{path} cannot be read as weights, it is damaged or something else: {said}"
 
 
