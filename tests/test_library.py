@@ -10,15 +10,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minidino.config import override, preset
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans
 from minidino.curation.duplicates import find_duplicates
+from minidino.curation.pipeline import Curation
 from minidino.curation.retrieval import retrieve_by_cluster
 from minidino.images.batches import collate
 from minidino.images.crops import crop_boxes, mean_and_std, multi_crop, released_laws
 from minidino.images.masks import batch_masks
 from minidino.images.pixels import Pixels
+from minidino.images.scenes import draw_scenes
 from minidino.learning.train import start, train
 from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights
@@ -271,3 +274,12 @@ def test_curation_refuses_what_has_no_answer():
         retrieve_by_cluster(x[:, :3], x, 3)
     with pytest.raises(ValueError, match="min_queries of at least 1, got 0"):
         retrieve_by_cluster(x[:1], x, 3, min_queries=0)
+
+
+def test_stages_of_a_curation_are_called_in_their_order(tmp_path):
+    for i, image in enumerate(draw_scenes(3, 32, 0).images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    curation = Curation(tmp_path, tmp_path / "out", short_side=32, say=lambda words: None, progress=False)
+    for stage, before in ((lambda: curation.drop_copies(None), "drop_same"), (lambda: curation.drop_leaks("x"), "drop_copies")):
+        with pytest.raises(ValueError, match=rf"expected {before}\(\) before"):
+            stage()

@@ -131,6 +131,7 @@ class Curation:
                 form groups of their own. None: the describer only proposes, and copies are those that agree when one
                 is laid upon the other.
         """
+        self._expect_after("distinct", "drop_same")
         self._distinct = np.flatnonzero(self.kept)
         self._describer = describer
         distinct = self.pixels.select(self._distinct)
@@ -164,6 +165,7 @@ class Curation:
             threshold: cosine that is too close, as published. None: the describer only proposes, and too close is a
                 picture that agrees with one of the set when it is laid upon it.
         """
+        self._expect_after("without copies", "drop_copies")
         name, pixels = self._outside(protected, "protect nothing")
         views = [self._embed(pixels, self._describer, "copy", f"copy-{name}-{i}", part) for i, part in enumerate(PARTS)]
         reference = np.concatenate(views)
@@ -314,6 +316,10 @@ class Curation:
     def _warn(self, words: str) -> None:
         self.careful.append(words)
         self.say(f"careful: {words}")
+
+    def _expect_after(self, stage: str, method: str) -> None:
+        if stage not in self.funnel:
+            raise ValueError(f"expected {method}() before: each stage goes on from the one above it")
 
     def _count(self, stage: str) -> None:
         stage = _printable(stage)

@@ -161,8 +161,7 @@ def diagnose(records: Sequence[dict], config: dict) -> list[Finding]:
 
     Args:
         records: one dict per logged step, in order (the lines of metrics.jsonl); "step" is needed, all else may lack.
-        config: the run's configuration as nested dicts; heads.n_prototypes, run.steps, optim.clip
-            and optim.batch_size are read.
+        config: the run's configuration as nested dicts; of heads, run, optim, loss and crops something is read.
     Returns:
         The findings, the gravest and best supported first; a healthy run gets "info" only.
     Raises:
