@@ -15,7 +15,7 @@ from minidino.engine import ENGINES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; 0 when it worked, 2 with a line of words when it could not be done, 130 after Ctrl-C, 141 when nobody reads."""
+    """Run one stage; 0 when it worked, 2 with a line of words when not, 130 after Ctrl-C, 141 when nobody reads."""
     parser = argparse.ArgumentParser(prog="minidino", description="DINOv2, small, readable, tested and fast.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for add in (_tour, _curate, _train, _adapt, _distill, _chain, _probe, _export, _plan, _bench, _doctor, _data):

@@ -88,7 +88,7 @@ def make_targets(
     dino_temp, ibot_temp = teacher_temp if isinstance(teacher_temp, tuple) else (teacher_temp, teacher_temp)
     impl = prototypes.resolve(impl, logits.dino.device)
 
-    def balanced(rows: Tensor, temp: float, mean: Tensor | None) -> tuple[Tensor | Potentials, Tensor | None]:
+    def targets_of(rows: Tensor, temp: float, mean: Tensor | None) -> tuple[Tensor | Potentials, Tensor | None]:
         """Targets of some rows, and the next running mean, if centring."""
         if targets == "sinkhorn":
             if impl == "reference":
@@ -99,8 +99,8 @@ def make_targets(
         return told, update_center(mean, rows, all_reduce=all_reduce)
 
     before = center or Center(None, None)
-    dino, dino_center = balanced(logits.dino.flatten(0, 1), dino_temp, before.dino)
-    ibot, ibot_center = (None, before.ibot) if logits.ibot is None else balanced(logits.ibot, ibot_temp, before.ibot)
+    dino, dino_center = targets_of(logits.dino.flatten(0, 1), dino_temp, before.dino)
+    ibot, ibot_center = (None, before.ibot) if logits.ibot is None else targets_of(logits.ibot, ibot_temp, before.ibot)
     found = Targets(dino.unflatten(0, logits.dino.shape[:2]), ibot)
     return found, None if targets == "sinkhorn" else Center(dino_center, ibot_center)
 
