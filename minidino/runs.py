@@ -183,11 +183,16 @@ def remove_litter(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with its `~` replaced by the home; one that is nobody's stands as it is, and may be a folder's name."""
+    return Path(os.path.expanduser(path))
+
+
 def home_cache() -> Path:
     """Where downloads and indices are kept for all runs: $XDG_CACHE_HOME/minidino, or else ~/.cache/minidino; where there
     is no home, as in containers that run as a number, a folder for temporary files."""
-    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(tempfile.gettempdir() if cache.startswith("~") else cache) / "minidino"
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return (Path(tempfile.gettempdir()) if str(cache).startswith("~") else cache) / "minidino"
 
 
 @contextmanager

@@ -242,6 +242,7 @@ def test_without_a_place_for_the_index_nothing_stops(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("x").rename("~nobody-of-this-name")
     assert open_images("~nobody-of-this-name").files == ["1.png"]
+    assert open_images("~nobody-of-this-name", "~nobody-either").files == ["1.png"]
 
 
 # ------------------------------------------------------------------------------------------------ pixels

@@ -42,7 +42,7 @@ from minidino.images.archives import MARK
 from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
 from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.runs import atomic_path, write_atomically
+from minidino.runs import atomic_path, expanded, write_atomically
 
 COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
 THUMBNAIL = 16  # px
@@ -91,7 +91,7 @@ class Curation:
         Raises:
             FileNotFoundError, ValueError: no file, or none that decodes; the folder is the pool.
         """
-        if Path(os.path.expanduser(pool)).resolve() == Path(folder).resolve():
+        if expanded(pool).resolve() == Path(folder).resolve():
             raise ValueError(f"{folder} is the pool itself: what is made there would count as pictures; choose another "
                              "with --out, such as a folder in it")  # fmt: skip
         self.pool, self.folder, self.short_side, self.seed = pool, Path(folder), short_side, seed
@@ -259,7 +259,7 @@ class Curation:
             table.writerow([name, 0, f"quarantined: {bad[name]}", *[""] * 5] if row is None else self._row(row))
         path = self.folder / "manifest.csv"
         named = str(self.pool) in dataset_names() and not Path(self.pool).exists()
-        pool = str(self.pool if named else Path(os.path.expanduser(self.pool)).resolve())
+        pool = str(self.pool if named else expanded(self.pool).resolve())
         note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
         path.unlink(missing_ok=True)  # else a crash here leaves it to speak of this pool
         write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())

@@ -32,7 +32,7 @@ from minidino.engine import LOCAL, Engine, spans
 from minidino.images.archives import ARCHIVE_SUFFIXES, NOT_NOW, Place, archive_members, folder_files, read_place
 from minidino.images.decode import BadImage, decode, decode_channels
 from minidino.images.named import dataset_names, download
-from minidino.runs import atomic_path, home_cache, write_atomically
+from minidino.runs import atomic_path, expanded, home_cache, write_atomically
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .jpe .png .gif .webp .bmp .tif .tiff .jp2 .ppm .pgm .avif .ico .qoi".split())
 READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
@@ -112,8 +112,8 @@ def open_images(path: str | Path, cache_dir: str | Path | None = None, data_root
         FileNotFoundError: nothing at that path, or an empty folder.
         ValueError: the archive cannot be read at all.
     """
-    cache = Path(cache_dir or home_cache()).expanduser()
-    root = Path(os.path.expanduser(path))  # `~name` may be a folder of that name
+    cache = expanded(cache_dir or home_cache())
+    root = expanded(path)
     if not root.exists() and str(path) in dataset_names():
         root = download(str(path), data_root or cache / "data")
     if not root.exists():

@@ -1,7 +1,6 @@
 """The sets that torchvision knows by name, brought into the one form that others have: a zip of class folders."""
 
 import io
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minidino.runs import atomic_path
+from minidino.runs import atomic_path, expanded
 
 DOWNLOADS = {  # what must lie under data_root if there is no internet
     "cifar10": ["cifar-10-python.tar.gz"],
@@ -39,7 +38,7 @@ def download(name: str, root: str | Path) -> Path:
     """
     if name not in DOWNLOADS:
         raise ValueError(f"no set called {name!r}; known: {dataset_names()}")
-    root = Path(os.path.expanduser(root))
+    root = expanded(root)
     target = root / f"{name}.zip"
     if target.exists():
         return target

@@ -8,7 +8,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from minidino.runs import atomic_path, home_cache, write_atomically
+from minidino.runs import atomic_path, expanded, home_cache, write_atomically
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 TIMEOUT_S = 30  # without a byte
@@ -49,7 +49,7 @@ def fetch(name: str, cache: str | Path | None = None, base_url: str = BASE_URL) 
         raise ValueError(f"no released weights {name!r}: expected one of {', '.join(RELEASED)}")
     stem = name.removesuffix("_reg")
     file = f"{stem}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-    folder = home_cache() / "weights" if cache is None else Path(cache).expanduser()
+    folder = home_cache() / "weights" if cache is None else expanded(cache)
     if not (folder / file).exists():
         _download(f"{base_url}/{stem}/{file}", folder / file)
     _check(folder / file)

@@ -137,13 +137,12 @@ def train_heads(
             raise ValueError(f"expected batches with labels from 0 to {n_classes - 1}, got {y.unique().tolist()}")
         with autocast_off(x):  # under which a network may look at the batches
             logits = torch.stack([w @ x[:, start:stop].T for w, (start, stop) in zip(weights, spans)])  # (V, r * C, B)
-        error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
-        error.scatter_add_(1, y.expand(len(error), 1, -1), error.new_full((1, 1, 1), -1).expand(len(error), 1, len(y)))
-        change = -factor(done) * len(y) / 256 * rates
-        for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
-            with autocast_off(x):
+            error = logits.view(-1, n_classes, len(y)).softmax(1)  # (V * r, C, B)
+            error.scatter_add_(1, y.expand(len(error), 1, -1), error.new_full((1, 1, 1), -1).expand(len(error), 1, len(y)))
+            change = -factor(done) * len(y) / 256 * rates
+            for w, v, e, (start, stop) in zip(weights, velocity, error.view_as(logits), spans):
                 v.addmm_(e, x[:, start:stop], beta=0.9, alpha=1 / len(y))
-            w.addcmul_(v, change)
+                w.addcmul_(v, change)
         done += 1
     if done < steps:
         raise ValueError(f"expected {steps} batches, got {done}; the cosine of the learning rate would be cut off")
