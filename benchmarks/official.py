@@ -2,7 +2,7 @@
 
     git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7 && pip install omegaconf
     python benchmarks/official.py run PATH       data/results/official-step.json
-    python benchmarks/official.py draw           the table of the stored result
+    python benchmarks/official.py draw           the tables of this, of official_data.py and of official_probes.py
 
 The released code wants CUDA, xFormers and FSDP. None of its files is changed: stand-ins take the place of what is not here,
 see `borrow`. Its own augmentations and masks make the batches, its own schedules and optimizer move the weights, all in
@@ -301,17 +301,60 @@ def run(checkout: Path) -> None:
         sys.exit(f"{len(far)} of {len(CASES)} first steps are further than {NEAR} from the released code: see the rows")
 
 
+# ---------------------------------------------------------------- the tables, of this and of the two benchmarks beside it
+
+
 def tables() -> dict[str, str]:
+    """What was run beside the released code: training, data, probes."""
+    return {"official-step": _step_table(), "official-data": _data_table(), "official-probes": _probes_table()}
+
+
+def _table(heads: list[str], rows: list[list[Any]], stored: dict[str, Any], note: str) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), "", f"{note}; {made_on(stored)}"])
+
+
+def _stored(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """A result, and its rows by part."""
+    found, parts = json.loads((RESULTS / f"official-{name}.json").read_text()), {}
+    for row in found["rows"]:
+        parts.setdefault(row.get("part"), []).append(row)
+    return found, parts
+
+
+def _step_table() -> str:
     """Each case after each number of steps; in brackets the released code against itself."""
-    stored = json.loads((RESULTS / "official-step.json").read_text())
-    heads = ("config", "steps", "losses", "gradients", "what the student learned", "what the teacher learned")
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in stored["rows"]:
+    stored, parts = _stored("step")
+    rows = []
+    for row in parts[None]:
         pairs = zip(row["apart"].values(), row["apart_by_rounding"].values())
-        cells = ["" if a is None else f"{a:.0e} ({b:.0e})" for a, b in pairs]
-        rows.append(f"| {row['case']} | {row['steps']} | {' | '.join(cells)} |")
-    rows += ["", f"Float32; the released code at {stored['released'][:7]}; {made_on(stored)}"]
-    return {"official-step": "\n".join(rows)}
+        rows.append([row["case"], row["steps"], *("" if a is None else f"{a:.0e} ({b:.0e})" for a, b in pairs)])
+    heads = ["config", "steps", "losses", "gradients", "what the student learned", "what the teacher learned"]
+    return _table(heads, rows, stored, f"Float32; released code at {stored['released'][:7]}")
+
+
+def _data_table() -> str:
+    """Of what is drawn at random: how much was compared, and the least likely of it if the laws are the same."""
+    stored, parts = _stored("data")
+    rows = []
+    for part, found in parts.items():
+        if random := [row for row in found if "p" in row]:
+            least = min(random, key=lambda row: row["p"])
+            draws = max(max(row["n"]) for row in random)
+            rows.append([part, len(random), f"{draws:,}", f"{least['p']:.3f}", least["what"]])
+    heads = ["", "laws", "draws of each, at most", "smallest p-value", "of"]
+    words = f"{stored['pictures']}; an error would be a p-value below {stored['alpha']} / {stored['n_tests']}"
+    return _table(heads, rows, stored, words)
+
+
+def _probes_table() -> str:
+    stored, parts = _stored("probes")
+    rows = []
+    for part, found in parts.items():
+        largest = max(row["difference"] / row["scale"] for row in found)
+        rows.append([part, len(found), f"{sum(row['n'] for row in found):,}", f"{largest:.1e}" if largest else "0"])
+    heads = ["", "comparisons", "numbers", "largest difference, as a share of the largest number"]
+    return _table(heads, rows, stored, f"Float32; released code at {stored['official']}")
 
 
 def main() -> None:
