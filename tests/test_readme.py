@@ -28,6 +28,7 @@ BENCHMARKS = {
     "batch_size": {"batch-size"},
     "margins": {"margins"},
     "plan": {"plan", "plan-measured"},
+    "official": {"official-step", "official-data", "official-probes"},
 }
 
 
