@@ -191,6 +191,7 @@ def backbones() -> Rows:
 
 
 @cache
+@torch.no_grad()
 def scenes() -> tuple[list[list[tuple[Tensor, Tensor]]], Tensor]:
     """Patch and class tokens of the last four blocks for 1,000 scenes, in batches of 250, and what they show."""
     drawn, vit = draw_scenes(1000, 48, seed=5), trained_backbone(Run(ROOT / "data/runs/scenes-cpu"), torch.device("cpu"))
@@ -337,7 +338,8 @@ def heads_in_training() -> Rows:
         ours = load_head(head.state_dict(), max_depth=10.0).train()
         tokens = [(torch.randn(3, D, 5, 7), torch.randn(3, D)) for _ in range(4)]
         truth = 12 * torch.rand(3, 1, 40, 50) - 2  # some unknown, some too far
-        said, seen = head(tokens, None), ours(torch.cat([x for p, c in tokens for x in (p, c[..., None, None].expand_as(p))], 1))
+        maps = torch.cat([x for p, c in tokens for x in (p, c[..., None, None].expand_as(p))], 1)
+        said, seen = head(tokens, None), ours(maps)
         valid = (truth[:, 0] > 0) & (truth[:, 0] <= 10)
         a = head.losses(said, truth)["sigloss"]
         b = depth.silog_loss(upsample(seen[:, None], truth.shape[2:])[:, 0], truth[:, 0], valid)
@@ -351,7 +353,7 @@ def heads_in_training() -> Rows:
 @torch.enable_grad()
 def losses() -> Rows:
     kinds = file("eval.depth.models.losses.sigloss").SigLoss, file("eval.depth.models.losses.gradientloss").GradientLoss
-    truth = (12 * torch.rand(7, 1, 37, 29) - 2).clamp_min(0)
+    truth = (12 * torch.rand(20, 1, 37, 29) - 2).clamp_min(0)  # so many that each scale compares pictures, as released
     about = truth[:, 0], ((truth > 0) & (truth <= 10))[:, 0]
     cases = {
         "SigLoss": (kinds[0](max_depth=10), depth.silog_loss),
@@ -359,9 +361,9 @@ def losses() -> Rows:
         "GradientLoss": (kinds[1](max_depth=10), partial(depth.gradient_loss, mode="released")),
     }
     for name, (theirs, ours) in cases.items():
-        x = (10 * torch.rand(7, 1, 37, 29) + 0.01).requires_grad_()
-        a, b = theirs(x, truth), ours(x[:, 0], *about)
-        yield compared("distances", f"{name} and its gradient", [a, *torch.autograd.grad(a, x)], [b, *torch.autograd.grad(b, x)])
+        x = (10 * torch.rand(20, 1, 37, 29) + 0.01).requires_grad_()
+        found = theirs(x, truth), ours(x[:, 0], *about)
+        yield compared("distances", f"{name} and its gradient", *([loss, *torch.autograd.grad(loss, x)] for loss in found))
 
 
 def windows() -> Rows:
@@ -370,7 +372,8 @@ def windows() -> Rows:
     look = nn.Conv2d(3, KINDS, 3, padding=1)
     for size, window, stride in (((40, 60), 32, 21), ((70, 33), 32, 32), ((33, 95), 64, 43)):
         config = SimpleNamespace(mode="slide", stride=(stride, stride), crop_size=(window, window))
-        model = SimpleNamespace(test_cfg=config, num_classes=KINDS, align_corners=False, encode_decode=lambda x, _: look(x / 99))
+        model = SimpleNamespace(test_cfg=config, num_classes=KINDS, align_corners=False)
+        model.encode_decode = lambda x, _: look(x / 99)
         model.slide_inference = MethodType(segmentor.slide_inference, model)
         images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
         about = ({"ori_shape": size, "flip": flip, "flip_direction": "horizontal"} for flip in (False, True))
