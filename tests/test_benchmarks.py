@@ -175,3 +175,27 @@ def test_a_benchmark_says_in_a_line_what_it_lacks(name, benchmark, monkeypatch, 
     with pytest.raises(SystemExit):
         main_of(module, monkeypatch, tmp_path, "run --toy")
     assert "pip install -e '.[test]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ours, same", [(2.0, True), (2.00001, True), (2.001, False), (float("nan"), False), ([2.0, 2.0], False)])
+def test_numbers_that_the_released_code_has_otherwise_are_an_error(ours, same, benchmark, monkeypatch, tmp_path):
+    official, stored = benchmark("official_probes"), []
+    monkeypatch.setattr(official, "stand_ins", lambda _: None)
+    monkeypatch.setattr(official, "store", lambda name, found: stored.extend(found["rows"]))
+
+    def part():
+        yield official.compared("part", "what", [torch.ones(2, 3), {"a": 2.0}], [torch.ones(2, 3), {"a": ours}])
+
+    monkeypatch.setattr(official, "PARTS", (part,))
+    if same:
+        official.run(tmp_path)
+        assert [(row["n"], row["scale"]) for row in stored] == [(7, 2.0)]
+    else:
+        with pytest.raises(SystemExit, match="not the same|shapes"):
+            official.run(tmp_path)
+        assert stored == []
+
+
+def test_a_folder_without_the_released_code_is_refused(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="no checkout of facebookresearch/dinov2"):
+        benchmark("official_probes").run(tmp_path)

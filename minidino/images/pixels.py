@@ -117,7 +117,11 @@ class Pixels:
 
     def squares(self, size: int) -> UInt8[Tensor, "n C size size"]:
         """What evaluation sees: the shorter side brought to `size` px (bicubic, antialiased; also upwards), the
-        centre cut out."""
+        centre cut out.
+
+        Differs: official k-NN and linear evaluation bring it to 256 px and keep the 224 px in the centre; logistic
+            regression has 224 px for both, as here, but rounds otherwise: the square may lie a pixel beside ours.
+        """
         result = np.empty((len(self), self.channels, size, size), dtype=np.uint8)
         for i, row in enumerate(result):
             image = self.image(i)

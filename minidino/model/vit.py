@@ -156,7 +156,8 @@ class VisionTransformer(nn.Module):
 
     Source: official dinov2/models/vision_transformer.py (b8931f7), DinoVisionTransformer.
     Differs: always packed, without xFormers; in every rate the two residuals of a block drop independently (the
-        released code shares one draw module up to rate 0.1, and takes the subset above it).
+        released code shares one draw module up to rate 0.1, and takes the subset above it). `forward_features` gives a
+        named tuple, not a dict; embed_dim, n_blocks and num_heads are called width, depth and heads.
     """
 
     def __init__(

@@ -111,7 +111,8 @@ def upsample(
         size: height and width of the picture, px.
         patch_size: side of a patch in px where pictures were padded; None: the map spans the picture.
         grid: patches down and across, where the map is finer than them; None: a value for each patch.
-    Differs: the official depther lets the map of the padded picture span the picture, up to half a patch beside it.
+    Differs: official models of depth and of segmentation let the map of the padded picture span the picture, up to half a
+        patch beside it; so does patch_size=None here.
     """
     top, left, height, width = spans(grid or maps.shape[2:], size, patch_size)
     whole = F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)

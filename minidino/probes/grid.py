@@ -64,7 +64,8 @@ def linear_grid(
             for `linear_probe`.
     Source: DINOv2 paper, section 7.1; official dinov2/eval/linear.py (b8931f7).
     Differs: the features are computed once, so there is no augmentation: for that see `train_grid` and
-        `augmented_features`; heads of one input start from the same weights.
+        `augmented_features`; heads of one input start from the same weights. In batches under about 200 the official code
+        loses heads: it names them by lr * batch_size / 256 in five decimals, and of equal names it trains the last alone.
     """
     if choose not in ("held-out", "test"):
         raise ValueError(f"expected choose 'held-out' or 'test', got {choose!r}")

@@ -11,7 +11,7 @@ What they read, of a backbone `vit`:
         feature_maps(vit, images, n)            through `predict`, or `segmenter` and `predict_windows`
     distances, dinov2_*_nyu_linear_head, _linear4_head and _dpt_head
         feature_maps(vit, images, taps(vit.depth, "lin1" or "lin4"), norm=False, class_token=True)
-                                                through `predict_depth`
+                                                through `predict_depth`; as released without patch_size
 
 Source: official dinov2/hub/classifiers.py, dinov2/hub/depthers.py and dinov2/eval/segmentation.
 """

@@ -147,7 +147,7 @@ def logistic_regression(
     Raises:
         ValueError: fewer than two labelled training rows, or no labelled test row; features that are not finite.
     Source: DINOv2 paper, section 7.2 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
-    Differs: see `logistic_path`.
+    Differs: see `logistic_path`. The official mean over classes counts one that no test row has as 0 where it was named.
     """
     x, y = labelled(train_x, train_y)
     test_x, test_y = labelled(test_x, test_y)
