@@ -1,6 +1,6 @@
 """Backbones for torch.hub: the eight official ones, and those of one's own runs.
 
-The official names give modules of this package: `forward_features(x).x_norm_clstoken`, not `["x_norm_clstoken"]`.
+The official names give modules of this package, which code for the official ones can ask in the same words.
 
     torch.hub.load("path/of/this/checkout", "dinov2_vits14", source="local")
     torch.hub.load("path/of/this/checkout", "run", "runs/tour", source="local")

@@ -211,6 +211,16 @@ def test_intermediate_layers_ascend():
             vit.get_intermediate_layers(images, n=n)
 
 
+def test_code_for_the_official_models_may_ask_in_its_words():
+    vit = build_vit("vit_tiny", **TINY)
+    tokens = vit.forward_features(torch.randn(2, 3, 8, 16))
+    assert all(tokens[name] is value for name, value in zip(tokens._fields, tokens))
+    assert tokens[0] is tokens.x_norm_clstoken and tokens[-1] is None and len(tokens[1:]) == 4
+    with pytest.raises(KeyError):
+        tokens["x_norm"]
+    assert (vit.embed_dim, vit.n_blocks, vit.num_heads) == (vit.width, vit.depth, vit.heads)
+
+
 def test_attention_maps_equal_torch_multihead_attention():
     vit = shake(build_vit("vit_tiny", **TINY, num_register_tokens=2))
     images = torch.randn(2, 3, 16, 8)

@@ -30,13 +30,19 @@ SIZES = {
 
 
 class Tokens(NamedTuple):
-    """What the backbone says of B images, by the official names; the x_norm_ ones are after the final norm."""
+    """What the backbone says of B images, by the official names; the x_norm_ ones are after the final norm.
+
+    Code that was written for the official dictionary may ask for tokens["x_norm_clstoken"], too.
+    """
 
     x_norm_clstoken: Tensor  # (B, D)
     x_norm_regtokens: Tensor  # (B, R, D)
     x_norm_patchtokens: Tensor  # (B, N, D)
     x_prenorm: Tensor  # (B, T, D), T = 1 + R + N
     masks: Tensor | None  # (B, N) as given
+
+    def __getitem__(self, key):
+        return self._asdict()[key] if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 def build_vit(
@@ -157,7 +163,7 @@ class VisionTransformer(nn.Module):
     Source: official dinov2/models/vision_transformer.py (b8931f7), DinoVisionTransformer.
     Differs: always packed, without xFormers; in every rate the two residuals of a block drop independently (the
         released code shares one draw module up to rate 0.1, and takes the subset above it). `forward_features` gives a
-        named tuple, not a dict; embed_dim, n_blocks and num_heads are called width, depth and heads.
+        named tuple, not a dict.
     """
 
     def __init__(
@@ -197,6 +203,7 @@ class VisionTransformer(nn.Module):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
         self.width, self.depth, self.heads, self.patch_size = width, depth, heads, patch_size
+        self.embed_dim, self.n_blocks, self.num_heads = width, depth, heads  # for code that knows the official models
         self.num_register_tokens, self.recompute = num_register_tokens, recompute
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         resolve(attention, "cuda")  # is there such a thing? Which one runs, each call decides by its device
