@@ -32,9 +32,9 @@ from scipy.ndimage import label
 from scipy.stats import chi2_contingency, ks_2samp, norm
 from torch import Tensor
 
-from minidino.config import MaskConfig, flatten, override, preset
+from minidino.config import MaskConfig, RunConfig, flatten, override, preset
 from minidino.images import crops, masks
-from minidino.images.batches import batch_indices, collate, largest_block, make_batch
+from minidino.images.batches import batch_indices, collate, crop_laws, largest_block, make_batch
 from minidino.images.pixels import Pixels
 from minidino.learning.train import schedules
 
@@ -64,9 +64,10 @@ run.precision=compute_precision.student.backbone.mixed_precision.param_dtype
 GRIDS = ((224, 14), (224, 16), (112, 16), (518, 14))  # side of a crop and of a patch, px: 16, 14, 7 and 37 patches
 JITTER = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
 HEARD = ("resized_crop", "hflip", *JITTER, "rgb_to_grayscale", "gaussian_blur", "solarize", "normalize")
-VIEWS = ("global 1", "global 2", "local")
-SIZES, N_LOCAL = (112, 48), 4  # px
-LARGEST = 40.0  # of 255, between a crop of PIL, in 8 bits from step to step, and ours
+SIZES = {"n_local": 4, "global_size": 112, "local_size": 48}  # px
+APART = {  # of 255: mean and largest difference between crops of PIL, in 8 bits from step to step, and ours
+    "neither jitter nor solarizing": (0.4, 15.0), "solarizing, no jitter": (0.4, 15.0), "jitter": (2.0, 40.0),
+}  # fmt: skip
 
 Row = dict[str, Any]
 Call = tuple[str, tuple, Any]  # of a function: its name, what it was given, what it answered
@@ -116,13 +117,16 @@ def listening(owner: Any, *names: str) -> Iterator[list[Call]]:
 
 
 def drawn(part: str, what: str, ours: Any, theirs: Any) -> Row:
-    """Two samples of one law? z: difference of the means in standard errors, which decides for shares alone."""
+    """Two samples of one law? Shares (bool) by z, the difference of means in standard errors; kinds (int16) by chi square."""
     x, y = np.asarray(ours), np.asarray(theirs)
     error = np.sqrt(x.var() / len(x) + y.var() / len(y))
     z = float((x.mean() - y.mean()) / error) if error else 0.0 if x.mean() == y.mean() else np.inf
-    p = float(2 * norm.sf(abs(z)) if x.dtype == bool else ks_2samp(x, y).pvalue)
+    if x.dtype == np.int16:
+        p = chi2_contingency([[np.sum(each == kind) for kind in np.union1d(x, y)] for each in (x, y)]).pvalue
+    else:
+        p = 2 * norm.sf(abs(z)) if x.dtype == bool else ks_2samp(x, y).pvalue
     means = {"ours": float(x.mean()), "theirs": float(y.mean())}
-    return {"part": part, "what": what, "n": [len(x), len(y)], **means, "z": z, "p": p}
+    return {"part": part, "what": what, "n": [len(x), len(y)], **means, "z": z, "p": float(p)}
 
 
 def same(part: str, what: str, n: int, largest: float, bound: float, **more: Any) -> Row:
@@ -152,17 +156,6 @@ def plan_of(calls: list[Call]) -> crops.ViewPlan:
     return crops.ViewPlan(box.float(), flip, jitter, factors, order, gray, blur, torch.tensor([sigma]), solarize)
 
 
-def decided(plan: crops.ViewPlan, sizes: Tensor) -> dict[str, Tensor]:
-    """What a plan says, quantity by quantity; sizes (n, 2) of the pictures, px."""
-    top, left, height, width = plan.box.T
-    return {
-        "area of the box": height * width / sizes.prod(dim=1), "log aspect": (width / height).log(),
-        "middle from the top": (top + height / 2) / sizes[:, 0], "middle from the left": (left + width / 2) / sizes[:, 1],
-        "flip": plan.flip, "jitter": plan.jitter, "gray": plan.gray, "blur": plan.blur, "solarize": plan.solarize,
-        "sigma of the blur, 0 without": plan.sigma * plan.blur, **dict(zip(JITTER, plan.factors[plan.jitter].T)),
-    }  # fmt: skip
-
-
 def looks(x: Tensor) -> Tensor:
     """What is seen of normalised crops, in the order of LOOKS: (n, 3, s, s) -> (n, 11)"""
     across = x.diff(dim=3).abs().mean(dim=(1, 2, 3))
@@ -173,13 +166,26 @@ def looks(x: Tensor) -> Tensor:
 
 LOOKS = ("mean of red", "mean of green", "mean of blue", "variance of red", "variance of green", "variance of blue",
          "sharpness", "left less whole", "spread of channels", "one pixel, red", "one pixel, blue")  # fmt: skip
-Kinds = tuple[list[tuple[crops.ViewPlan, Tensor]], ...]  # of each of VIEWS what was decided and how it looks, bit by bit
+Kinds = tuple[list[tuple[crops.ViewPlan, Tensor]], ...]  # global 1, global 2, local
 
 
-def our_views(pixels: Pixels, turns: int) -> Kinds:
+def told(rows: list[tuple[crops.ViewPlan, Tensor]], sides: Tensor) -> dict[str, Tensor]:
+    """Decisions and looks of one kind of view, quantity by quantity; sides (n, 2) of the pictures, px."""
+    plans, numbers = zip(*rows)
+    plan = crops.ViewPlan(*map(torch.cat, zip(*plans)))
+    top, left, height, width = plan.box.T
+    orders = (plan.order[plan.jitter] @ torch.tensor([1000, 100, 10, 1])).short()
+    return {
+        "area of the box": height * width / sides.prod(dim=1), "log aspect": (width / height).log(),
+        "middle from the top": (top + height / 2) / sides[:, 0], "middle from the left": (left + width / 2) / sides[:, 1],
+        "flip": plan.flip, "jitter": plan.jitter, "gray": plan.gray, "blur": plan.blur, "solarize": plan.solarize,
+        "sigma of the blur, 0 without": plan.sigma * plan.blur, **dict(zip(JITTER, plan.factors[plan.jitter].T)),
+        "order of the jitter": orders, **dict(zip(LOOKS, torch.cat(numbers).T, strict=True)),
+    }  # fmt: skip
+
+
+def our_views(config: RunConfig, pixels: Pixels, turns: int) -> Kinds:
     """Each turn is a step of training, of which every picture is part."""
-    sizes = dict(zip(("crops.global_size", "crops.local_size", "crops.n_local"), (*SIZES, N_LOCAL)))
-    config = override(preset("vitl16-short"), [f"{key}={value}" for key, value in sizes.items()])
     everything, found = torch.arange(len(pixels)), ([], [], [])
     for turn in range(turns):
         with listening(crops, "plan_view") as heard:
@@ -190,9 +196,9 @@ def our_views(pixels: Pixels, turns: int) -> Kinds:
     return found
 
 
-def their_views(augment: Any, images: list[Image.Image], turns: int, again: Callable) -> Kinds:
-    """The same of the released class, view by view; `again` gets picture, plan and crop of some."""
-    found = ([], [], [])
+def their_views(augment: Any, images: list[Image.Image], turns: int) -> tuple[Kinds, dict[str, list[Tensor]]]:
+    """The same of the released class, view by view; and how far away some are from ours, by the keys of APART."""
+    found, differences = ([], [], []), {}
     torch.manual_seed(0)
     for turn in range(turns):
         for image in images:
@@ -203,49 +209,42 @@ def their_views(augment: Any, images: list[Image.Image], turns: int, again: Call
                 plan, crop = plan_of(heard[first:end]), heard[end - 1][2][None]
                 found[min(k, 2)].append((plan, looks(crop)))
                 if turn % 5 == 0:
-                    again(image, plan, crop)
-    return found
+                    words = list(APART)[2 if plan.jitter else int(plan.solarize)]
+                    differences.setdefault(words, []).append(difference(image, plan, crop))
+    return found, differences
+
+
+def difference(image: Image.Image, plan: crops.ViewPlan, crop: Tensor) -> Tensor:
+    """How much brighter our crop of the same decisions is, number by number, of 255."""
+    lines = torch.from_numpy(np.array(image)).permute(0, 2, 1)[None]
+    ours = crops.resize_boxes(lines, plan.box, plan.flip, crop.shape[-1])
+    crops.distort(ours, plan)
+    return ((crops.normalise(255 * ours) - crop) * crops.mean_and_std(3, "cpu")[1] * 255).flatten().double()
 
 
 def crop_rows(meta: SimpleNamespace, pixels: Pixels, turns: int) -> Iterator[Row]:
     """Decisions and crops of each kind of view; then released crops made by ours from what was decided for them."""
-    c, differences = meta.config("vitl16_short").crops, {"without": [], "with": []}
-    augment = meta.data.DataAugmentationDINO(c.global_crops_scale, c.local_crops_scale, N_LOCAL, *SIZES)
+    config = override(preset("vitl16-short"), [f"crops.{key}={value}" for key, value in SIZES.items()])
+    c, sides = meta.config("vitl16_short").crops, torch.from_numpy(pixels.sizes)
+    augment = meta.data.DataAugmentationDINO(c.global_crops_scale, c.local_crops_scale, *SIZES.values())
     images = [Image.fromarray(pixels.image(i).transpose(1, 2, 0)) for i in range(len(pixels))]
-
-    def again(image: Image.Image, plan: crops.ViewPlan, crop: Tensor) -> None:
-        lines = torch.from_numpy(np.array(image)).permute(0, 2, 1)[None]
-        mine = crops.resize_boxes(lines, plan.box, plan.flip, crop.shape[-1])
-        crops.distort(mine, plan)
-        difference = (crops.normalise(255 * mine) - crop) * crops.mean_and_std(3, "cpu")[1] * 255
-        differences["with" if plan.jitter else "without"].append(difference.flatten())
-
-    kinds, sizes = (our_views(pixels, turns), their_views(augment, images, turns, again)), torch.from_numpy(pixels.sizes)
-    for part, ours, theirs in zip(VIEWS, *kinds, strict=True):
-        n, told, orders = N_LOCAL if part == "local" else 1, [], []
-        for rows, whose in ((ours, sizes.repeat(n * turns, 1)), (theirs, sizes.repeat_interleave(n, dim=0).repeat(turns, 1))):
-            plans, numbers = zip(*rows)
-            plan = crops.ViewPlan(*map(torch.cat, zip(*plans)))
-            told.append(decided(plan, whose) | dict(zip(LOOKS, torch.cat(numbers).T, strict=True)))
-            orders.append((plan.order[plan.jitter] @ torch.tensor([64, 16, 4, 1])).bincount(minlength=256).numpy())
-        yield from (drawn(part, what, told[0][what], told[1][what]) for what in told[0])
-        counts = np.stack(orders)[:, np.any(orders, axis=0)]
-        p = float(chi2_contingency(counts).pvalue)
-        yield {"part": part, "what": "order of the jitter", "n": counts.sum(axis=1).tolist(), "p": p}
+    of_ours, (of_theirs, differences) = our_views(config, pixels, turns), their_views(augment, images, turns)
+    for part, n, ours, theirs in zip(("global 1", "global 2", "local"), (1, 1, SIZES["n_local"]), of_ours, of_theirs):
+        ours, theirs = told(ours, sides.repeat(turns * n, 1)), told(theirs, sides.repeat_interleave(n, dim=0).repeat(turns, 1))
+        yield from (drawn(part, what, ours[what], theirs[what]) for what in ours)
     for words, some in differences.items():
-        signed = torch.cat(some).numpy()
-        d, what = np.abs(signed), f"released crops {words} jitter, made by ours, of 255"
-        more = {"mean": d.mean().item(), "signed": signed.mean().item(), "q999": np.quantile(d, 0.999).item()}
-        yield same("pixels", what, len(some), d.max(), LARGEST, **more)
-    yield same_seed(augment, images)
+        d, what, (mean, largest) = torch.cat(some), f"released crops made by ours, with {words}", APART[words]
+        yield same("pixels", f"{what}: mean", len(some), d.abs().mean(), mean, signed=d.mean().item())
+        yield same("pixels", f"{what}: largest", len(some), d.abs().max(), largest)
+    yield same_seed(augment, crop_laws(config.crops), images)
 
 
-def same_seed(augment: Any, images: list[Image.Image]) -> Row:
+def same_seed(augment: Any, laws: tuple[crops.CropLaw, ...], images: list[Image.Image]) -> Row:
     """The readable reference draws and computes what theirs does."""
     cut, cut_local, largest = augment.geometric_augmentation_global, augment.geometric_augmentation_local, 0.0
     theirs = ((cut, augment.global_transfo1), (cut, augment.global_transfo2), (cut_local, augment.local_transfo))
     for seed, image in enumerate(images):
-        for law, (box, change) in zip(crops.released_laws(*SIZES), theirs, strict=True):
+        for law, (box, change) in zip(laws, theirs, strict=True):
             torch.manual_seed(seed)
             expected = change(box(image))
             found = crops.reference_crop(image, law, torch.Generator().manual_seed(seed))
@@ -310,8 +309,7 @@ def order_rows(meta: SimpleNamespace, passes: int, n: int = 103, n_processes: in
     ours = torch.cat([batch_indices(n, n, step, seed=0) for step in range(passes)]).numpy()
     broken = sum(len(set(row)) < n for each in (ours, theirs) for row in np.reshape(each, (passes, n)).tolist())
     yield same("order", "passes that are no permutation", 2 * passes, broken, 0)
-    places = (np.flatnonzero(np.equal(each, 0)) % n for each in (ours, theirs))
-    yield drawn("order", "place of image 0 in a pass", *places)
+    yield drawn("order", "place of image 0 in a pass", *(np.flatnonzero(np.equal(each, 0)) % n for each in (ours, theirs)))
     sampler, seen = meta.samplers.ShardedInfiniteSampler, set()
     for i in range(n_processes):
         seen |= set(islice(sampler(sample_count=n, shuffle=True, start=i, step=n_processes), 2 * n))
