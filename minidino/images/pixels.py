@@ -202,7 +202,7 @@ def load_pixels(
     Raises:
         ValueError: no file at all, or none that decodes.
     Differs: the official code cuts crops from whole pictures, panoramas included. Where pictures are larger than
-        short_side, its crops are sharper: 480 x 360 px against 256, neighbours in a global crop differ 12 % more.
+        short_side, its crops are sharper: of 480 x 360 px against 256, neighbours in global crops differ 12 % more.
     """
     if not len(images) or short_side < 1:
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
