@@ -67,7 +67,7 @@ def pictures(data: str | None, toy: bool = False) -> Pictures:
             raise ValueError(f"{data}: expected at least {n} JPEG files, got {len(jpegs)}; leave --data out for scenes")
         files = [images.read(i) for i in jpegs[:: len(jpegs) // n][:n]]
         width, height = Image.open(io.BytesIO(files[0])).size
-        words = f"{n} photographs of {images.name}, the first {width} x {height} px, shorter side brought to {side} px"
+        words = f"{n} photographs of {images.name}, the first {width} x {height} px, shorter side at most {side} px"
     return Pictures(files, _pixels([shrink(decode(file), side) for file in files]), words)
 
 

@@ -57,6 +57,9 @@ def batch_indices(n_images: int, batch_size: int, step: int, seed: int) -> Int[T
 
     Raises:
         ValueError: no images.
+    Source: official dinov2/data/samplers.py (b8931f7).
+    Differs: the official training deals all images out to the processes once, and each shuffles its share anew in every
+        pass; what equal shares leave over never comes.
     """
     if n_images < 1:
         raise ValueError("expected at least one image, got none; is the whole data set in quarantine?")
@@ -166,6 +169,7 @@ def make_batch(
 
     Args:
         repeat: of each of these in the whole batch, as from `repeats`; None: `index` is the whole batch.
+    Differs: holes are shared out over the batch of all processes; in the official code each does so with its own.
     """
     *laws_global, law_local = crop_laws(config.crops)
     repeat = repeats(index) if repeat is None else repeat

