@@ -1,34 +1,31 @@
 """Does training here compute what the released code computes? Both learn side by side, from the same weights and batches.
 
-    git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7 && pip install omegaconf
-    python benchmarks/official.py run PATH       data/results/official-step.json
-    python benchmarks/official.py draw           the tables of this, of official_data.py and of official_probes.py
+    python benchmarks/official.py run CHECKOUT      data/results/official-step.json; wants omegaconf
+    python benchmarks/official.py draw              the tables of this, of official_data.py and of official_probes.py
 
-The released code wants CUDA, xFormers and FSDP. None of its files is changed: stand-ins take the place of what is not here,
-see `borrow`. Its own augmentations and masks make the batches, its own schedules and optimizer move the weights, all in
-float32. Each row also has a second run of the released code whose first weights differ in the last bit: how far apart
-two runs get by rounding alone.
+CHECKOUT is a clone of facebookresearch/dinov2. Its own augmentations and masks make the batches, its own schedules and
+optimizer move the weights, all in float32. Each row also has a second run of the released code whose first weights differ
+in the last bit: how far apart two runs get by rounding alone.
 """
 
 import argparse
 import json
 import random
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from recipe import RESULTS, made_on, put, store
+from released import borrow
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -114,26 +111,21 @@ def index_select_cat(sources: list[Tensor], indices: list[Tensor]) -> Tensor:
     return torch.cat([source[index].flatten() for source, index in zip(sources, indices)])
 
 
-def borrow(checkout: Path) -> SimpleNamespace:
-    """The released modules, with stand-ins for xFormers, fvcore, FSDP and the GPU; one process, joined by gloo."""
+STAND_INS = {
+    "xformers.ops": {
+        "fmha": SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask), "unbind": torch.unbind,
+        "memory_efficient_attention": memory_efficient_attention, "scaled_index_add": scaled_index_add,
+        "index_select_cat": index_select_cat,
+    }
+}  # fmt: skip
 
-    def stand_in(name: str, **content: Any) -> None:
-        sys.modules[name] = ModuleType(name)
-        sys.modules[name].__dict__.update(content)
 
-    fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
-    stand_in("xformers")
-    stand_in("xformers.ops", fmha=fmha, memory_efficient_attention=memory_efficient_attention, unbind=torch.unbind,
-             scaled_index_add=scaled_index_add, index_select_cat=index_select_cat)  # fmt: skip
-    stand_in("fvcore")
-    stand_in("fvcore.common")
-    stand_in("fvcore.common.checkpoint", Checkpointer=object, PeriodicCheckpointer=object)
-    Tensor.cuda = lambda self, **_: self
-    sys.path.insert(0, str(checkout))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def modules(checkout: Path) -> SimpleNamespace:
+    """What of the released code is asked, without FSDP."""
+    commit = borrow(checkout, STAND_INS)
     there = SimpleNamespace(arch=import_module("dinov2.train.ssl_meta_arch"), train=import_module("dinov2.train.train"),
                             config=import_module("dinov2.utils.config"), data=import_module("dinov2.data"),
-                            checkout=checkout)  # fmt: skip
+                            checkout=checkout, commit=commit)  # fmt: skip
     there.arch.get_fsdp_modules = lambda module: [SimpleNamespace(params=list(module.parameters()))]
     there.arch.reshard_fsdp_model = lambda module: None
     return there
@@ -289,13 +281,12 @@ def compare(there: SimpleNamespace, case: str) -> Iterator[dict[str, Any]]:
 
 def run(checkout: Path) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="dinov2")  # whether xFormers is there
-    there, rows = borrow(checkout), []
+    there, rows = modules(checkout), []
     for case in CASES:
         for row in compare(there, case):
             rows.append(row)
             tqdm.write(json.dumps(row))
-    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    store("official-step", {"released": commit.strip(), "rows": rows})
+    store("official-step", {"released": there.commit, "rows": rows})
     far = [row for row in rows if row["steps"] == 1 and max(row["apart"]["losses"], row["apart"]["gradients"]) > NEAR]
     if far:
         sys.exit(f"{len(far)} of {len(CASES)} first steps are further than {NEAR} from the released code: see the rows")
@@ -354,7 +345,7 @@ def _probes_table() -> str:
         largest = max(row["difference"] / row["scale"] for row in found)
         rows.append([part, len(found), f"{sum(row['n'] for row in found):,}", f"{largest:.1e}" if largest else "0"])
     heads = ["", "comparisons", "numbers", "largest difference, as a share of the largest number"]
-    return _table(heads, rows, stored, f"Float32; released code at {stored['official']}")
+    return _table(heads, rows, stored, f"Float32; released code at {stored['released'][:7]}")
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ draws than these it would show in the means of colours. --toy: few draws, nothin
 import argparse
 import random
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -29,6 +28,7 @@ import torchvision.transforms.functional as TF
 from loader import pictures
 from PIL import Image
 from recipe import store
+from released import borrow
 from scipy.ndimage import label
 from scipy.stats import chi2_contingency, ks_2samp, norm
 from torch import Tensor
@@ -75,16 +75,8 @@ Call = tuple[str, tuple, Any]  # of a function: its name, what it was given, wha
 
 
 def official(checkout: Path) -> SimpleNamespace:
-    """The released functions; the network, FSDP and checkpoints are stood in for, since nothing here asks them."""
-    if not (checkout / "dinov2" / "data" / "augmentations.py").is_file():
-        raise ValueError(f"{checkout}: expected a clone of facebookresearch/dinov2")
-    sys.path.insert(0, str(checkout))
-    for name, attribute in {
-        "fvcore": "", "fvcore.common": "", "fvcore.common.checkpoint": "PeriodicCheckpointer",
-        "dinov2.fsdp": "FSDPCheckpointer", "dinov2.train.ssl_meta_arch": "SSLMetaArch",
-    }.items():  # fmt: skip
-        sys.modules[name] = types.ModuleType(name)
-        setattr(sys.modules[name], attribute, None)
+    """The released functions; xFormers, which nothing here asks, is stood in for."""
+    commit = borrow(checkout, {"xformers.ops": {"fmha": None}})
     from dinov2 import configs, data
     from dinov2.data import samplers
     from dinov2.train.train import build_schedulers
@@ -94,7 +86,7 @@ def official(checkout: Path) -> SimpleNamespace:
         with patch("dinov2.distributed.get_global_size", lambda: RUNS[name][2]):
             return apply_scaling_rules_to_cfg(configs.load_and_merge_config(f"train/{name}"))
 
-    return SimpleNamespace(config=config, data=data, samplers=samplers, build_schedulers=build_schedulers)
+    return SimpleNamespace(commit=commit, config=config, data=data, samplers=samplers, build_schedulers=build_schedulers)
 
 
 @contextmanager
@@ -354,7 +346,7 @@ def measure(checkout: Path, data: str | None = None, toy: bool = False) -> dict[
     rows += order_rows(meta, 100 if toy else 2000)
     rows += [row for grid in GRIDS for row in mask_rows(meta, *grid, 20 if toy else 250)]
     rows += crop_rows(meta, found.pixels, 2 if toy else 40)
-    return {"pictures": found.words, "alpha": ALPHA, "n_tests": sum("p" in row for row in rows), "rows": rows}
+    return {"released": meta.commit, "pictures": found.words, "alpha": ALPHA, "n_tests": sum("p" in row for row in rows), "rows": rows}
 
 
 def main() -> None:

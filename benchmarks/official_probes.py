@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from recipe import ROOT, store
+from released import borrow
 from skimage import data
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -75,39 +75,6 @@ def _flat(x: Any) -> Iterator[Tensor]:
 # ---------------------------------------------------------------- the released code, with neither a GPU nor mmseg
 
 
-def stand_ins(checkout: Path) -> None:
-    """Let the released code be imported, in a group of one process, and give it the CPU where it asks for a GPU.
-
-    Stood in for: fvcore's checkpoints, which do nothing here; cuML's logistic regression, by scikit-learn's; registries,
-    base classes and `resize` of mmseg 0.27, the last by its copy in dinov2/hub/depth.
-    """
-    if not (checkout / "dinov2" / "eval").is_dir():
-        raise SystemExit(f"{checkout} is no checkout of facebookresearch/dinov2: it has no dinov2/eval")
-    sys.path.append(str(checkout))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    nn.Module.cuda = Tensor.cuda = lambda self, *_, **__: self
-    torch.cuda.synchronize, torch.cuda.current_device = lambda: None, lambda: torch.device("cpu")
-    registry = SimpleNamespace(register_module=lambda: lambda kind: kind)
-    nothing = SimpleNamespace(resume_or_load=lambda *_, **__: {}, step=lambda _: None)
-    names = {
-        "fvcore.common.checkpoint": dict.fromkeys(("Checkpointer", "PeriodicCheckpointer"), lambda *_, **__: nothing),
-        "cuml.linear_model": {
-            "LogisticRegression": lambda C, max_iter, **_: LogisticRegression(C=C, max_iter=20 * max_iter, tol=1e-9)},
-        "mmseg.models.builder": {"HEADS": registry, "SEGMENTORS": registry},
-        "mmseg.models.decode_heads.decode_head": {"BaseDecodeHead": BaseDecodeHead},
-        "mmseg.models.segmentors.base": {"BaseSegmentor": nn.Module},
-        "mmseg.core": {"add_prefix": None},
-        "mmseg.ops": {"resize": import_module("dinov2.hub.depth.ops").resize},
-    }
-    for name, members in names.items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            module = sys.modules.setdefault(".".join(parts[:i]), ModuleType(parts[i - 1]))
-        vars(module).update(members)
-    sys.modules["mmseg.models"].builder = sys.modules["mmseg.models.builder"]
-    sys.modules["dinov2.eval.depth.models.builder"] = SimpleNamespace(LOSSES=registry)
-
-
 class BaseDecodeHead(nn.Module):
     """For inputs that are concatenated."""
 
@@ -120,6 +87,19 @@ class BaseDecodeHead(nn.Module):
 
     def cls_seg(self, x: Tensor) -> Tensor:
         return self.conv_seg(x)
+
+
+REGISTRY = SimpleNamespace(register_module=lambda: lambda kind: kind)
+STAND_INS = {  # of mmseg 0.27 registries, base classes and `resize`, by its copy; cuML's logistic regression by scikit-learn's
+    "cuml.linear_model": {
+        "LogisticRegression": lambda C, max_iter, **_: LogisticRegression(C=C, max_iter=20 * max_iter, tol=1e-9)},
+    "mmseg.models": {"builder": SimpleNamespace(HEADS=REGISTRY, SEGMENTORS=REGISTRY)},
+    "mmseg.models.builder": {"HEADS": REGISTRY, "SEGMENTORS": REGISTRY},
+    "mmseg.models.decode_heads.decode_head": {"BaseDecodeHead": BaseDecodeHead},
+    "mmseg.models.segmentors.base": {"BaseSegmentor": nn.Module},
+    "mmseg.core": {"add_prefix": None},
+    "mmseg.ops": {"resize": lambda *args, **options: import_module("dinov2.hub.depth.ops").resize(*args, **options)},
+}  # fmt: skip
 
 
 def file(name: str) -> ModuleType:
@@ -388,14 +368,14 @@ PARTS = (preprocessing, backbones, nearest, linear, logistic_regression, release
 
 @torch.no_grad()
 def run(checkout: Path) -> None:
-    stand_ins(checkout)
+    commit = borrow(checkout, STAND_INS)
+    sys.modules["dinov2.eval.depth.models.builder"] = SimpleNamespace(LOSSES=REGISTRY)
     torch.manual_seed(0)
     rows = [row for part in PARTS for row in part()]
     wrong = [row for row in rows if not row["difference"] <= row["tolerance"] * row["scale"]]
     if wrong:
         raise SystemExit("not the same:\n" + "\n".join(map(str, wrong)))
-    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    print(store("official-probes", {"official": commit.strip(), "rows": rows}))
+    print(store("official-probes", {"released": commit, "rows": rows}))
 
 
 def main() -> None:
