@@ -255,6 +255,8 @@ def test_nothing_has_to_be_scrolled_sideways(site, browser, name, width, tmp_pat
         page.on("request", lambda request: asked.append(request.url))
         page.goto((site / name).as_uri())
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        rims = "elements => elements.map(element => element.getBoundingClientRect().right)"
+        assert max(page.eval_on_selector_all(".prev-next-area *", rims)) <= width  # what is beyond is cut off
         page.screenshot(path=tmp_path / f"{Path(name).stem}-{width}.png")
     assert asked and all(url.startswith(("file:", "data:")) for url in asked)
 
