@@ -117,7 +117,8 @@ def slide(draw: Callable, **values: Sequence) -> Any:
     widgets = _widgets()
     if widgets is None:
         return draw(**{name: options[0] for name, options in values.items()})
-    sliders = {name: widgets.SelectionSlider(options=options) for name, options in values.items()}
+    whole = {"description_width": "initial"}  # of long names, too
+    sliders = {name: widgets.SelectionSlider(options=options, style=whole) for name, options in values.items()}
     widgets.interact(draw, **sliders)
     return None
 
