@@ -125,6 +125,16 @@ def test_every_term_says_where_it_is_taught(site):
     assert len(pairs) > 60 and all("href=" in text for text in pairs)
 
 
+@pytest.mark.parametrize(
+    "term, first",
+    [("attention", "02"), ("packing", "02"), ("balanced choice", "03"), ("student", "05"), ("centring", "06"), ("head", "06")],
+)
+def test_a_term_leads_to_the_notebook_that_explains_it(term, first, book):
+    body = re.search(rf"^{term}\n((?:  .*\n)+)", (ROOT / "book" / "glossary.md").read_text(), re.MULTILINE)[1]
+    pages = book("pages")
+    assert re.findall(r"\[(\d\d)\]", pages.filled(body))[0] == first
+
+
 def test_the_teachers_page_has_every_notebook_in_a_week(site):
     tables = Text((site / "teacher.html").read_text(), "table").found
     for path in NOTEBOOKS:
