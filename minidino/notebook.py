@@ -157,7 +157,7 @@ def _widgets() -> Any:
     try:
         import ipywidgets
     except ImportError:
-        print("knobs and tiles need ipywidgets: pip install 'minidino[interactive]'")
+        print("knobs and tiles need ipywidgets: run %pip install 'minidino[interactive]' in a cell, then reload the page")
         return None
     return ipywidgets
 
