@@ -160,9 +160,12 @@ def _letters_of(name: str) -> dict[str, int]:
 
 
 def taught(pattern: str) -> str:
-    """The three notebooks whose prose speaks of a term most, as links."""
+    """The three notebooks whose prose speaks of a term most, as links; a heading that does so counts five times."""
     words = re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
-    counted = {number: len(words.findall(one.prose)) for number, one in lessons().items()}
+    counted = {}
+    for number, one in lessons().items():
+        headings = re.findall(r"^#.*", one.prose, re.MULTILINE)
+        counted[number] = len(words.findall(one.prose)) + 4 * len(words.findall("\n".join(headings)))
     most = sorted((n for n in counted if counted[n]), key=lambda n: (-counted[n], n))[:3]
     return f"{nb(*most).capitalize()}. " if most else ""
 

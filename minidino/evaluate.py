@@ -388,7 +388,7 @@ def row(data: str, task: str, answers: Answers) -> str:
 
 def _report(found: dict[str, Any], folder: Path) -> None:
     task = TASKS[found["task"]]
-    first = next(iter(found["answers"].values()))
+    who, first = next(iter(found["answers"].items()))
     numbers = [("features", task.unit), *((name, a[task.score]) for name, a in found["answers"].items())]
     if "linear" in first:  # of fine-tuning and decoders the question is what they add to it
         linear = [a["linear"] for a in found["answers"].values()]
@@ -399,5 +399,5 @@ def _report(found: dict[str, Any], folder: Path) -> None:
     sections = [Section(found["task"], words, folder / "figure.png", numbers)]
     if "table" in first and found["task"] == "segmentation":
         rows = [("class", "IoU"), *first["table"].items()]
-        sections.append(Section("Class by class", "Intersection over union.", table=rows))
+        sections.append(Section("Class by class", f"Intersection over union: {who}.", table=rows))
     write_report(folder / "report.html", f"minidino probe: {found['data']}", sections)

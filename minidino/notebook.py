@@ -117,7 +117,8 @@ def slide(draw: Callable, **values: Sequence) -> Any:
     widgets = _widgets()
     if widgets is None:
         return draw(**{name: options[0] for name, options in values.items()})
-    sliders = {name: widgets.SelectionSlider(options=options) for name, options in values.items()}
+    whole = {"description_width": "initial"}  # of long names, too
+    sliders = {name: widgets.SelectionSlider(options=options, style=whole) for name, options in values.items()}
     widgets.interact(draw, **sliders)
     return None
 
@@ -156,7 +157,7 @@ def _widgets() -> Any:
     try:
         import ipywidgets
     except ImportError:
-        print("knobs and tiles need ipywidgets: pip install 'minidino[interactive]'")
+        print("knobs and tiles need ipywidgets: run %pip install 'minidino[interactive]' in a cell, then reload the page")
         return None
     return ipywidgets
 

@@ -80,7 +80,7 @@ def _table(rows: Sequence[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f'<td class="number">{value:.4g}</td>'
+        return f'<td class="number">{value:{".4f" if abs(value) < 1 else ".4g"}}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="number">{value}</td>'
     return f"<td>{escape(str(value))}</td>"

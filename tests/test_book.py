@@ -125,6 +125,16 @@ def test_every_term_says_where_it_is_taught(site):
     assert len(pairs) > 60 and all("href=" in text for text in pairs)
 
 
+@pytest.mark.parametrize(
+    "term, first",
+    [("attention", "02"), ("packing", "02"), ("balanced choice", "03"), ("student", "05"), ("centring", "06"), ("head", "06")],
+)
+def test_a_term_leads_to_the_notebook_that_explains_it(term, first, book):
+    body = re.search(rf"^{term}\n((?:  .*\n)+)", (ROOT / "book" / "glossary.md").read_text(), re.MULTILINE)[1]
+    pages = book("pages")
+    assert re.findall(r"\[(\d\d)\]", pages.filled(body))[0] == first
+
+
 def test_the_teachers_page_has_every_notebook_in_a_week(site):
     tables = Text((site / "teacher.html").read_text(), "table").found
     for path in NOTEBOOKS:
@@ -255,6 +265,8 @@ def test_nothing_has_to_be_scrolled_sideways(site, browser, name, width, tmp_pat
         page.on("request", lambda request: asked.append(request.url))
         page.goto((site / name).as_uri())
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+        rims = "elements => elements.map(element => element.getBoundingClientRect().right)"
+        assert max(page.eval_on_selector_all(".prev-next-area *", rims)) <= width  # what is beyond is cut off
         page.screenshot(path=tmp_path / f"{Path(name).stem}-{width}.png")
     assert asked and all(url.startswith(("file:", "data:")) for url in asked)
 

@@ -77,7 +77,8 @@ def test_every_question_is_asked_of_all_subjects_and_written_down(task, run, tmp
     assert found["report"] == str(tmp_path / "out" / "report.html")
     assert stored["environment"]["versions"]["torch"] and (stored["n_train"], stored["n_test"]) == (120, 60)
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
-    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/png" in page and ("Intersection over union: trained." in page) == (task == "segmentation")
 
 
 def test_a_decoder_is_asked_of_networks_alone_and_beside_a_linear_head(run, tmp_path):

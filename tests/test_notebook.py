@@ -18,6 +18,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 FIRST = ("**Question.**", "**Needs.**", "**Time.**")
 LAST = ["The final picture", "Exercises", "What we saw", "What this does not show", "Where to go next"]
 MOST_WORDS, MOST_LINES, MOST_SETUP_LINES, MOST_PICTURES, MOST_KB = 120, 15, 8, 6, 600
+WIDEST = 128  # characters of a printed line, as in code
 INSTALL = """try:
     import minidino
 except ImportError:  # a machine without it, such as Colab: it is installed from the folder above
@@ -156,11 +157,12 @@ def test_show_prints_the_source(capsys):
 def test_without_widgets_the_first_values_are_drawn(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert slide(lambda temp, n: (temp, n), temp=(0.1, 0.2), n=(3, 0)) == (0.1, 3)
-    assert "pip install 'minidino[interactive]'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "%pip install 'minidino[interactive]'" in said and "reload the page" in said  # JupyterLab shows text till then
 
 
 def test_sliders_choose_among_the_values(monkeypatch, capsys):
-    drawn, slider = [], lambda options: list(options)  # it can stand on any of them
+    drawn, slider = [], lambda options, style: list(options)  # it can stand on any of them
     widgets = SimpleNamespace(SelectionSlider=slider, interact=lambda f, **sliders: f(*(s[-1] for s in sliders.values())))
     monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
     assert slide(lambda *chosen: drawn.append(chosen), temp=(0.1, 0.2), n=(3, 0)) is None
@@ -174,6 +176,7 @@ def test_a_true_slider_draws_again(monkeypatch):
     slide(lambda temp, n: drawn.append((temp, n)), temp=(0.1, 0.05, 0.2), n=(3, 0))
     made[0].value = 0.2
     assert [slider.description for slider in made] == ["temp", "n"] and drawn == [(0.1, 3), (0.2, 3)]
+    assert {slider.style.description_width for slider in made} == {"initial"}  # long names are not cut off
 
 
 def test_the_code_of_a_notebook_is_python_that_installs_nothing():
@@ -184,7 +187,7 @@ def test_the_code_of_a_notebook_is_python_that_installs_nothing():
     assert space["minidino"].__name__ == "minidino"
 
 
-@pytest.mark.parametrize("name, cells", [("02_attention", (1, 12)), ("12_kernels", (1, 2, 3))])
+@pytest.mark.parametrize("name, cells", [("02_attention", (1, 12)), ("12_kernels", (1, 2, 3, 5, 6))])
 def test_without_triton_a_notebook_says_so(name, cells, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the notebooks set it, and here it is taken back
@@ -192,13 +195,15 @@ def test_without_triton_a_notebook_says_so(name, cells, monkeypatch, tmp_path, c
     code, space = code_of((NOTEBOOKS[0].parent / f"{name}.ipynb").read_text()), {}
     for cell in cells:
         exec(code[cell], space)
-    assert "no Triton here" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no Triton here" in said and "three" not in said
 
 
 def test_without_widgets_the_middle_is_drawn(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert click(lambda row, column: (row, column), np.zeros((5, 8, 3))) == (2, 4)
-    assert "pip install 'minidino[interactive]'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "%pip install 'minidino[interactive]'" in said and "reload the page" in said
 
 
 def test_a_true_mosaic_draws_what_was_clicked(monkeypatch):
@@ -246,7 +251,14 @@ def faults(text: str) -> list[str]:
         found.append("does not begin with the install header")
     if len(setup.splitlines()) > MOST_SETUP_LINES:
         found.append("a long set-up")
-    return found
+    return found + [f"imported in vain: {name}" for name in _imported_in_vain("\n".join(code_of(text)[1:]))]
+
+
+def _imported_in_vain(code: str) -> list[str]:
+    """Names that code imports and never mentions again."""
+    lines = re.findall(r"^ *(?:from [\w.]+ )?import ([\w., ]+)", code, re.MULTILINE)
+    names = [name.split()[-1].split(".")[0] for line in lines for name in line.split(",")]
+    return [name for name in names if len(re.findall(rf"\b{name}\b", code)) < 2]
 
 
 def _faults_of_prose(prose: list[str]) -> list[str]:
@@ -275,6 +287,8 @@ def _faults_of_code(cell: dict) -> list[str]:
         found.append(f"failed: {start}")
     if any(output.get("name") == "stderr" for output in cell["outputs"]):
         found.append(f"stderr: {start}")
+    lines = [line for output in cell["outputs"] for line in "".join(output.get("text", "")).splitlines()]
+    found += [f"wide: {line[:40]}" for line in lines if len(line) > WIDEST]
     said = [{k: v for k, v in output.get("data", {}).items() if k != "image/png"} for output in cell["outputs"]]
     if ABSOLUTE.search(source + json.dumps(said) + "".join("".join(o.get("text", "")) for o in cell["outputs"])):
         found.append(f"absolute path: {start}")
@@ -325,6 +339,8 @@ def spoil(index: int, **change):
         (spoil(3, outputs=[{"output_type": "stream", "text": ["saved in /", "home/me"]}]), "absolute path"),
         (spoil(3, outputs=[{"output_type": "error", "ename": "ValueError"}]), "failed"),
         (spoil(3, outputs=[{"output_type": "display_data", "data": {"image/svg+xml": "<svg/>"}}]), "SVG"),
+        (spoil(3, outputs=[{"output_type": "stream", "text": ["-" * 129]}]), "wide"),
+        (spoil(3, source=["from math import pi, tau\npi"]), "imported in vain: tau"),
         (spoil(3, metadata={"tags": ["skip"]}), "tags"),
         (spoil(5, outputs=[]), "0 pictures"),
         (spoil(5, outputs=[{"output_type": "display_data", "data": {"image/png": "A"}}] * 7), "7 pictures"),

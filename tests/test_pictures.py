@@ -168,7 +168,7 @@ def page(tmp_path):
     pictures.baselines_bar({"trained": (0.6, 0.1)}, tmp_path / "bar.png")
     sections = [
         report.Section("Does <it> learn?", "Yes & no.\n\nSecond <script>alert(1)</script> part.", tmp_path / "bar.png"),
-        report.Section('A "quoted" table', table=[["name", "top-1 <%>"], ["<b>pixels</b>", 0.123456], ["n", 12]]),
+        report.Section('A "quoted" table', table=[["name", "top-1 <%>"], ["<b>pixels</b>", 0.123456], ["n", 12], ["tiny", 3.678e-05]]),
     ]
     path = report.write_report(tmp_path / "report.html", "Run <1> & co", sections)
     assert path == tmp_path / "report.html" and sorted(p.name for p in tmp_path.iterdir()) == ["bar.png", "report.html"]
@@ -195,8 +195,9 @@ def test_report_escapes_everything(page):
     assert "script" not in parsed.tags and "it" not in parsed.tags and "b" not in parsed.tags
     for shown in ("Run <1> & co", "Does <it> learn?", "Second <script>alert(1)</script> part.", "top-1 <%>"):
         assert shown in parsed.text
-    assert parsed.tags.count("p") == 2 and parsed.tags.count("tr") == 3
+    assert parsed.tags.count("p") == 2 and parsed.tags.count("tr") == 4
     assert "<b>pixels</b>" in parsed.text and "0.1235" in parsed.text and ("td", "class", "number") in parsed.attributes
+    assert "0.0000" in parsed.text and "e-05" not in parsed.text
 
 
 def test_a_report_on_a_full_disk_leaves_nothing_behind_and_names_itself(tmp_path, monkeypatch):
