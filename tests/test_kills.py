@@ -69,7 +69,7 @@ def full_disk(n_bytes):
 
 
 def pool_of(folder, n=4, seed=0):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, image in enumerate(draw_scenes(n, 24, seed).images):
         Image.fromarray(image).save(folder / f"{i}.png")
     return folder
@@ -241,6 +241,18 @@ def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp
             assert not list(tmp_path.iterdir())
         else:
             assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
+
+
+def test_a_probe_where_nothing_can_be_written_keeps_its_descriptions_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    (tmp_path / "runs").touch()  # no folder, as root can write into any
+    for folder in "ab":
+        pool_of(tmp_path / "pool" / folder, 10)
+    assert main(["probe", str(source), "--data", "pool", "--size", "8", "--out", "out"]) == 0
+    assert re.search("runs/features cannot be written, .* kept in .*home/minidino/features", capsys.readouterr().err)
+    assert list((tmp_path / "home" / "minidino" / "features").glob("*/made.json"))
 
 
 def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
