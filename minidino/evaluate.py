@@ -42,7 +42,7 @@ from minidino.probes.segmentation import linear_segmentation, predict
 from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
 from minidino.runs import environment, expect_no_run, pick_device, write_atomically
-from minidino.subjects import Cache, Subject, subjects_of
+from minidino.subjects import Subject, cache_in, subjects_of
 
 Answers = dict[str, dict[str, Any]]  # {subject: what was found}
 Draw = Callable[[nn.Module, Tensor, np.ndarray], None]  # a head, maps of some pictures, which pictures
@@ -317,7 +317,7 @@ def evaluate(
         baselines: "random" and "pixels": see `subjects_of`; "finetune" and "dpt" are asked of networks alone.
         out: folder of results.json, figure.png and report.html; None: runs/probe-DATA-TASK.
         truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.
-        cache: where descriptions are kept; all tasks share them.
+        cache: where descriptions are kept, if it can be written; all tasks share them.
         depth_unit: metres per unit of the files of depth and dpt; None: millimetres for integers, metres for floats.
     Returns:
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
@@ -342,7 +342,7 @@ def evaluate(
     channels = subjects[0].vit.patch_embed.proj.in_channels
     if channels != 3 and (task == "robustness" or question.data in ("segmentation", "depth")):
         raise ValueError(f"{task} is asked with pictures of red, green and blue: {source} sees {channels} channels")
-    store = Cache(Path(cache))
+    store = cache_in(Path(cache))
     opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
     _expect_room(folder, source)

@@ -26,7 +26,16 @@ from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels, some
 from minidino.images.scenes import KINDS, TEST_WORLD, Scenes, draw_scenes
 from minidino.learning.adapt import adapted, expect_same_network, going_on, start_adapted, start_from
-from minidino.learning.distill import distilled, fingerprint, frozen_teacher, imitating, network_of, start_distilled
+from minidino.learning.distill import (
+    distilled,
+    expect_same_teacher,
+    fingerprint,
+    frozen_teacher,
+    imitating,
+    network_of,
+    start_distilled,
+    teacher_again,
+)
 from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
 from minidino.model.vit import VisionTransformer
@@ -163,25 +172,18 @@ def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = Non
     """A run as it was at its newest checkpoint, at step `at_most` or before, or at its start.
 
     Raises:
-        ValueError: a distillation whose teacher is another by now.
+        FileNotFoundError: a distillation whose teacher has been moved; says how to go on.
+        ValueError: a distillation whose teacher is another by now; a config of another network.
     """
     run = Run(folder)
     config = run.config()
     device = pick_device(config.run.device)
     if config.distill.teacher:
-        frozen = frozen or frozen_teacher(config, device)
-        _expect_same_teacher(run, frozen.sha256)
+        frozen = teacher_again(run, device, frozen)
     state = begin(config, device, frozen)
     if (saved := run.load(device, at_most)) is not None:
         state.load(saved[1])
     return Learner(run, config, state)
-
-
-def _expect_same_teacher(run: Run, sha256: str) -> None:
-    """Raises ValueError when a weight of the teacher is not what it was at the start."""
-    path = run.folder / TEACHER
-    if path.exists() and (said := json.loads(path.read_text()))["sha256"] != sha256:
-        raise ValueError(f"the teacher {said['teacher']} of {run.folder} is not the one it began with: start anew")
 
 
 def learn(learners: Sequence[Learner], world: World) -> None:
@@ -215,7 +217,7 @@ def _learn(learners: Sequence[Learner], world: World) -> None:
             bar.update(size)
     frozen = learners[0].state.frozen
     if frozen is not None:
-        _expect_same_teacher(learners[0].run, fingerprint(frozen.network))
+        expect_same_teacher(learners[0].run, fingerprint(frozen.network))
     for learner in learners:
         weigh(learner, watch, "after")
         finish(learner)

@@ -6,6 +6,8 @@ what made it, so that all tasks on the same pictures share it.
 
 import copy
 import hashlib
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from minidino.model.weights import backbone_of
 from minidino.probes import features
 from minidino.probes.dense import borders, feature_maps
 from minidino.probes.depth import taps
-from minidino.runs import Run, pick_device
+from minidino.runs import Run, home_cache, pick_device
 
 THUMBNAIL = 16  # px: raw pixels of a whole picture are those of a thumbnail
 WAVES = 8  # cosines along each side of a picture that tell where a patch lies
@@ -186,6 +188,16 @@ class Cache:
             return compute()
 
         return features.FeatureStore(self.folder).get(key, marked)
+
+
+def cache_in(folder: Path) -> Cache:
+    """The cache in a folder; where nothing can be written there, one for all runs."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return Cache(folder)
+    instead = home_cache() / "features"
+    warnings.warn(f"{folder} cannot be written, descriptions are kept in {instead}", stacklevel=2)
+    return Cache(instead)
 
 
 def fingerprint(images: Tensor) -> str:

@@ -215,13 +215,14 @@ def test_what_a_full_disk_cut_is_made_again(damaged, share, tmp_path):
     assert short_run(root, tmp_path / "out") == whole and path.read_bytes() == data
 
 
-def test_a_quarantine_that_is_gone_is_written_again(tmp_path):
+def test_a_quarantine_that_is_gone_is_written_again(tmp_path, recwarn):
     root = folder_of(tmp_path / "pool", draw_scenes(2, 48, 0).images)
     (root / "x.png").write_bytes(b"")
     whole, path = short_run(root, tmp_path / "out"), tmp_path / "out" / "pixels" / "quarantine.csv"
     for damage in (path.unlink, lambda: path.write_bytes(b"")):
         damage()
         assert short_run(root, tmp_path / "out") == whole and "x.png" in path.read_text()
+    assert not recwarn.list  # the funnel and the manifest tell
 
 
 def test_what_a_kill_left_half_written_goes_and_what_is_being_written_stays(tmp_path):

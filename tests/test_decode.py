@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from minidino.images.datasets import open_images
 from minidino.images.decode import BadImage, decode, shrink, square
+from minidino.images.pixels import load_pixels
 
 NASTY = Path(__file__).resolve().parents[2] / "shared" / "data" / "nasty" / "files"
 needs_data = pytest.mark.skipif(not NASTY.exists(), reason="shared/data/nasty is not here")
@@ -192,3 +194,17 @@ def test_shrink_and_square():
 def test_a_table_of_pictures_says_what_to_do():
     with pytest.raises(BadImage, match="a Parquet table; write the pictures in it to files"):
         decode(b"PAR1\x15\x04" + bytes(99) + b"PAR1")
+
+
+@pytest.mark.parametrize("where", ["out", None])
+def test_pictures_that_are_left_out_are_told_by_a_warning(tmp_path, where, recwarn):
+    pool, out = tmp_path / "pool", where and tmp_path / where
+    pool.mkdir()
+    Image.new("RGB", (8, 8)).save(pool / "a.png")
+    (pool / "notes.txt").write_text("no picture, and not meant to be one")
+    load_pixels(open_images(pool, tmp_path / "c"), 8, out, progress=False)
+    assert not recwarn.list
+    (pool / "b.png").write_bytes(b"")
+    load_pixels(open_images(pool, tmp_path / "c"), 8, out, progress=False)
+    (told,) = [str(warning.message) for warning in recwarn.list]
+    assert told.startswith("1 of 3 files of pool are left out, 'b.png': empty file") and ("quarantine.csv" in told) == bool(where)

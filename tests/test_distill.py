@@ -406,3 +406,13 @@ def test_several_students_keep_the_step_before_the_last(teacher, world, tmp_path
     runs, _ = distill(teacher.folder, tmp_path / "two", [SMALL, SMALLER], 3, ["run.checkpoint_every=1",
                                                                             "run.keep_checkpoints=1"], world=world)  # fmt: skip
     assert [[step for step, _ in run.saved()] for run in runs] == [[2, 3], [2, 3]]
+
+
+def test_a_run_whose_teacher_was_moved_says_how_to_go_on(teacher, world, tmp_path, capsys):
+    place = tmp_path / "teacher"
+    shutil.copytree(teacher.folder, place)
+    distill(place, tmp_path / "student", [SMALL], 2, world=world)
+    place = place.rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(tmp_path / "student")]) == 2
+    assert "student back, or go on with minidino distill ITS-PLACE --resume, all else" in capsys.readouterr().err
+    assert main(["distill", str(place), "--student", SMALL, "--steps", "2", "--out", str(tmp_path / "student"), "--resume"]) == 0

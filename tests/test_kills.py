@@ -1,11 +1,14 @@
 """What a kill, a full disk or a second process at once leaves behind is never taken for the whole."""
 
+import hashlib
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from PIL import Image
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.curation.pipeline import Curation
+from minidino.images import named
 from minidino.images import pixels as pixels_module
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
@@ -27,6 +31,9 @@ from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights, save_backbone
 from minidino.pictures import funnel
 from minidino.probes import features
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Killed(BaseException):
@@ -62,10 +69,73 @@ def full_disk(n_bytes):
 
 
 def pool_of(folder, n=4, seed=0):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, image in enumerate(draw_scenes(n, 24, seed).images):
         Image.fromarray(image).save(folder / f"{i}.png")
     return folder
+
+
+# ---------------------------------------------------------------- named sets
+
+CAT, LIST = "Abyssinian_1", "annotations/{}.txt"
+PACKED = {  # name: {archive: files}
+    "imagenette": {"imagenette2-160.tgz": [f"imagenette2-160/{split}/n01440764/a.JPEG" for split in ("train", "val")]},
+    "pets": {"oxford-iiit-pet/images.tar.gz": [f"images/{CAT}.jpg"],
+             "oxford-iiit-pet/annotations.tar.gz": ["annotations/README", *map(LIST.format, ("trainval", "test"))]},
+}  # fmt: skip
+UNPACKING = """
+import os, signal, sys, tarfile
+from pathlib import Path
+from tests import test_kills
+from minidino.images import named
+real, last = tarfile.TarFile.makefile, sys.argv[3]
+def until(archive, member, path):
+    if member.name == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(archive, member, path)
+tarfile.TarFile.makefile = until
+test_kills.know(sys.argv[1], Path(sys.argv[2]), test_kills.pytest.MonkeyPatch())
+named.download(sys.argv[1], sys.argv[2])
+"""
+
+
+def know(name, root, patch):
+    """Let torchvision take the archives below root for the real ones."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    sums = [("http://localhost/" + Path(file).name, hashlib.md5((root / file).read_bytes()).hexdigest()) for file in PACKED[name]]
+    if name == "pets":
+        patch.setattr(datasets.OxfordIIITPet, "_RESOURCES", sums)
+    else:
+        patch.setattr(datasets.Imagenette, "_ARCHIVES", {"160px": sums[0]})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is posix")
+@pytest.mark.parametrize("name, last", [("imagenette", PACKED["imagenette"]["imagenette2-160.tgz"][1]),
+                                        ("pets", LIST.format("trainval"))])  # fmt: skip
+def test_a_named_set_that_was_killed_while_it_is_unpacked_is_unpacked_anew(name, last, tmp_path, monkeypatch):
+    for file, members in PACKED[name].items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / file, "w:gz") as archive:
+            for member in members:
+                data = f"{CAT} 1 1 1\n".encode() if "/t" in member else b"a picture"
+                told = tarfile.TarInfo(member)
+                told.size = len(data)
+                archive.addfile(told, io.BytesIO(data))
+    words = [sys.executable, "-c", UNPACKING, name, str(tmp_path), last]
+    assert subprocess.run(words, cwd=ROOT).returncode == -signal.SIGKILL
+    know(name, tmp_path, monkeypatch)
+    monkeypatch.setattr(named, "IMAGENETTE", {"train": 1, "val": 1})
+    with zipfile.ZipFile(named.download(name, tmp_path)) as archive:
+        assert len(archive.namelist()) == 2
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_somebody_has_unpacked_in_part_is_named_and_left(tmp_path):
+    pytest.importorskip("torchvision.datasets")
+    (tmp_path / "imagenette2-160" / "train" / "n01440764").mkdir(parents=True)
+    with pytest.raises(ValueError, match="imagenette cannot be read.*delete .*imagenette2-160 and run again"):
+        named.download("imagenette", tmp_path)
+    assert (tmp_path / "imagenette2-160").exists()
 
 
 # ---------------------------------------------------------------- pixels
@@ -171,6 +241,18 @@ def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp
             assert not list(tmp_path.iterdir())
         else:
             assert len(store.get(features.feature_key("w", "d", 8), lambda: arrays)["mean_patch"]) == 2000
+
+
+def test_a_probe_where_nothing_can_be_written_keeps_its_descriptions_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    (tmp_path / "runs").touch()  # no folder, as root can write into any
+    for folder in "ab":
+        pool_of(tmp_path / "pool" / folder, 10)
+    assert main(["probe", str(source), "--data", "pool", "--size", "8", "--out", "out"]) == 0
+    assert re.search("runs/features cannot be written, .* kept in .*home/minidino/features", capsys.readouterr().err)
+    assert list((tmp_path / "home" / "minidino" / "features").glob("*/made.json"))
 
 
 def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from minidino.cli import main
 from minidino.config import override, preset
 from minidino.images.scenes import draw_scenes
 from minidino.learning.teacher import build_backbone, build_student
+from minidino.learning.train import start
 from minidino.model.weights import load_weights
 from minidino.runs import Run, pick_device, write_atomically
 from minidino.stages import open_world, pretrain
@@ -283,6 +284,21 @@ def test_a_finished_run_holds_what_it_promises(tmp_path):
     pretrain(config, run.folder, resume=True)  # there is nothing left to do, and nothing changes
     assert before == {path.name: path.read_bytes() for path in run.folder.glob("*.safetensors")}
     assert len(run.records()) == 4
+
+
+@pytest.mark.parametrize("change", [{"width": 24}, {"depth": 1}])
+def test_a_config_that_was_edited_into_another_network_is_told_and_nothing_is_loaded(tmp_path, capsys, change):
+    run, _ = pretrain(tiny("run.steps=1"), tmp_path / "run")
+    said = json.loads(run.config_path.read_text())
+    said["vit"] |= change
+    run.config_path.write_text(json.dumps(said))
+    assert main(["train", "--resume", str(run.folder)]) == 2
+    assert "is of another network, it differs in backbone." in capsys.readouterr().err
+    state = start(run.config(), CPU)
+    before = {name: weight.clone() for name, weight in state.student.state_dict().items()}
+    with pytest.raises(ValueError, match="of another network"):
+        state.load(run.load(CPU)[1])
+    assert_equal_trees(before, dict(state.student.state_dict()))
 
 
 def test_tied_heads_are_written_once(tmp_path):

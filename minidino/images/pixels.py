@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from minidino.engine import LOCAL, Engine
-from minidino.images.datasets import FORMAT_VERSION, ImageSet, decode_each, read_quarantine, write_quarantine
+from minidino.images.datasets import (
+    FORMAT_VERSION,
+    SIDE_SUFFIXES,
+    ImageSet,
+    decode_each,
+    read_quarantine,
+    write_quarantine,
+)
 from minidino.images.decode import BadImage, shrink, square
 from minidino.runs import atomic_path, remove_litter, write_atomically
 
@@ -254,9 +262,13 @@ def _fill(
         originals.append(original)
     if quarantine:
         write_quarantine(quarantine, bad)
+    lost = [f"{row['file']!r}: {row['reason']}" for row in bad if not row["file"].lower().endswith(SIDE_SUFFIXES)]
     if not kept:
         first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
         raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
+    if lost:
+        told = f"; all stand in {quarantine}" if quarantine else ""
+        warnings.warn(f"{len(lost):,} of {len(images):,} files of {images.name} are left out, {lost[0]}{told}", stacklevel=3)
     return kept, sizes, originals
 
 

@@ -14,6 +14,7 @@ Source: DINOv2 paper, section 5; it was not released. DINOv3's code agrees in wh
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,29 @@ def frozen_teacher(config: RunConfig, device: torch.device) -> Frozen:
     for name, value in theirs.items():
         require(ours[name] == value, name, f"{value}, as the teacher {teacher} has", ours[name])
     return Frozen(network.to(device).requires_grad_(False).eval(), fingerprint(network))
+
+
+def teacher_again(run: Run, device: torch.device, frozen: Frozen | None = None) -> Frozen:
+    """The teacher of a run that goes on, the one it began with.
+
+    Raises:
+        FileNotFoundError: it has been moved; says how to go on.
+        ValueError: it is another by now.
+    """
+    try:
+        frozen = frozen or frozen_teacher(run.config(), device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; move the teacher of {run.folder} back, or go on with minidino distill ITS-PLACE "
+                                f"--resume, all else as in {run.folder / 'environment.json'}") from error  # fmt: skip
+    expect_same_teacher(run, frozen.sha256)
+    return frozen
+
+
+def expect_same_teacher(run: Run, sha256: str) -> None:
+    """Raises ValueError when a weight of the teacher is not what it was at the start."""
+    path = run.folder / "teacher.json"
+    if path.exists() and (said := json.loads(path.read_text()))["sha256"] != sha256:
+        raise ValueError(f"the teacher {said['teacher']} of {run.folder} is not the one it began with: start anew")
 
 
 def start_distilled(config: RunConfig, device: torch.device, frozen: Frozen) -> State:

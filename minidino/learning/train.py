@@ -92,7 +92,10 @@ class State:
         })  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take back what `save` gave, in place; RuntimeError of torch where it is of another network."""
+        """Take back what `save` gave, in place. Raises ValueError where it is of another network."""
+        ours, theirs = ({key: w.shape for key, w in of.items()} for of in (self.student.state_dict(), saved["student"]))
+        if other := [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]:
+            raise ValueError(f"what was saved is of another network, it differs in {other[0]}: was config.json changed?")
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center = None if saved["center"] is None else Center(*saved["center"])
