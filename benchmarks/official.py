@@ -319,7 +319,8 @@ def _step_table() -> str:
     rows = []
     for row in parts[None]:
         pairs = zip(row["apart"].values(), row["apart_by_rounding"].values())
-        rows.append([row["case"], row["steps"], *("" if a is None else f"{a:.0e} ({b:.0e})" for a, b in pairs)])
+        cells = ["" if a is None else f"{a:.0e} ({b:.0e})".replace("e-0", "e-").replace("e+00", "") for a, b in pairs]
+        rows.append([row["case"], row["steps"], *cells])
     heads = ["config", "steps", "losses", "gradients", "what the student learned", "what the teacher learned"]
     return _table(heads, rows, stored, f"Float32; released code at {stored['released'][:7]}")
 
