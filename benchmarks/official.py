@@ -1,7 +1,8 @@
 """Does training here compute what the released code computes? Both learn side by side, from the same weights and batches.
 
-    python benchmarks/official.py run CHECKOUT      data/results/official-step.json; wants omegaconf
-    python benchmarks/official.py draw              the tables of this, of official_data.py and of official_probes.py
+    python benchmarks/official.py run CHECKOUT         data/results/official-step.json; wants omegaconf
+    python benchmarks/official.py switches CHECKOUT    data/results/official-switches.json: would a difference be seen?
+    python benchmarks/official.py draw                 the tables of these, of official_data.py and of official_probes.py
 
 CHECKOUT is a clone of facebookresearch/dinov2. Its own augmentations and masks make the batches, its own schedules and
 optimizer move the weights, all in float32. Each row also has a second run of the released code whose first weights differ
@@ -65,6 +66,13 @@ CASES = {  # released config, preset, what is changed in both, when it is read
     "vitl14, 4 registers, no drop path": ("vitl14", "vitl14-lvd", UNTIED | LONG | REGISTERS, READ),
     "vitl16_short, first weights as published": ("vitl16_short", "vitl16-short", SHORT, (1,)),
 }
+SWITCHES = (  # of ours alone, each set to another value, in the first case
+    "loss.koleo_views=paper", "loss.ibot_divisor=paper", "loss.targets=sinkhorn", "loss.student_temp=0.11",
+    "heads.weight_g=paper", "vit.drop_path=scale", "vit.interpolate_offset=0.0", "optim.clip=2.9", "optim.clip_scope=global",
+    "optim.warmup_start=fixed", "optim.layerwise_decay=1.0", "optim.patch_embed_lr_mult=1.0", "optim.decay_tokens=false",
+    "optim.final_weight_decay=0.04", "teacher.momentum=0.99",
+)  # fmt: skip
+SWITCHED = 10  # steps
 NEAR = 1e-4  # relative: of losses and of each gradient after one step
 
 
@@ -232,7 +240,8 @@ class Reading(NamedTuple):
 
 def read(losses: dict[str, float], training: Any, names: list[str]) -> Reading:
     student, teacher = (dict(network.named_parameters()) for network in (training.student, training.teacher))
-    taken = [[student[n].grad for n in names], [student[n] for n in names], [teacher[n] for n in names]]
+    grads = [torch.zeros_like(student[n]) if student[n].grad is None else student[n].grad for n in names]  # held fixed: none
+    taken = [grads, [student[n] for n in names], [teacher[n] for n in names]]
     return Reading(losses, *([x.detach().double() for x in tensors] for tensors in taken))
 
 
@@ -255,9 +264,10 @@ def distances(a: Reading, b: Reading, first: list[Tensor]) -> dict[str, float | 
     }  # fmt: skip
 
 
-def compare(there: SimpleNamespace, case: str) -> Iterator[dict[str, Any]]:
-    """One row after each number of steps."""
-    (cfg, config), wanted = configs(there, case), CASES[case][-1]
+def compare(there: SimpleNamespace, case: str, wanted: tuple[int, ...], change: str = "") -> Iterator[dict[str, Any]]:
+    """One row after each number of steps; `change` is one of our config alone."""
+    cfg, config = configs(there, case)
+    config = override(config, [change] if change else [])
     batches = collated_batches(there, cfg, wanted[-1])
     first, g = first_weights(config, case), torch.Generator().manual_seed(2)
     state = start(config, torch.device("cpu"))
@@ -279,11 +289,10 @@ def compare(there: SimpleNamespace, case: str) -> Iterator[dict[str, Any]]:
                "apart_by_rounding": distances(c, b, begun)}  # fmt: skip
 
 
-def run(checkout: Path) -> None:
-    warnings.filterwarnings("ignore", category=UserWarning, module="dinov2")  # whether xFormers is there
-    there, rows = modules(checkout), []
-    for case in CASES:
-        for row in compare(there, case):
+def run(there: SimpleNamespace) -> None:
+    rows = []
+    for case, (*_, wanted) in CASES.items():
+        for row in compare(there, case, wanted):
             rows.append(row)
             tqdm.write(json.dumps(row))
     store("official-step", {"released": there.commit, "rows": rows})
@@ -292,12 +301,20 @@ def run(checkout: Path) -> None:
         sys.exit(f"{len(far)} of {len(CASES)} first steps are further than {NEAR} from the released code: see the rows")
 
 
+def switches(there: SimpleNamespace) -> None:
+    rows = []
+    for change in ("", *SWITCHES):
+        rows += [{"change": change} | row for row in compare(there, next(iter(CASES)), (SWITCHED,), change)]
+        tqdm.write(f"{change}: {rows[-1]['apart']}")
+    store("official-switches", {"released": there.commit, "rows": rows})
+
+
 # ---------------------------------------------------------------- the tables, of this and of the two benchmarks beside it
 
 
 def tables() -> dict[str, str]:
     """What was run beside the released code: training, data, probes."""
-    return {"official-step": _step_table(), "official-data": _data_table(), "official-probes": _probes_table()}
+    return {"official-step": _step_table(), "official-switches": _switches_table(), "official-data": _data_table(), "official-probes": _probes_table()}
 
 
 def _table(heads: list[str], rows: list[list[Any]], stored: dict[str, Any], note: str) -> str:
@@ -319,10 +336,22 @@ def _step_table() -> str:
     rows = []
     for row in parts[None]:
         pairs = zip(row["apart"].values(), row["apart_by_rounding"].values())
-        cells = ["" if a is None else f"{a:.0e} ({b:.0e})".replace("e-0", "e-").replace("e+00", "") for a, b in pairs]
-        rows.append([row["case"], row["steps"], *cells])
+        rows.append([row["case"], row["steps"], *("" if a is None else f"{_brief(a)} ({_brief(b)})" for a, b in pairs)])
     heads = ["config", "steps", "losses", "gradients", "what the student learned", "what the teacher learned"]
     return _table(heads, rows, stored, f"Float32; released code at {stored['released'][:7]}")
+
+
+def _brief(x: float) -> str:
+    return f"{x:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+
+def _switches_table() -> str:
+    stored, parts = _stored("switches")
+    names = {row["change"]: f"`{row['change']}`" if row["change"] else "as released" for row in parts[None]}
+    rows = [[names[row["change"]], *map(_brief, row["apart"].values())] for row in parts[None]]
+    heads = ["here", "losses", "gradients", "what the student learned", "what the teacher learned"]
+    words = f"{parts[None][0]['case']}, after {SWITCHED} steps; released code at {stored['released'][:7]}"
+    return _table(heads, rows, stored, words)
 
 
 def _data_table() -> str:
@@ -351,15 +380,16 @@ def _probes_table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "draw"))
-    parser.add_argument("checkout", type=Path, nargs="?", help="of facebookresearch/dinov2, for run")
+    parser.add_argument("what", choices=("run", "switches", "draw"))
+    parser.add_argument("checkout", type=Path, nargs="?", help="of facebookresearch/dinov2, for run and switches")
     options = parser.parse_args()
     if options.what == "draw":
-        put(tables())
-    elif options.checkout is None:
-        parser.error("run: expected the folder of a checkout of facebookresearch/dinov2")
-    else:
-        run(options.checkout.resolve())
+        return put(tables())
+    if options.checkout is None:
+        parser.error(f"{options.what}: expected the folder of a checkout of facebookresearch/dinov2")
+    warnings.filterwarnings("ignore", category=UserWarning, module="dinov2")  # whether xFormers is there
+    there = modules(options.checkout.resolve())
+    return run(there) if options.what == "run" else switches(there)
 
 
 if __name__ == "__main__":

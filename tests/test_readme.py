@@ -28,7 +28,7 @@ BENCHMARKS = {
     "batch_size": {"batch-size"},
     "margins": {"margins"},
     "plan": {"plan", "plan-measured"},
-    "official": {"official-step", "official-data", "official-probes"},
+    "official": {"official-step", "official-switches", "official-data", "official-probes"},
 }
 
 
