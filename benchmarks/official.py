@@ -314,7 +314,8 @@ def switches(there: SimpleNamespace) -> None:
 
 def tables() -> dict[str, str]:
     """What was run beside the released code: training, data, probes."""
-    return {"official-step": _step_table(), "official-switches": _switches_table(), "official-data": _data_table(), "official-probes": _probes_table()}
+    made = {"step": _step_table, "switches": _switches_table, "data": _data_table, "probes": _probes_table}
+    return {f"official-{name}": table() for name, table in made.items()}
 
 
 def _table(heads: list[str], rows: list[list[Any]], stored: dict[str, Any], note: str) -> str:
