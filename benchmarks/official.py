@@ -59,14 +59,24 @@ REGISTERS = {
     "student.interpolate_antialias": (True, "vit.interpolate_antialias"),
     "student.interpolate_offset": (0.0, "vit.interpolate_offset"),
 }
-READ = (1, 10, 100)  # after how many steps the two are compared
-CASES = {  # released config, preset, what is changed in both, when it is read
-    "vitl16_short: tied head, centring": ("vitl16_short", "vitl16-short", SHORT, READ),
-    "vitl14: untied heads, Sinkhorn, SwiGLU": ("vitl14", "vitl14-lvd", UNTIED | LONG, READ),
-    "vitl14, 4 registers, no drop path": ("vitl14", "vitl14-lvd", UNTIED | LONG | REGISTERS, READ),
-    "vitl16_short, first weights as published": ("vitl16_short", "vitl16-short", SHORT, (1,)),
+
+
+class Case(NamedTuple):
+    released: str  # config
+    preset: str  # ours of it
+    changes: dict[str, tuple[Any, str | None]]  # in both
+    read: tuple[int, ...] = (1, 10, 100)  # after how many steps the two are compared
+    as_published: bool = False  # the first weights; else they are random in every tensor
+
+
+CASES = {
+    "vitl16_short: tied head, centring": Case("vitl16_short", "vitl16-short", SHORT),
+    "vitl14: untied heads, Sinkhorn, SwiGLU": Case("vitl14", "vitl14-lvd", UNTIED | LONG),
+    "vitl14, 4 registers, no drop path": Case("vitl14", "vitl14-lvd", UNTIED | LONG | REGISTERS),
+    "vitl16_short, first weights as published": Case("vitl16_short", "vitl16-short", SHORT, (1,), as_published=True),
 }
-SWITCHES = (  # of ours alone, each set to another value, in the first case
+FIRST = next(iter(CASES))
+SWITCHES = (  # of ours alone, each set to another value, in the FIRST case
     "loss.koleo_views=paper", "loss.ibot_divisor=paper", "loss.targets=sinkhorn", "loss.student_temp=0.11",
     "heads.weight_g=paper", "vit.drop_path=scale", "vit.interpolate_offset=0.0", "optim.clip=2.9", "optim.clip_scope=global",
     "optim.warmup_start=fixed", "optim.layerwise_decay=1.0", "optim.patch_embed_lr_mult=1.0", "optim.decay_tokens=false",
@@ -178,16 +188,15 @@ def chunked(name: str, cfg: Any) -> str:
 # ---------------------------------------------------------------- the same in both
 
 
-def configs(there: SimpleNamespace, case: str) -> tuple[Any, RunConfig]:
+def configs(there: SimpleNamespace, case: Case) -> tuple[Any, RunConfig]:
     """The config of a case, there and here."""
-    released, here, changes, _ = CASES[case]
-    changes = SMALL | changes
-    args = SimpleNamespace(config_file=there.checkout / f"dinov2/configs/train/{released}.yaml", output_dir="",
+    changes = SMALL | case.changes
+    args = SimpleNamespace(config_file=there.checkout / f"dinov2/configs/train/{case.released}.yaml", output_dir="",
                            opts=[f"{name}={value}" for name, (value, _) in changes.items()])  # fmt: skip
     cfg = there.config.apply_scaling_rules_to_cfg(there.config.get_cfg_from_args(args))
     ours = [f"{name}={value}" for value, name in changes.values() if name]
     run = [f"run.steps={cfg.optim.epochs}", "run.precision=fp32", "run.log_every=1"]  # an epoch is one step
-    return cfg, override(preset(here), [*ours, *run])
+    return cfg, override(preset(case.preset), [*ours, *run])
 
 
 def collated_batches(there: SimpleNamespace, cfg: Any, steps: int) -> list[dict[str, Any]]:
@@ -215,12 +224,12 @@ def as_batch(batch: dict[str, Any]) -> Batch:
     return collate(*crops, batch["collated_masks"].unflatten(0, (2, n)), torch.arange(n))
 
 
-def first_weights(config: RunConfig, case: str) -> dict[str, Tensor]:
-    """Random in every tensor, but for the last case. As published, zeros would hide a bias that is forgotten, and LayerScale
+def first_weights(config: RunConfig, as_published: bool) -> dict[str, Tensor]:
+    """Random in every tensor, if not as published: there zeros would hide a bias that is forgotten, and LayerScale
     leaves pictures so alike that rounding alone decides which are neighbours for KoLeo."""
     g = torch.Generator().manual_seed(1)
     weights = {name: p.detach() for name, p in start(config, torch.device("cpu")).student.named_parameters()}
-    if case.endswith("as published"):
+    if as_published:
         return weights
     return {name: torch.rand(p.shape, generator=g) if "gamma" in name else p + 0.02 * torch.randn(p.shape, generator=g)
             for name, p in weights.items()}  # fmt: skip
@@ -264,35 +273,35 @@ def distances(a: Reading, b: Reading, first: list[Tensor]) -> dict[str, float | 
     }  # fmt: skip
 
 
-def compare(there: SimpleNamespace, case: str, wanted: tuple[int, ...], change: str = "") -> Iterator[dict[str, Any]]:
+def compare(there: SimpleNamespace, name: str, case: Case, change: str = "") -> Iterator[dict[str, Any]]:
     """One row after each number of steps; `change` is one of our config alone."""
     cfg, config = configs(there, case)
     config = override(config, [change] if change else [])
-    batches = collated_batches(there, cfg, wanted[-1])
-    first, g = first_weights(config, case), torch.Generator().manual_seed(2)
+    batches = collated_batches(there, cfg, case.read[-1])
+    first, g = first_weights(config, case.as_published), torch.Generator().manual_seed(2)
     state = start(config, torch.device("cpu"))
     for network in (state.student, state.teacher):
         network.load_state_dict(first, strict=False)  # tied heads have a second name
-    last_bits = {name: p * (1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=g)) for name, p in first.items()}
+    last_bits = {key: p * (1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=g)) for key, p in first.items()}
     released, nudged = Released(there, cfg, first), Released(there, cfg, last_bits)
     ours = train(config, None, state, map(as_batch, batches))
     begun = [p.double() for p in first.values()]
-    for i, (batch, record) in enumerate(tqdm(zip(batches, ours), total=len(batches), desc=case)):
+    for i, (batch, record) in enumerate(tqdm(zip(batches, ours), total=len(batches), desc=name)):
         told = [training.step(i, batch, config) for training in (released, nudged)]
-        if i + 1 not in wanted:
+        if i + 1 not in case.read:
             continue
-        names = [chunked(name, cfg) for name in first]
+        names = [chunked(key, cfg) for key in first]
         b, c = (read(x, training.model, names) for x, training in zip(told, (released, nudged)))
-        a = read({name: record[name] for name in b.losses}, state, list(first))
-        yield {"case": case, "steps": i + 1, "weights": sum(p.numel() for p in begun), "losses": b.losses,
+        a = read({key: record[key] for key in b.losses}, state, list(first))
+        yield {"case": name, "steps": i + 1, "weights": sum(p.numel() for p in begun), "losses": b.losses,
                "moved": apart(b.student, begun), "apart": distances(a, b, begun),
                "apart_by_rounding": distances(c, b, begun)}  # fmt: skip
 
 
 def run(there: SimpleNamespace) -> None:
     rows = []
-    for case, (*_, wanted) in CASES.items():
-        for row in compare(there, case, wanted):
+    for name, case in CASES.items():
+        for row in compare(there, name, case):
             rows.append(row)
             tqdm.write(json.dumps(row))
     store("official-step", {"released": there.commit, "rows": rows})
@@ -304,7 +313,7 @@ def run(there: SimpleNamespace) -> None:
 def switches(there: SimpleNamespace) -> None:
     rows = []
     for change in ("", *SWITCHES):
-        rows += [{"change": change} | row for row in compare(there, next(iter(CASES)), (SWITCHED,), change)]
+        rows += [{"change": change} | row for row in compare(there, FIRST, CASES[FIRST]._replace(read=(SWITCHED,)), change)]
         tqdm.write(f"{change}: {rows[-1]['apart']}")
     store("official-switches", {"released": there.commit, "rows": rows})
 
@@ -323,46 +332,48 @@ def _table(heads: list[str], rows: list[list[Any]], stored: dict[str, Any], note
     return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), "", f"{note}; {made_on(stored)}"])
 
 
-def _stored(name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """A result, and its rows by part."""
-    found, parts = json.loads((RESULTS / f"official-{name}.json").read_text()), {}
-    for row in found["rows"]:
-        parts.setdefault(row.get("part"), []).append(row)
-    return found, parts
+def _stored(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"official-{name}.json").read_text())
 
 
-def _step_table() -> str:
-    """Each case after each number of steps; in brackets the released code against itself."""
-    stored, parts = _stored("step")
-    rows = []
-    for row in parts[None]:
-        pairs = zip(row["apart"].values(), row["apart_by_rounding"].values())
-        rows.append([row["case"], row["steps"], *("" if a is None else f"{_brief(a)} ({_brief(b)})" for a, b in pairs)])
-    heads = ["config", "steps", "losses", "gradients", "what the student learned", "what the teacher learned"]
-    return _table(heads, rows, stored, f"Float32; released code at {stored['released'][:7]}")
+def _parts(stored: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by their part."""
+    parts = {}
+    for row in stored["rows"]:
+        parts.setdefault(row["part"], []).append(row)
+    return parts
 
 
 def _brief(x: float) -> str:
     return f"{x:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
+DISTANCES = ["losses", "gradients", "what the student learned", "what the teacher learned"]
+
+
+def _step_table() -> str:
+    """Each case after each number of steps; in brackets the released code against itself."""
+    stored, rows = _stored("step"), []
+    for row in stored["rows"]:
+        pairs = zip(row["apart"].values(), row["apart_by_rounding"].values())
+        rows.append([row["case"], row["steps"], *("" if a is None else f"{_brief(a)} ({_brief(b)})" for a, b in pairs)])
+    return _table(["config", "steps", *DISTANCES], rows, stored, f"Float32; released code at {stored['released'][:7]}")
+
+
 def _switches_table() -> str:
-    stored, parts = _stored("switches")
-    names = {row["change"]: f"`{row['change']}`" if row["change"] else "as released" for row in parts[None]}
-    rows = [[names[row["change"]], *map(_brief, row["apart"].values())] for row in parts[None]]
-    heads = ["here", "losses", "gradients", "what the student learned", "what the teacher learned"]
-    words = f"{parts[None][0]['case']}, after {SWITCHED} steps; released code at {stored['released'][:7]}"
-    return _table(heads, rows, stored, words)
+    stored = _stored("switches")
+    rows = [[f"`{row['change']}`" if row["change"] else "as released", *map(_brief, row["apart"].values())]
+            for row in stored["rows"]]  # fmt: skip
+    words = f"{FIRST}, after {SWITCHED} steps; released code at {stored['released'][:7]}"
+    return _table(["here", *DISTANCES], rows, stored, words)
 
 
 def _data_table() -> str:
     """Of what is drawn at random: how much was compared, and the least likely of it if the laws are the same."""
-    stored, parts = _stored("data")
-    rows = []
-    for part, found in parts.items():
+    stored, rows = _stored("data"), []
+    for part, found in _parts(stored).items():
         if random := [row for row in found if "p" in row]:
-            least = min(random, key=lambda row: row["p"])
-            draws = max(max(row["n"]) for row in random)
+            least, draws = min(random, key=lambda row: row["p"]), max(max(row["n"]) for row in random)
             rows.append([part, len(random), f"{draws:,}", f"{least['p']:.3f}", least["what"]])
     heads = ["", "laws", "draws of each, at most", "smallest p-value", "of"]
     words = f"{stored['pictures']}; an error would be a p-value below {stored['alpha']} / {stored['n_tests']}"
@@ -370,9 +381,8 @@ def _data_table() -> str:
 
 
 def _probes_table() -> str:
-    stored, parts = _stored("probes")
-    rows = []
-    for part, found in parts.items():
+    stored, rows = _stored("probes"), []
+    for part, found in _parts(stored).items():
         largest = max(row["difference"] / row["scale"] for row in found)
         rows.append([part, len(found), f"{sum(row['n'] for row in found):,}", f"{largest:.1e}" if largest else "0"])
     heads = ["", "comparisons", "numbers", "largest difference, as a share of the largest number"]
