@@ -102,13 +102,13 @@ def open_landmarks(path: str, truth: str, size: int, cache: Cache, channels: int
     if absent:
         raise ValueError(f"{images.name} lacks {len(absent)} pictures of {truth}, such as {absent[0]}")
     loaded = []
-    for names in (known.files, known.query_files):
-        pixels = load_pixels(images.select([number[name] for name in names]), 2 * size, channels=channels)
+    for names, side in ((known.files, 2), (known.query_files, 2), (known.query_files, 4)):  # boxes are cut from the last
+        pixels = load_pixels(images.select([number[name] for name in names]), side * size, channels=channels)
         if len(pixels) < len(names):
             raise ValueError(f"{len(names) - len(pixels)} of {len(names)} pictures of {truth} cannot be read")
         loaded.append(pixels)
     about = {"name": images.name, "size": size, "cache": cache, "whole": True}
-    cut = {"cropped": query_pictures(loaded[1], known.queries), "whole": loaded[1]}
+    cut = {"cropped": query_pictures(loaded[2], known.queries), "whole": loaded[1]}
     queries = {how: Described(pixels=pixels, **about) for how, pixels in cut.items()}
     return Landmarks(Described(pixels=loaded[0], **about), queries, known.queries)
 

@@ -194,6 +194,17 @@ def test_retrieval_by_a_ground_truth_file_cuts_queries_out_or_not(run, things, t
         evaluate(run, "retrieval", str(things), out=tmp_path / "out", truth=str(truth), cache=tmp_path / "c")
 
 
+def test_a_query_is_cut_out_of_a_picture_that_still_has_its_detail(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (180, 200, 3), dtype=np.uint8)
+    (tmp_path / "set").mkdir()
+    Image.fromarray(picture).save(tmp_path / "set" / "a.png")
+    gnd = {"gnd": [{"easy": [0], "bbx": [40, 60, 88, 108]}], "imlist": ["a"], "qimlist": ["a"]}
+    (tmp_path / "gnd.json").write_text(json.dumps(gnd))
+    found = open_landmarks(str(tmp_path / "set"), str(tmp_path / "gnd.json"), 48, Cache(tmp_path / "c"))
+    assert np.array_equal(found.queries["cropped"].pixels.image(0), picture[60:108, 40:88].transpose(2, 0, 1))
+    assert np.array_equal(found.queries["whole"].pixels.image(0), found.database.pixels.image(0))  # 96 px high
+
+
 def test_pictures_of_a_ground_truth_are_found_by_the_fullest_name(tmp_path):
     scenes = iter(draw_scenes(6, 48, 3).images)
     for name in ("a/1.png", "b/1.png", "view.0.png", "view.1.png", "b/x.png", "x.jpg"):

@@ -385,13 +385,17 @@ def test_query_pictures_are_cut_at_the_box_of_the_original():
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
     pixels = Pixels.from_array(images, [0, 0, 0], ["a"])
     pixels.originals[1] = (80, 120)  # the second was shrunk to a half
-    queries = [retrieval.Query([], bbx=(5, 10, 25, 40)), retrieval.Query([], bbx=(11, 20, 50, 80)), retrieval.Query([])]
+    queries = [retrieval.Query([], bbx=(5, 10, 25, 40)), retrieval.Query([], bbx=(10.4, 20, 50, 80)), retrieval.Query([])]
     cut = retrieval.query_pictures(pixels, queries)
     assert np.array_equal(cut.image(0), images[0, 10:40, 5:25].transpose(2, 0, 1))
     assert np.array_equal(cut.image(1), images[1, 10:40, 5:25].transpose(2, 0, 1))
     assert np.array_equal(cut.image(2), images[2].transpose(2, 0, 1))
     assert cut.squares(16).shape == (3, 3, 16, 16)
     assert retrieval.query_pictures(pixels, queries, crop=False) is pixels
+    edges = (4.4, 9.5, 24.6, 39.5), (0.5, -3, 60.4, 99), (59.6, 39.7, 59.9, 39.8)  # halves go to even numbers, as in Pillow
+    cut = retrieval.query_pictures(Pixels.from_array(images, [0, 0, 0], ["a"]), [retrieval.Query([], bbx=box) for box in edges])
+    for i, (left, top, right, bottom) in enumerate([(4, 10, 25, 40), (0, 0, 60, 40), (59, 39, 60, 40)]):
+        assert np.array_equal(cut.image(i), images[i, top:bottom, left:right].transpose(2, 0, 1))
     with pytest.raises(ValueError, match="empty or outside"):
         retrieval.query_pictures(pixels, [retrieval.Query([], bbx=(70, 0, 90, 10))] * 3)
     with pytest.raises(ValueError, match="a picture for each"):

@@ -276,12 +276,12 @@ def _list(value: Any, *kinds: type) -> list:
 def query_pictures(pixels: Pixels, ground_truth: Sequence[Query], crop: bool = True) -> Pixels:
     """Cut the box of each query out of its picture, or leave the picture whole.
 
-    The published protocol crops. DINOv2's authors do not say whether they did, and users measure better without
-    (dinov2 issues 44, 50), so a result has to say which it is.
+    The published protocol crops. DINO's code does not (eval_image_retrieval.py), DINOv2's authors do not say, and users
+    measure better without (dinov2 issues 44, 50), so a result has to say which it is.
 
     Args:
         pixels: one picture per query, in the order of the ground truth; shrunk ones are understood.
-        ground_truth: boxes in px of the original pictures; None leaves a picture whole.
+        ground_truth: boxes in px of the original pictures, rounded as by Pillow; None leaves a picture whole.
         crop: False leaves all of them whole.
     Returns:
         Pixels in memory, to be brought to the size of the network as the database is.
@@ -310,9 +310,8 @@ def _stored_box(pixels: Pixels, i: int, bbx: tuple[float, float, float, float] |
         return np.array([0, 0, *stored])
     scale = stored.min() / original.min()
     cut = np.maximum((original * scale - stored) / 2, 0).round()  # px at the left and at the top
-    corners = np.array(bbx, dtype=float).reshape(2, 2) * scale - cut
-    first = np.clip(np.floor(corners[0]), 0, stored).astype(np.int64)
-    end = np.clip(np.ceil(corners[1]), 0, stored).astype(np.int64)
-    if (end <= first).any():
+    corners = np.clip(np.array(bbx, dtype=float).reshape(2, 2) * scale - cut, 0, stored)
+    if (corners[1] <= corners[0]).any():
         raise ValueError(f"query {i}: the box {tuple(bbx)} is empty or outside a picture of {tuple(original)} px")
-    return np.array([*first, *end])
+    first = np.minimum(corners[0].round(), stored - 1).astype(np.int64)
+    return np.array([*first, *np.maximum(corners[1].round().astype(np.int64), first + 1)])
