@@ -61,9 +61,11 @@ def test_blurs_spread_a_point_as_far_as_they_say():
     found = corrupt(point, "gaussian_blur", 4)[0, 0].numpy() / 255
     expected = ndimage.gaussian_filter(point[0, 0].double().numpy() / 255, 2, mode="nearest")  # 4 px at 224 px
     np.testing.assert_allclose(found, expected, atol=0.003)
+    point[..., 0, :] = 255  # an edge, where defocus_blur mirrors what is inside, as OpenCV
     disk = np.hypot(*np.mgrid[-5:6, -5:6]) <= 5  # 10 px at 224 px; without antialiasing
-    expected = ndimage.convolve(point[0, 0].double().numpy() / 255, disk / disk.sum(), mode="nearest")
+    expected = ndimage.convolve(point[0, 0].double().numpy() / 255, disk / disk.sum(), mode="mirror")
     np.testing.assert_allclose(corrupt(point, "defocus_blur", 5)[0, 0].numpy() / 255, expected, atol=0.04)
+    point[..., 0, :] = 0
     moved = corrupt(point, "motion_blur", 5)[0].double().mean(0)
     centre = (moved.sum(0) * torch.arange(112)).sum() / moved.sum()
     assert moved.sum() == pytest.approx(32 * 32 * 255, rel=0.01) and centre < 55  # along a line, to one side
