@@ -105,7 +105,9 @@ def propagate_labels(
     Raises:
         ValueError: as `knn_segmentation`.
     Source: Caron et al. 2021 (DINO), video segmentation: 5 neighbours, temperature 0.1.
-    Differs: no frame before the last one and no limit to a neighbourhood: pictures need not come from a video.
+    Differs: no frame before the last one and no limit to a neighbourhood: pictures need not come from a video. A patch of
+        the reference holds shares of classes, not the class of one of its pixels; and no class is stretched to values
+        from 0 to 1 before the largest is taken, which gives a class that is not there its one pixel or more.
     """
     bank, shares = _bank(reference_maps, reference_masks, n_classes, patch_size, 2**31, 0)
     held = _transfer(bank, shares, as_tensor(maps).float(), k, temperature)
