@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.curation.pipeline import Curation
+from minidino.evaluate import TASKS, evaluate
 from minidino.images import named
 from minidino.images import pixels as pixels_module
 from minidino.images.batches import batches
@@ -269,6 +271,23 @@ def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
         assert main(["probe", str(source), "--data", ".", "--size", "8", "--out", str(tmp_path / out)]) == 0
     first, second = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("first", "second"))
     assert first["answers"] == second["answers"] and len(open_images(".")) == 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+def test_two_networks_at_once_do_not_answer_into_one_folder(tmp_path, monkeypatch):
+    for folder in "ab":
+        pool_of(tmp_path / "pool" / folder, 10)
+    first, second = (save_backbone(tiny(heads), tmp_path / f"{heads}.safetensors") for heads in (2, 4))
+    given = {"data": str(tmp_path / "pool"), "size": 8, "out": tmp_path / "out", "cache": tmp_path / "features"}
+
+    def meanwhile(*asked):
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError, match="another process is at work in .*out"):
+            evaluate(second, **given)
+        return TASKS["knn"].ask(*asked)
+
+    monkeypatch.setitem(TASKS, "knn", replace(TASKS["knn"], ask=meanwhile))
+    assert evaluate(first, **given)["source"] == str(first)
 
 
 # ---------------------------------------------------------------- files
