@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minidino import stages
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.curation.pipeline import Curation
@@ -39,6 +40,9 @@ from minidino.runs import Run, write_atomically
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY_RUN = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
+            "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",
+            "optim.batch_size=4", "run.steps=2", "run.device=cpu"]  # fmt: skip
 
 
 class Killed(BaseException):
@@ -383,13 +387,17 @@ def test_two_files_of_a_graph_are_of_one_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_bytes, file", [(40_000, "step_"), (4_000, "safetensors|step_")])
 def test_training_on_a_full_disk_ends_in_a_line_that_names_the_file(n_bytes, file, tmp_path, capsys):
-    tiny_run = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
-                "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",
-                "optim.batch_size=4", "run.steps=2", "run.device=cpu"]  # fmt: skip
     with full_disk(n_bytes):
-        assert main(["train", "--out", str(tmp_path / "run"), *tiny_run]) == 2
+        assert main(["train", "--out", str(tmp_path / "run"), *TINY_RUN]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("minidino train: ") and re.search(file, said) and not list(tmp_path.rglob("weights.safetensors"))
+
+
+def test_a_step_that_takes_more_memory_than_there_is_ends_in_a_line_that_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "train", lambda *args: iter(torch.empty(1 << 50)))
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY_RUN]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match("minidino train: .*memory.* optim.accumulate", said)
 
 
 # ---------------------------------------------------------------- batches
