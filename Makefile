@@ -5,10 +5,11 @@ BIN := .venv/bin
 LONGEST := notebooks/07_pretraining.ipynb notebooks/00_tour.ipynb# they go first, so that none runs alone at the end
 NOTEBOOKS := $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard notebooks/*.ipynb)))
 JOBS ?= 2# test processes side by side, each with one thread
-TOUR := $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)")
+TOUR := $(if $(DATA),--data "$$DATA") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 .DEFAULT_GOAL := help
 .PHONY: help tour test gpu notebooks book clean
+.NOTPARALLEL: # one pip at a time, and one job after the other
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'

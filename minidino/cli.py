@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough; what is left to print would fail again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as what SIGPIPE ends
-    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError, MemoryError) as error:
         print(f"minidino {options.stage}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

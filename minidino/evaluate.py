@@ -41,7 +41,7 @@ from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_pre
 from minidino.probes.segmentation import linear_segmentation, predict
 from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
-from minidino.runs import environment, expect_no_run, pick_device, write_atomically
+from minidino.runs import alone_in, environment, expect_no_run, pick_device, write_atomically
 from minidino.subjects import Subject, cache_in, subjects_of
 
 Answers = dict[str, dict[str, Any]]  # {subject: what was found}
@@ -323,6 +323,7 @@ def evaluate(
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
     Raises:
         FileExistsError: the folder holds a run, or what another network answered.
+        BlockingIOError: another probe is at work there.
         ValueError: another task; pictures that lack labels, groups or pairs; weights without data; a size below 1 px; a
             network of other channels than three, which robustness and the tasks of pixels cannot ask; features that are
             not finite.
@@ -345,16 +346,17 @@ def evaluate(
     store = cache_in(Path(cache))
     opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
-    _expect_room(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
-    answers = question.ask(subjects, opened, folder)
-    found = {
-        "task": task, **about, "answers": answers, "row": row(about["data"], task, answers),
-        "report": str(folder / "report.html"), "seconds": round(time.perf_counter() - begun, 1), "source": str(source),
-        "environment": environment(0, pick_device()),
-    }  # fmt: skip
-    write_atomically(folder / "results.json", json.dumps(_without_nan(found), indent=1, allow_nan=False).encode())
-    _report(found, folder)
+    with alone_in(folder):
+        _expect_room(folder, source)
+        answers = question.ask(subjects, opened, folder)
+        found = {
+            "task": task, **about, "answers": answers, "row": row(about["data"], task, answers),
+            "report": str(folder / "report.html"), "seconds": round(time.perf_counter() - begun, 1), "source": str(source),
+            "environment": environment(0, pick_device()),
+        }  # fmt: skip
+        write_atomically(folder / "results.json", json.dumps(_without_nan(found), indent=1, allow_nan=False).encode())
+        _report(found, folder)
     return found
 
 

@@ -6,10 +6,15 @@ Memory is what torch hands out for tensors: as torch.cuda.max_memory_allocated c
 The driver's share, the allocator's waste, cuBLAS' work space and the making of the crops are not in it.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from minidino.scaling import N_GLOBAL, Sizes, block_parameters, parameters
 
 FLOAT = 4  # bytes
 USABLE = 0.9  # assumption: share of a device's memory that tensors can have
+LACK = "out of memory|allocate memory|not enough memory"  # as torch says it of GPUs, and of CPUs
 CHUNK = {True: 1 << 18, False: 1 << 24}  # numbers that a chunked loss looks at in one turn, on a CPU and on a GPU
 
 
@@ -145,3 +150,15 @@ def _logit_bytes(
         return targets, 3 * classes + 4 * patches, sum(seen), max(2 * max(seen), normed)
     pieces = 0.0 if s.prototypes == "triton" else 6 * FLOAT * CHUNK[s.cpu]
     return targets, 2 * targets + pieces, 0.0, max(pieces, normed)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Make MemoryErrors, which say what to do, of what torch raises where a step takes more than there is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(LACK, str(error)):
+            raise
+        raise MemoryError(f"{str(error).splitlines()[0]} A step takes less with optim.accumulate=2 or more, "
+                          "vit.recompute=true or smaller crops; minidino plan says how much") from error  # fmt: skip

@@ -6,6 +6,7 @@
 import csv
 import hashlib
 import io
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -254,7 +255,7 @@ def open_question(
     config = config or RunConfig(crops=CropConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0))  # of no use here
     short_side = max(size, config.data.short_side)
     source = replace(config.data, source=data, pool="", short_side=short_side, channels=channels)
-    place = hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:8]  # of two folders with one name
+    place = hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:8]  # of two folders with one name
     store = cache.folder / f"pixels-{Path(data).stem}-{place}-{source.short_side}"
     world = open_world(replace(config, data=source), store)
     if world.test is None:

@@ -7,6 +7,7 @@ cut back to the checkpoint on resume, so that no step is told twice.
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -153,34 +155,38 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes its real name when the block ends well."""
+    """A path to write to; it takes its real name when the block ends well. What killed writers of it have left goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_litter(path.parent, f"{glob.escape(path.name)}.*", silent_s=3600)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with named_errors(path):
+            beside.touch()
+            mode = beside.stat().st_mode  # some writers leave files that only their owner may read
             yield beside
-        beside.chmod(0o644)  # some writers leave files that only their owner may read
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def writer_is_dead(unfinished: Path) -> bool:
-    """Has the process ended whose number stands before the suffix of this name? False where there is no asking."""
-    try:
-        if os.name == "posix":  # on Windows this would end the process
-            os.kill(int(unfinished.name.split(".")[-2]), 0)  # no signal: only an error where there is no such process
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):  # somebody else's; no number
-        pass
+def writer_is_dead(unfinished: Path, silent_s: float = 0) -> bool:
+    """Has the process ended whose number stands before the suffix of this name, and is it silent for so long? One on
+    another machine, which shares the folder, looks as if it had ended. False where there is no asking."""
+    with suppress(OSError, ValueError):  # somebody else's, or just finished; no number
+        try:
+            if os.name == "posix":  # on Windows this would end the process
+                os.kill(int(unfinished.name.split(".")[-2]), 0)  # no signal: an error where there is no such process
+        except ProcessLookupError:
+            return time.time() - unfinished.stat().st_mtime >= silent_s
     return False
 
 
-def remove_litter(folder: Path) -> None:
-    """Delete what killed processes have left half-written in a folder."""
-    for file in filter(writer_is_dead, folder.glob(".*.tmp")):
-        file.unlink(missing_ok=True)
+def remove_litter(folder: Path, pattern: str = "*", silent_s: float = 0) -> None:
+    """Delete what killed processes have left half-written in a folder, of files that are called so."""
+    for file in folder.glob(f".{pattern}.tmp"):
+        if writer_is_dead(file, silent_s):
+            file.unlink(missing_ok=True)
 
 
 def expanded(path: str | Path) -> Path:
@@ -342,7 +348,7 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with open(self.metrics_path, "a") as file:
+        with named_errors(self.metrics_path), open(self.metrics_path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from minidino.learning.distill import (
 )
 from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
+from minidino.memory import enough_memory
 from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of, save_backbone, write_state
 from minidino.probes import features
@@ -188,7 +189,7 @@ def reopen(folder: Path, at_most: int | None = None, frozen: Frozen | None = Non
 
 def learn(learners: Sequence[Learner], world: World) -> None:
     """Take runs to their end, in step and on the same batches; what each measures goes to its folder."""
-    with alone_in(*(learner.run.folder for learner in learners if is_first())):
+    with alone_in(*(learner.run.folder for learner in learners if is_first())), enough_memory():
         _learn(learners, world)
 
 
@@ -215,8 +216,7 @@ def _learn(learners: Sequence[Learner], world: World) -> None:
                 note(learner, record, watch, keep)
             bar.set_postfix({"knn": f"{records[0]['knn']:.3f}"} if "knn" in records[0] else None, refresh=False)
             bar.update(size)
-    frozen = learners[0].state.frozen
-    if frozen is not None:
+    if (frozen := learners[0].state.frozen) is not None:
         expect_same_teacher(learners[0].run, fingerprint(frozen.network))
     for learner in learners:
         weigh(learner, watch, "after")

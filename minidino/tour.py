@@ -30,7 +30,7 @@ from minidino.probes import features
 from minidino.probes.knn import neighbours
 from minidino.probes.patches import attention_to
 from minidino.report import Section, write_report
-from minidino.runs import Run, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
+from minidino.runs import Run, alone_in, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
 from minidino.stages import K, World, distill, open_world, pretrain
 
 Say = Callable[[str], None]
@@ -50,6 +50,9 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         say: where the words go.
     Returns:
         What results.json holds.
+    Raises:
+        FileExistsError: the folder holds a run of another command.
+        BlockingIOError: another tour is at work there.
     """
     folder, begun = Path(out), time.perf_counter()
     expect_own(folder)
@@ -60,25 +63,27 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
     say(f"minidino tour: {'drawing scenes' if data is None else f'reading {data}'}")
     device = pick_device(config.run.device)
     world, curation = open_world(config, folder / "pixels"), None
-    if data is None:
-        config, world, curation = learn_from_a_pool(config, world, folder, say)
-    say(f"{len(world.lessons)} training images, {len(world.test) if world.test else 'no labelled'} held-out images")
-    config = fit_steps(config, world, device, minutes, say)
-    say(f"training {config.run.steps} steps of {config.optim.batch_size} images on {device}, preset {config.preset}")
-    run, world = pretrain(config, folder, world)
-    say("judging: baselines, k-NN, linear and patch probes")
-    results = judge(run, world) | ({"curation": curation} if curation else {})
-    for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
-        say(f"  k-NN {name:16} {value:.3f}")
-    say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
-    if world.test is not None:
-        results["sizes"] = shrink(run, world, results["knn_readings"]["trained"][f"k={K}"], say)
-    draw(world, config, run)
-    report(run, world, results)
-    results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
-    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
-    say(f"{folder / 'report.html'} and results.json are written; {results['minutes']} minutes, "
-        f"{results['peak_memory_mb']} MiB at most")  # fmt: skip
+    (folder / "pixels").mkdir(parents=True, exist_ok=True)
+    with alone_in(folder / "pixels"):  # to the end; training locks the folder itself
+        if data is None:
+            config, world, curation = learn_from_a_pool(config, world, folder, say)
+        say(f"{len(world.lessons)} training images, {len(world.test) if world.test else 'no labelled'} held-out images")
+        config = fit_steps(config, world, device, minutes, say)
+        say(f"training {config.run.steps} steps of {config.optim.batch_size} images on {device}, preset {config.preset}")
+        run, world = pretrain(config, folder, world)
+        say("judging: baselines, k-NN, linear and patch probes")
+        results = judge(run, world) | ({"curation": curation} if curation else {})
+        for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
+            say(f"  k-NN {name:16} {value:.3f}")
+        say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
+        if world.test is not None:
+            results["sizes"] = shrink(run, world, results["knn_readings"]["trained"][f"k={K}"], say)
+        draw(world, config, run)
+        report(run, world, results)
+        results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
+        write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+        say(f"{folder / 'report.html'} and results.json are written; {results['minutes']} minutes, "
+            f"{results['peak_memory_mb']} MiB at most")  # fmt: skip
     return results
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -271,3 +272,38 @@ def test_a_run_may_be_named_by_a_dot(tmp_path, monkeypatch, capsys):
     for command in ("adapt . --size 48 --steps 1", "distill . --student vit_tiny --steps 1"):
         assert main(command.split()) == 2
         assert str(tmp_path / "run") in capsys.readouterr().err  # not an empty name
+
+
+# ---------------------------------------------------------------- make
+
+STUB = """#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/minidino; fi
+if [ "$2" = pip ]; then mkdir busy || echo two at once; sleep 0.2; rmdir busy; fi
+printf '<%s>' "$@"
+"""
+
+
+def made(folder, *words):
+    """What make says in a folder where a stub stands for Python."""
+    if not shutil.which("make") or os.name != "posix":
+        pytest.skip("needs make")
+    stub = folder / "a python" / "stub"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (folder / "pyproject.toml").touch()
+    command = ["make", "-f", ROOT / "Makefile", f"PYTHON={stub}", *words]
+    env = {"PATH": os.environ["PATH"]}  # not what an outer make hands on
+    done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return os.fsdecode(done.stdout)
+
+
+@pytest.mark.parametrize("data", ["a folder/ü's", 'of "mine"', "`id`$HOME"])
+def test_make_hands_names_of_pictures_on_as_they_are(data, tmp_path):
+    assert f"<tour><--data><{data}><--minutes><2>" in made(tmp_path, "tour", f"DATA={data.replace('$', '$$')}", "MINUTES=2")
+
+
+def test_make_sets_up_one_thing_after_the_other_whatever_it_may_do_at_once(tmp_path):
+    said = made(tmp_path, "-j4", "test", "book")
+    assert "two at once" not in said and "<book/bind.py>" in said

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +20,29 @@ import pytest
 import torch
 from PIL import Image
 
+from minidino import stages
 from minidino.cli import main
 from minidino.config import override, preset
 from minidino.curation.pipeline import Curation
+from minidino.evaluate import TASKS, evaluate
 from minidino.images import named
 from minidino.images import pixels as pixels_module
 from minidino.images.batches import batches
 from minidino.images.datasets import open_images
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import draw_scenes
+from minidino.model import weights
 from minidino.model.vit import build_vit
 from minidino.model.weights import backbone_of, export_weights, save_backbone
 from minidino.pictures import funnel
 from minidino.probes import features
+from minidino.runs import Run, write_atomically
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY_RUN = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
+            "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",
+            "optim.batch_size=4", "run.steps=2", "run.device=cpu"]  # fmt: skip
 
 
 class Killed(BaseException):
@@ -268,6 +277,60 @@ def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
     assert first["answers"] == second["answers"] and len(open_images(".")) == 20
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+def test_two_networks_at_once_do_not_answer_into_one_folder(tmp_path, monkeypatch):
+    for folder in "ab":
+        pool_of(tmp_path / "pool" / folder, 10)
+    first, second = (save_backbone(tiny(heads), tmp_path / f"{heads}.safetensors") for heads in (2, 4))
+    given = {"data": str(tmp_path / "pool"), "size": 8, "out": tmp_path / "out", "cache": tmp_path / "features"}
+
+    def meanwhile(*asked):
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError, match="another process is at work in .*out"):
+            evaluate(second, **given)
+        return TASKS["knn"].ask(*asked)
+
+    monkeypatch.setitem(TASKS, "knn", replace(TASKS["knn"], ask=meanwhile))
+    assert evaluate(first, **given)["source"] == str(first)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process by its number")
+def test_what_killed_writers_of_a_file_left_goes_with_its_next_write(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [".w[1].pth.{}.tmp", ".w1.pth.{}.tmp"]
+    dead, other = (tmp_path / name.format(gone.pid) for name in names)
+    alive, number = tmp_path / names[0].format(os.getppid()), tmp_path / names[0].format("x")
+    for path in (dead, other, alive, number):
+        path.touch()
+    write_atomically(tmp_path / "w[1].pth", b"")
+    assert dead.exists()  # perhaps of another machine, which writes it right now
+    for path in (dead, other, alive, number):
+        os.utime(path, (0, 0))
+    write_atomically(tmp_path / "w[1].pth", b"")
+    assert [path.exists() for path in (dead, other, alive, number)] == [False, True, True, True]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a umask is posix")
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.txt"])
+def test_whoever_may_read_files_of_the_user_may_read_ours(name, mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / name, b"") if name == "w.txt" else export_weights(tiny(), tmp_path / name, "hub")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+
+
+def test_metrics_on_a_full_disk_are_told_by_file(tmp_path):
+    with full_disk(10), pytest.raises(OSError, match=r"\[Errno .*metrics\.jsonl"):
+        Run(tmp_path).log({"step": 0, "seconds": 1.0})
+
+
 # ---------------------------------------------------------------- exports
 
 
@@ -298,15 +361,43 @@ def test_the_weights_of_one_network_never_stand_beside_the_config_of_another(tmp
     assert backbone_of(folder).heads == 4
 
 
+def test_two_files_of_a_graph_are_of_one_network(tmp_path, monkeypatch):
+    class Program:
+        def save(self, path, external_data):
+            path.with_name(f"{path.name}.data").write_bytes(b"new" * 100)
+            path.write_bytes(b"new")
+
+    path, data = tmp_path / "w.onnx", tmp_path / "w.onnx.data"
+    monkeypatch.setattr(weights, "ONE_FILE", 0)
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: Program())
+    for file in (path, data):
+        file.write_bytes(b"old")
+    with full_disk(200), pytest.raises(OSError, match=r"\[Errno"):
+        export_weights(tiny(), path, "onnx")
+    assert (path.read_bytes(), data.read_bytes()) == (b"old", b"old") and len(list(tmp_path.iterdir())) == 2
+    for last in (data, path):
+        path.write_bytes(b"old")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dying_at(patch, os, "replace", last.name)
+            export_weights(tiny(), path, "onnx")
+        assert not path.exists()
+    export_weights(tiny(), path, "onnx")
+    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("n_bytes, file", [(40_000, "step_"), (4_000, "safetensors|step_")])
 def test_training_on_a_full_disk_ends_in_a_line_that_names_the_file(n_bytes, file, tmp_path, capsys):
-    tiny_run = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
-                "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",
-                "optim.batch_size=4", "run.steps=2", "run.device=cpu"]  # fmt: skip
     with full_disk(n_bytes):
-        assert main(["train", "--out", str(tmp_path / "run"), *tiny_run]) == 2
+        assert main(["train", "--out", str(tmp_path / "run"), *TINY_RUN]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("minidino train: ") and re.search(file, said) and not list(tmp_path.rglob("weights.safetensors"))
+
+
+def test_a_step_that_takes_more_memory_than_there_is_ends_in_a_line_that_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "train", lambda *args: iter(torch.empty(1 << 50)))
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY_RUN]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match("minidino train: .*memory.* optim.accumulate", said)
 
 
 # ---------------------------------------------------------------- batches

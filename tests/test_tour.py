@@ -1,6 +1,7 @@
 """The main job on a handful of images: train, judge, draw, report, probe."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -98,6 +99,25 @@ def test_a_tour_of_scenes_learns_from_what_curation_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = evaluate(tmp_path / "run", out=tmp_path / "probe", cache=tmp_path / "features")
     assert found["answers"]["trained"]["accuracy"] == results["knn_readings"]["trained"]["k=20"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of POSIX")
+def test_a_second_tour_leaves_the_first_alone_while_it_judges(tmp_path, monkeypatch):
+    config = override(preset("scenes-cpu"), SMALL)
+    monkeypatch.setattr(tour_module, "preset", lambda name: preset(name) if name == "vitl14-lvd" else config)
+    monkeypatch.setattr(tour_module, "COPY_STEPS", 2)
+    judged = []
+
+    def meanwhile(run, world):
+        judged.append(run.begun())
+        if len(judged) == 1:
+            with pytest.raises(BlockingIOError, match="another process is at work in"):
+                tour(minutes=0.01, out=str(run.folder), say=lambda words: None)
+        assert run.begun() == judged[0]
+        return judge(run, world)
+
+    monkeypatch.setattr(tour_module, "judge", meanwhile)
+    assert "knn" in tour(minutes=0.01, out=str(tmp_path / "run"), say=lambda words: None) and len(judged) == 1
 
 
 def test_a_copy_is_found_when_it_is_not_kept_beside_its_original(tmp_path):

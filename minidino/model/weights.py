@@ -9,10 +9,12 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minidino.model.layouts import (
-    State,
-    describe,
-    hugging_face_config,
-    to_hub_layout,
-    to_hugging_face_layout,
-    to_timm_layout,
-)
+    State, describe, hugging_face_config, to_hub_layout, to_hugging_face_layout, to_timm_layout,
+)  # fmt: skip
 from minidino.model.released import RELEASED, fetch
 from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
-from minidino.runs import atomic_path, disk_errors, write_atomically
+from minidino.runs import atomic_path, disk_errors, named_errors, write_atomically
 
 Source = str | Path | Mapping
 FILES = (".safetensors", ".pth")
@@ -411,7 +408,11 @@ def _write_onnx(vit: VisionTransformer, path: Path, grid: tuple[int, int]) -> Pa
     )  # fmt: skip
     if sum(x.nbytes for x in graph.state_dict().values()) > ONE_FILE:
         path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(path, external_data=True)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, named_errors(path):
+            program.save(Path(folder) / path.name, external_data=True)  # the graph names the other file
+            path.unlink(missing_ok=True)  # else a crash here leaves it to speak of other weights
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # the graph comes last
+                os.replace(file, path.with_name(file.name))
         return path
     with atomic_path(path) as beside:
         program.save(beside, external_data=False)

@@ -5,10 +5,9 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +220,7 @@ class FeatureStore:
         return made.get("key") == key and all(sizes[name] == made["arrays"][name]["bytes"] for name in sizes)
 
     def _write(self, place: Path, key: str, arrays: dict[str, Tensor]) -> None:
-        for left in filter(_abandoned, self.folder.glob("*.*.unfinished")):
+        for left in filter(partial(writer_is_dead, silent_s=3600), self.folder.glob("*.*.unfinished")):
             shutil.rmtree(left, ignore_errors=True)
         unfinished = place.with_name(f"{place.name}.{os.getpid()}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -250,14 +249,6 @@ def _save(path: Path, value: np.ndarray) -> int:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(value))
         file.write(value.data)
         return file.tell()
-
-
-def _abandoned(unfinished: Path) -> bool:
-    """Is its writer dead? One on another machine, which shares the folder, would have written within the hour."""
-    try:
-        return writer_is_dead(unfinished) and time.time() - unfinished.stat().st_mtime > 3600
-    except OSError:  # it has just been finished
-        return False
 
 
 # ---------------------------------------------------------------- descriptors that nobody trained
