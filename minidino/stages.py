@@ -39,7 +39,7 @@ from minidino.learning.distill import (
 from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
 from minidino.model.vit import VisionTransformer
-from minidino.model.weights import backbone_of, save_backbone, write_state
+from minidino.model.weights import backbone_of, export_weights, write_state
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
 from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_atomically
@@ -393,7 +393,7 @@ def finish(learner: Learner) -> None:
     if is_first():
         network = build_student(learner.config)  # the teacher's own may be in parts
         network.load_state_dict(said)
-        save_backbone(network.backbone, folder / "weights.safetensors")
+        export_weights(network.backbone, folder / "weights.safetensors")
         heads = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith("backbone.")}
         if "ibot_head" not in network.parts():  # tied
             heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}

@@ -160,24 +160,19 @@ def members(level: Level) -> list[Int[np.ndarray, "m"]]:
 # ---------------------------------------------------------------- a balanced choice
 
 
-def balanced_sample(
-    tree: Tree, budget: int, generator: torch.Generator, leaf: str = "random"
-) -> Int[np.ndarray, "budget"]:
+def balanced_sample(tree: Tree, budget: int, generator: torch.Generator) -> Int[np.ndarray, "budget"]:
     """Choose rows so that every branch gives as evenly as it can, from the top down.
 
     Args:
         tree: from `hierarchical_kmeans`.
         budget: rows wanted, met exactly.
-        generator: who gets what cannot be shared evenly, and which rows a "random" leaf gives.
-        leaf: "random" rows of a cluster, or the "closest" to its centre.
+        generator: who gets what cannot be shared evenly, and which rows of a cluster are taken.
     Returns:
         Rows, rising.
     Raises:
-        ValueError: a budget above the number of rows, or another leaf.
+        ValueError: a budget above the number of rows.
     Source: Vo et al. 2024, section 3.4, and its hierarchical_sampling.py.
     """
-    if leaf not in ("random", "closest"):
-        raise ValueError(f"expected leaf 'random' or 'closest', got {leaf!r}")
     sizes = [np.ones(len(tree[0].labels), dtype=np.int64)]  # rows under each node, level by level
     for level in tree:
         sizes.append(np.bincount(level.labels, sizes[-1], len(level.centroids)).astype(np.int64))
@@ -189,9 +184,7 @@ def balanced_sample(
         quota = shares
     chosen = []
     for group, share in zip(members(tree[0]), quota):
-        key = tree[0].distance[group]
-        if leaf == "random":
-            key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
+        key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
         chosen.append(group[np.argsort(key, kind="stable")[:share]])
     return np.sort(np.concatenate(chosen))
 

@@ -19,6 +19,7 @@ from minidino.engine import LOCAL, Engine
 COPY, LEAK = 0.6, 0.45  # cosine above which two pictures are copies; above which one gives an evaluation picture away
 N_NEIGHBOURS = 64
 PCA_ROWS = 50_000  # thumbnails that the directions of a hash are learned from
+SAME = 2.0  # mean difference, in grey levels of 255, up to which two thumbnails of one hash are the same picture
 
 
 class Components(NamedTuple):
@@ -187,18 +188,13 @@ def pca_hash(thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64) -> UInt64[n
 
 
 def hash_duplicates(
-    thumbnails: UInt8[np.ndarray, "N F"],
-    n_bits: int = 64,
-    tolerance: float = 2.0,
-    quality: Float[np.ndarray, "N q"] | None = None,
+    thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64, quality: Float[np.ndarray, "N q"] | None = None
 ) -> Components:
-    """Group thumbnails of equal hash that also look the same.
+    """Group thumbnails of equal hash that also look the same as the first of their group: equal hashes may be chance.
 
     Args:
         thumbnails: as for `pca_hash`.
         n_bits: of the hash.
-        tolerance: mean difference to the first of its group, in grey levels of 255, up to which it is the same
-            picture: equal hashes alone may be chance.
         quality: as for `find_duplicates`.
     """
     _, bucket = np.unique(pca_hash(thumbnails, n_bits), return_inverse=True)
@@ -211,7 +207,7 @@ def hash_duplicates(
             part = slice(start, start + CHUNK)
             pair = thumbnails[open_rows[part]].astype(np.int16), thumbnails[leader[part]]
             apart[part] = np.abs(np.subtract(*pair)).mean(1)
-        same = apart <= tolerance
+        same = apart <= SAME
         first[open_rows[same]] = leader[same]
         open_rows = open_rows[~same]
     labels = connect(len(thumbnails), Pairs(np.arange(len(thumbnails)), first))

@@ -301,7 +301,6 @@ def fit_depth(
     weight_decay: float = 0.01,
     pixels: int | None = None,
     gradient_weight: float = 0.0,
-    gradient_mode: str = "fixed",
     patch_size: int | None = None,
 ) -> dict:
     """Train a head on frozen features to tell distances, and judge it.
@@ -360,7 +359,7 @@ def fit_depth(
             found, depth, known = _seen(head, maps.float(), depth.float(), known, chosen, patch_size)
             loss = silog_loss(found, depth, known, warm_up=step < min(100, steps // 10))
             if gradient_weight > 0:
-                loss = loss + gradient_weight * gradient_loss(found, depth, known, gradient_mode)
+                loss = loss + gradient_weight * gradient_loss(found, depth, known)
             search.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 35.0)
