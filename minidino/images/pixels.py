@@ -201,6 +201,7 @@ def load_pixels(
     progress: bool = True,
     engine: Engine = LOCAL,
     channels: int = 3,
+    warn: bool = True,
 ) -> Pixels:
     """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
 
@@ -211,6 +212,7 @@ def load_pixels(
             from there the next time, as long as files, their modification times and short_side agree. None: memory.
         engine: where files are decoded.
         channels: of a picture; other than 3: see `decode_channels`.
+        warn: of pictures that are left out, when they are decoded; False where the caller tells of them.
     Raises:
         ValueError: no file at all, or none that decodes.
     Differs: the official code cuts crops from whole pictures, panoramas included; they are sharper where pictures are
@@ -218,9 +220,10 @@ def load_pixels(
     """
     if not len(images) or short_side < 1:
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
+    how = short_side, progress, engine, channels, warn
     if folder is None:
         memory = io.BytesIO()
-        kept, sizes, originals = _fill(memory, images, short_side, progress, engine, channels)
+        kept, sizes, originals = _fill(memory, images, *how)
         data = np.frombuffer(memory.getbuffer(), dtype=np.uint8)
         return _laid_out(data, sizes, originals, images.select(kept), channels)
     folder = Path(folder)
@@ -229,7 +232,7 @@ def load_pixels(
         return stored
     remove_litter(folder)
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
-        kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
+        kept, sizes, originals = _fill(file, images, *how, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
@@ -244,6 +247,7 @@ def _fill(
     progress: bool,
     engine: Engine,
     channels: int,
+    warn: bool,
     quarantine: Path | None = None,
 ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """Append each decoded picture to the file, list the others in the quarantine.
@@ -262,11 +266,11 @@ def _fill(
         originals.append(original)
     if quarantine:
         write_quarantine(quarantine, bad)
-    lost = [f"{row['file']!r}: {row['reason']}" for row in bad if not row["file"].lower().endswith(SIDE_SUFFIXES)]
     if not kept:
         first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
         raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
-    if lost:
+    lost = [f"{row['file']!r}: {row['reason']}" for row in bad if not row["file"].lower().endswith(SIDE_SUFFIXES)]
+    if lost and warn:
         told = f"; all stand in {quarantine}" if quarantine else ""
         warnings.warn(f"{len(lost):,} of {len(images):,} files of {images.name} are left out, {lost[0]}{told}", stacklevel=3)
     return kept, sizes, originals
