@@ -42,7 +42,7 @@ from minidino.model.vit import VisionTransformer
 from minidino.model.weights import backbone_of, export_weights, write_state
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_json
 
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
@@ -248,7 +248,7 @@ def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
     said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
     wait()  # until all have read it
     if is_first():
-        write_atomically(path, json.dumps(said, indent=1).encode())
+        write_json(path, said)
 
 
 def verdict(before: float | None, after: float | None, n: int) -> dict[str, Any]:

@@ -366,7 +366,7 @@ def test_every_groups_file_counts_and_a_mark_at_its_begin_does_not(tmp_path):
 
 
 def test_sets_whose_folders_share_a_name_share_no_pixels(tmp_path):
-    for i, place in enumerate(("first", "second")):
+    for i, place in enumerate(("first", "caf\udce9")):  # which is no UTF-8
         for j, image in enumerate(draw_scenes(4, 32, i).images):
             (tmp_path / place / "set" / str(j % 2)).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(tmp_path / place / "set" / str(j % 2) / f"{j}.png")

@@ -9,8 +9,6 @@ was and ends with the same manifest, byte for byte.
 import csv
 import hashlib
 import io
-import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,7 +40,7 @@ from minidino.images.archives import MARK
 from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
 from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.runs import atomic_path, expanded, write_atomically
+from minidino.runs import atomic_path, expanded, short_hash, write_atomically, write_json
 
 COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
 THUMBNAIL = 16  # px
@@ -263,7 +261,7 @@ class Curation:
         pool = str(self.pool if named else expanded(self.pool).resolve())
         note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
         path.unlink(missing_ok=True)  # else a crash here leaves it to speak of this pool
-        write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())
+        write_json(self.folder / "curation.json", note)
         write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
         return path
 
@@ -295,7 +293,7 @@ class Curation:
 
     def _outside(self, source: str | Path, loss: str) -> tuple[str, Pixels]:
         """A name for the files made of another set, and its decoded pictures; tells how many are lost, and the loss."""
-        name = f"{Path(source).stem}-{hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()[:8]}"
+        name = f"{Path(source).stem}-{short_hash(source)}"
         images = open_images(source)
         pixels = load_pixels(images, self.short_side, self._path(name), self.progress, self.engine, warn=False)
         meant = {file for file in images.files if not file.lower().endswith(SIDE_SUFFIXES)}

@@ -57,10 +57,7 @@ def linear_probe(
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
     """
     generator = torch.Generator().manual_seed(seed)
-    train_x, train_y = labelled(train_x, train_y)
-    test_x, test_y = labelled(test_x, test_y)
-    if len(train_x) < 2 or len(test_x) < 1:
-        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(train_x)} and {len(test_x)}")
+    train_x, train_y, test_x, test_y = labelled_parts(train_x, train_y, test_x, test_y)
     if n_classes is None:
         train_y, test_y, n_classes = counted(train_y, test_y)
     val, train = held_out(len(train_x), val_frac, generator)
@@ -279,6 +276,16 @@ def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"expected features (n, D) and labels (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
     return _finite(x[y >= 0]), y[y >= 0]
+
+
+def labelled_parts(
+    train_x: Rows, train_y: Rows, test_x: Rows, test_y: Rows
+) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"], Float[Tensor, "m D"], Int[Tensor, "m"]]:
+    """The same of rows to learn from and rows to judge with. Raises ValueError also for fewer than two and one."""
+    (x, y), (test_x, test_y) = labelled(train_x, train_y), labelled(test_x, test_y)
+    if len(x) < 2 or len(test_x) < 1:
+        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
+    return x, y, test_x, test_y
 
 
 def _finite(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from minidino.probes.knn import Rows, as_tensor, class_numbers, knn_predict
-from minidino.probes.linear import held_out, labelled
+from minidino.probes.linear import held_out, labelled, labelled_parts
 
 PUBLISHED_CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
 
@@ -149,10 +149,7 @@ def logistic_regression(
     Source: DINOv2 paper, section 7.2 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
     Differs: see `logistic_path`. The official mean over classes counts one that no test row has as 0 where it was named.
     """
-    x, y = labelled(train_x, train_y)
-    test_x, test_y = labelled(test_x, test_y)
-    if len(x) < 2 or len(test_x) < 1:
-        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
+    x, y, test_x, test_y = labelled_parts(train_x, train_y, test_x, test_y)
     val, rows = held_out(len(x), val_frac, torch.Generator().manual_seed(seed))
     models = logistic_path(x[rows], y[rows], cs, max_iterations, tolerance)
     table = {c: _share_right(model.predict(x[val]), y[val]) for c, model in zip(cs, models, strict=True)}
