@@ -130,7 +130,7 @@ def _go(place: Path, say: Say, begin: Callable[[Path], Any]) -> None:
     killed = Run(place).config_path.exists()
     say(f"{place}: {'going on' if killed else 'beginning'}")
     if killed:
-        pretrain(preset("scenes-cpu"), place, resume=True)
+        pretrain(None, place, resume=True)
     else:
         begin(place)
 

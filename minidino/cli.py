@@ -197,7 +197,7 @@ def _go_on(folder: Path) -> int:
     """Resume a run, which knows its own config."""
     from minidino.stages import pretrain
 
-    return _told(pretrain(preset("scenes-cpu"), folder, resume=True)[0])
+    return _told(pretrain(None, folder, resume=True)[0])
 
 
 def _told(run) -> int:

@@ -113,12 +113,12 @@ class Learner:
 
 
 def pretrain(
-    config: RunConfig, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
+    config: RunConfig | None, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
 ) -> tuple[Run, World]:
     """Run a config to its end in a run folder: metrics, checkpoints, online k-NN, weights.
 
     Args:
-        config: ignored with resume: the folder knows its own.
+        config: with resume None, since the folder knows its own.
         folder: the run folder.
         world: images that are open already.
         resume: go on from the newest checkpoint; what was measured after it is measured again, the same to the bit.

@@ -41,7 +41,7 @@ def entropy(classes):
 
 
 def test_assign_finds_the_nearest_centre(monkeypatch):
-    monkeypatch.setattr("minidino.curation.clusters.CHUNK", 100)
+    monkeypatch.setattr("minidino.curation.search.CHUNK", 100)
     x, _ = long_tail()
     centres = x[::200].copy()
     level = assign(x, centres)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from minidino.curation.search import CHUNK, Rows, float_rows, unit_rows
+from minidino.curation.search import Rows, chunks, float_rows, unit_rows
 
 POINTS_PER_CLUSTER = 256  # rows for each cluster that its centre is learned from
 SEED_ROUNDS = 64
@@ -91,8 +91,7 @@ def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> 
         raise ValueError(f"expected rows (n, {centroids.shape[1]}) like the centres, got {x.shape}")
     prepare = unit_rows if unit else float_rows
     labels, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
-    for start in range(0, len(x), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(x)):
         far, nearest = faiss.knn(prepare(x[part]), centroids, 1)
         labels[part], distance[part] = nearest[:, 0], far[:, 0]
     return Level(centroids, labels, distance)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from minidino.curation.search import CHUNK, Index, Rows, unit_rows
+from minidino.curation.search import Index, Rows, chunks, unit_rows
 from minidino.engine import LOCAL, Engine
 
 COPY, LEAK = 0.6, 0.45  # cosine above which two pictures are copies; above which one gives an evaluation picture away
@@ -149,8 +149,7 @@ def representatives(
 def similarity_to(descriptors: Rows, others: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Cosine of each row to one other row."""
     result = np.empty(len(others), dtype=np.float32)
-    for start in range(0, len(others), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(others)):
         pair = unit_rows(descriptors[part]), unit_rows(descriptors[others[part]])
         result[part] = np.einsum("nd,nd->n", *pair)
     return result
@@ -181,8 +180,7 @@ def pca_hash(thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64) -> UInt64[n
     variance, directions = np.linalg.eigh((sample - mean).T @ (sample - mean))  # rising
     directions[:, variance <= 1e-7 * variance[-1]] = 0  # where nothing varies, rounding would decide
     bits = np.zeros((len(thumbnails), 64), dtype=np.uint8)
-    for start in range(0, len(thumbnails), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(thumbnails)):
         bits[part, :n_bits] = (thumbnails[part] - mean) @ directions[:, -n_bits:] > 0
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
@@ -203,8 +201,7 @@ def hash_duplicates(
         _, at, inverse = np.unique(bucket[open_rows], return_index=True, return_inverse=True)
         leader = open_rows[at[inverse]]
         apart = np.empty(len(open_rows))
-        for start in range(0, len(open_rows), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in chunks(len(open_rows)):
             pair = thumbnails[open_rows[part]].astype(np.int16), thumbnails[leader[part]]
             apart[part] = np.abs(np.subtract(*pair)).mean(1)
         same = apart <= SAME

@@ -33,6 +33,8 @@ from minidino.images.datasets import (
 from minidino.images.decode import BadImage, shrink, square
 from minidino.runs import atomic_path, remove_litter, write_atomically
 
+NO_BAR = 6.0  # mean difference from the colour of the outermost lines, in grey levels of 255, above which a line is none
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
@@ -166,29 +168,27 @@ def by_pillow(
     return np.asarray(change(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))).transpose(2, 0, 1)
 
 
-def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 6.0) -> Int64[np.ndarray, "4"]:
+def inside_bars(image: UInt8[np.ndarray, "3 H W"]) -> Int64[np.ndarray, "4"]:
     """What opposite bars of one colour leave of a picture, as on a film that is shown on another screen.
 
     They are removed again and again until there are none, so that a picture between bars and the same picture without
     them are left alike, even where the picture's own plain background looks like bars.
 
-    Args:
-        tolerance: mean difference of a line of the bar from the colour of the outermost lines, in grey levels of 255.
     Returns:
         Left, top, right, bottom in px; all of the picture where nothing or little would be left.
     """
     height, width = image.shape[1:]
-    left, right = _between_bars(image.transpose(2, 0, 1), tolerance)
-    top, bottom = _between_bars(image.transpose(1, 0, 2), tolerance)
+    left, right = _between_bars(image.transpose(2, 0, 1))
+    top, bottom = _between_bars(image.transpose(1, 0, 2))
     if (bottom - top, right - left) == (height, width):
         return np.array([0, 0, width, height])
-    return np.array([left, top, left, top]) + inside_bars(image[:, top:bottom, left:right], tolerance)
+    return np.array([left, top, left, top]) + inside_bars(image[:, top:bottom, left:right])
 
 
-def _between_bars(lines: UInt8[np.ndarray, "n 3 m"], tolerance: float) -> tuple[int, int]:
+def _between_bars(lines: UInt8[np.ndarray, "n 3 m"]) -> tuple[int, int]:
     """First line and end of those between two bars of one colour; all of them where there are no such bars."""
     colour = np.median(lines[[0, -1]], axis=(0, 2))[:, None]
-    shown = np.flatnonzero(np.abs(lines - colour).mean(axis=(1, 2)) > tolerance)
+    shown = np.flatnonzero(np.abs(lines - colour).mean(axis=(1, 2)) > NO_BAR)
     first, last = (int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, 0)
     barred = first > 0 and last < len(lines) and last - first > len(lines) / 4
     return (first, last) if barred else (0, len(lines))
