@@ -153,7 +153,7 @@ def leaks(describer: Describer, pool: Pixels, data: Path, folder: Path) -> dict[
     references: dict[str, list[np.ndarray]] = {"whole": [], "parts": []}
     for name in ("imagenette", "tiny-imagenet-40", "cifar10"):
         images = open_images(data / name)
-        pixels = load_pixels(images.select(np.flatnonzero(images.splits == "val")), SIDE, folder / name)
+        pixels = load_pixels(images.split("val"), SIDE, folder / name)
         views = [rows_of(describer, pixels, folder, part) for part in PARTS]
         references["whole"].append(views[0])
         references["parts"] += views

@@ -87,8 +87,7 @@ def drawn_pool(n: int = 3000) -> Raw:
 def photograph_pool(data: Path, features: Path | None, n: int = 2400) -> Raw:
     """Photographs of Imagenette, as uneven; judged on all of its validation part, the rest of training as the bank."""
     images = open_images(data / "imagenette")
-    parts = {name: load_pixels(images.select(np.flatnonzero(images.splits == name)), 64, WORK / name)
-             for name in ("train", "val")}  # fmt: skip
+    parts = {name: load_pixels(images.split(name), 64, WORK / name) for name in ("train", "val")}
     labels, rng = parts["train"].labels, np.random.default_rng(POOL_WORLD)
     groups = [rng.permutation(np.flatnonzero(labels == kind)) for kind in range(10)]
     rows = np.sort(np.concatenate([g[:m] for g, m in zip(groups, long_tail(n, 10, TAIL).clip(max=800))]))

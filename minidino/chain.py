@@ -21,7 +21,7 @@ from minidino.learning.distill import distilled
 from minidino.model.vit import SIZES as VIT_SIZES
 from minidino.ranges import Positive, Stage, convert, require, words_of
 from minidino.report import Section, write_report
-from minidino.runs import Run, expect_no_run, write_atomically
+from minidino.runs import Run, expect_no_run, write_json
 from minidino.stages import adapt, distill, guard_of, pretrain, student_folders
 
 Say = Callable[[str], None]
@@ -106,7 +106,7 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
     begun = any(any(folder.glob(trace)) for trace in TRACES)
     if begun and (folder / PLAN).exists() and read_chain(folder / PLAN) != plan:
         raise ValueError(f"{folder} holds another chain: give it back its {PLAN}, or choose another folder with --out")
-    write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1).encode())
+    write_json(folder / PLAN, asdict(plan))
     runs = {"pretrained": folder / "pretrain", "adapted": folder / "adapt"}
     _go(runs["pretrained"], say, lambda place: pretrain(plan.configs()[0], place))
     _go(runs["adapted"], say, lambda place: adapt(
@@ -118,7 +118,7 @@ def run_chain(plan: Chain, folder: Path, say: Say = print) -> dict[str, Any]:
         distill(runs["adapted"], folder / "distill", plan.students, plan.distill_steps, changes, resume=True)
     runs |= {f"distilled {name}": place for name, place in zip(plan.students, students, strict=True)}
     found = {name: _described(Run(place)) | _asked(plan, place, folder, say) for name, place in runs.items()}
-    write_atomically(folder / "results.json", json.dumps(found, indent=1).encode())
+    write_json(folder / "results.json", found)
     say(str(report(plan, folder, found, {name: Run(place) for name, place in runs.items()})))
     return found
 
@@ -130,7 +130,7 @@ def _go(place: Path, say: Say, begin: Callable[[Path], Any]) -> None:
     killed = Run(place).config_path.exists()
     say(f"{place}: {'going on' if killed else 'beginning'}")
     if killed:
-        pretrain(preset("scenes-cpu"), place, resume=True)
+        pretrain(None, place, resume=True)
     else:
         begin(place)
 

@@ -1,7 +1,6 @@
 """`minidino <stage> ...`: parse, call, print."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -198,7 +197,7 @@ def _go_on(folder: Path) -> int:
     """Resume a run, which knows its own config."""
     from minidino.stages import pretrain
 
-    return _told(pretrain(preset("scenes-cpu"), folder, resume=True)[0])
+    return _told(pretrain(None, folder, resume=True)[0])
 
 
 def _told(run) -> int:
@@ -406,14 +405,14 @@ def _data_get(options) -> None:
 
 def _data_check(options) -> None:
     from minidino.images.datasets import check_images, open_images
-    from minidino.runs import write_atomically
+    from minidino.runs import write_json
 
     found = check_images(open_images(options.path), channels=options.channels)
     for row in found["quarantined"]:
         print(f"{row['file']!r}: {row['reason']}")
     print(f"{found['decoded']} decoded, {len(found['quarantined'])} quarantined")
     if options.json:
-        write_atomically(Path(options.json), json.dumps(found, indent=1).encode())
+        write_json(Path(options.json), found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Figures of what features know: patches, attention, neighbours, segments, depth. Each returns the numbers it drew."""
+"""Figures of what features know: patches, attention, neighbours, segments, depth.
+
+Each draws, saves a PNG when given a path, and returns the numbers it drew.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +44,6 @@ def foreground_rgb(
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1]; what is no foreground is drawn pale.
         found: from probes.patches.foreground_pca.
         grid: (Hp, Wp) of the patches.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "rgb" (n, Hp, Wp, 3) in [0, 1], "mask" (n, Hp, Wp) bool, "share" of the patches that are foreground, "explained"
         share of the variance of the foreground per colour.
@@ -63,7 +65,6 @@ def pca_rgb(patch_features: Array, grid: tuple[int, int], images: Array, path: s
         patch_features: (n, N, D).
         grid: (Hp, Wp) with Hp * Wp = N.
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
-        path: where the PNG goes; None draws without saving.
     Returns:
         "rgb" (n, Hp, Wp, 3) in [0, 1], "components" (3, D), "explained" share of variance per component.
     Source: DINOv2 paper, figure 1.
@@ -84,7 +85,6 @@ def pca_before_after(
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
         before, after: (n, N, D) patch features of the untrained and of the trained network.
         grid: (Hp, Wp) with Hp * Wp = N.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "before", "after": (n, Hp, Wp, 3) in [0, 1]; "explained_before", "explained_after": share per component.
     Source: DINOv2 paper, figure 1.
@@ -122,7 +122,6 @@ def attention_maps(images: Array, attn: Float[Array, "n h Hp Wp"], path: str | P
     Args:
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
         attn: (n, h, Hp, Wp) attention of the class token to the patches.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "entropy" (n, h) nats of each map scaled to sum 1, and "uniform", the entropy of looking everywhere alike.
     """
@@ -156,7 +155,6 @@ def neighbours_wall(
         bank: all the images that index points into.
         index: (q, k) positions in the bank, nearest first.
         query_labels, bank_labels: classes.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "right" (q, k) bool and "share" of the neighbours that agree.
     """
@@ -194,7 +192,6 @@ def matches(
         image_a, image_b: (3, H, W) or (H, W, 3), uint8 or [0, 1]; the two may differ in size.
         found: from probes.patches.match_patches, the most similar first.
         grid: (Hp, Wp) of the first picture.
-        path: where the PNG goes; None draws without saving.
         most: lines, the most similar ones; neighbouring lines differ in colour.
         grid_b: of the second picture; None means the same grid.
     Returns:
@@ -250,7 +247,6 @@ def norm_histogram(
 
     Args:
         norms: from probes.patches.token_norms; kinds without tokens are left out.
-        path: where the PNG goes; None draws without saving.
         grid: (Hp, Wp) of the patches; None takes a square.
     Returns:
         "median" of the patches, "threshold" above which a patch is an outlier by the rule of `outliers`, their
@@ -307,7 +303,6 @@ def segmentation_sheet(
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
         truth, predicted: (n, h, w) int classes, of one shape; h and w may be smaller than H and W.
         class_names: one name per class.
-        path: where the PNG goes; None draws without saving.
         ignore: truth of this class is unknown; it is drawn white and not judged.
     Returns:
         "accuracy" share of the known pixels shown that are named rightly, "per_image" the same for each (nan where
@@ -347,7 +342,6 @@ def depth_sheet(
     Args:
         images: (n, 3, H, W) or (n, H, W, 3), uint8 or [0, 1].
         truth, predicted: (n, h, w) metres, of one shape; truth that is no number above 0 is unknown and drawn white.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "rmse_m" root mean square error over the known pixels shown, "known" their share, "depth_m" (nearest, farthest)
         of the truth, which are the ends of the colours.

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from minidino.learning.prototypes import PART
 from minidino.scaling import N_GLOBAL, Sizes, block_parameters, parameters
 
 FLOAT = 4  # bytes
 USABLE = 0.9  # assumption: share of a device's memory that tensors can have
 LACK = "out of memory|allocate memory|not enough memory"  # as torch says it of GPUs, and of CPUs
-CHUNK = {True: 1 << 18, False: 1 << 24}  # numbers that a chunked loss looks at in one turn, on a CPU and on a GPU
 
 
 def step_memory(
@@ -148,7 +148,7 @@ def _logit_bytes(
     normed = max(4 * FLOAT * h.n_prototypes * h.bottleneck_dim for h in s.heads_of())  # back through weight norm
     if s.prototypes == "reference":  # logits of the parts, and together; Sinkhorn has two at a time
         return targets, 3 * classes + 4 * patches, sum(seen), max(2 * max(seen), normed)
-    pieces = 0.0 if s.prototypes == "triton" else 6 * FLOAT * CHUNK[s.cpu]
+    pieces = 0.0 if s.prototypes == "triton" else 6 * FLOAT * PART["cpu" if s.cpu else "cuda"]
     return targets, 2 * targets + pieces, 0.0, max(pieces, normed)
 
 

@@ -130,7 +130,6 @@ def crops_and_masks(
         crops_global, crops_local: (G, 3, s, s) and (L, 3, s', s'), normalised as the network gets them.
         masks: (G, N) bool, True = hidden from the student.
         patch_size: pixels.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "masked_frac" share of hidden patches per global crop; "n_global", "n_local".
     """
@@ -165,7 +164,6 @@ def scenes_sheet(
         masks: (n, H, W) int, the class of each pixel as in images/scenes.py.
         depth: (n, H, W) metres.
         classes: the name to write above each image.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "classes_seen" the values in the masks, "share" of the pixels of each, "depth_m" (nearest, farthest).
     """
@@ -196,7 +194,6 @@ def training_curves(records: Sequence[dict], path: str | Path | None = None, ln_
 
     Args:
         records: one dict per logged step with "seconds"; keys may lack in some records.
-        path: where the PNG goes; None draws without saving.
         ln_k: the entropy of a teacher without an opinion, nats.
     Returns:
         {key: (seconds, values)} of every curve: "dino", "ibot", "koleo", "teacher_entropy", "knn" where recorded.
@@ -246,7 +243,6 @@ def baselines_bar(
     Args:
         results: {name: (mean, standard deviation)} as fractions; the colour follows the word "trained" or "random"
             in the name, everything else is a descriptor that nobody trained.
-        path: where the PNG goes; None draws without saving.
         metric: what the axis says, in percent.
     Returns:
         "names", "means", "sds", from the best to the worst.
@@ -275,7 +271,6 @@ def against_parameters(
     Args:
         rows: {name: (kind, parameters, fraction, its standard deviation or error)}; the kind gives the colour: one of
             those in COLORS, "teacher", "student" (taught by one) or "trained" (that learned alone).
-        path: where the PNG goes; None draws without saving.
         metric: what the axis says, in percent.
     Returns:
         {name: (parameters, fraction)}.
@@ -305,7 +300,6 @@ def severity_curves(found: Mapping[str, Mapping[str, Sequence[float]]], path: st
 
     Args:
         found: {features: {corruption: accuracy at severities 1 to 5}}, fractions; colours as in `baselines_bar`.
-        path: where the PNG goes; None draws without saving.
     Returns:
         {features: mean accuracy over all corruptions and severities}.
     """
@@ -353,7 +347,6 @@ def grid_heatmap(table: Mapping[str, Mapping[float, float]], path: str | Path | 
     Args:
         table: {what it reads: {learning rate: top-1 fraction}}, `linear_probe(...)["table"]` per row; rates that a row
             lacks stay white.
-        path: where the PNG goes; None draws without saving.
     Returns:
         "grid" (rows, rates) fractions, nan where there is none, "lrs" rising, "best" (name, learning rate, fraction).
     Raises:

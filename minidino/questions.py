@@ -4,9 +4,7 @@
 """
 
 import csv
-import hashlib
 import io
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +19,7 @@ from minidino.images.datasets import READABLE_SUFFIXES, ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
+from minidino.runs import short_hash
 from minidino.stages import open_world
 from minidino.subjects import Cache, Subject, fingerprint
 
@@ -255,8 +254,7 @@ def open_question(
     config = config or RunConfig(crops=CropConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0))  # of no use here
     short_side = max(size, config.data.short_side)
     source = replace(config.data, source=data, pool="", short_side=short_side, channels=channels)
-    place = hashlib.sha256(os.fsencode(Path(data).resolve())).hexdigest()[:8]  # of two folders with one name
-    store = cache.folder / f"pixels-{Path(data).stem}-{place}-{source.short_side}"
+    store = cache.folder / f"pixels-{Path(data).stem}-{short_hash(data)}-{source.short_side}"
     world = open_world(replace(config, data=source), store)
     if world.test is None:
         raise ValueError(f"{world.name} has no labels: a folder per class is expected")

@@ -153,6 +153,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_json(path: Path, content: Any) -> None:
+    """The same for what people may read, too."""
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path to write to; it takes its real name when the block ends well. What killed writers of it have left goes."""
@@ -192,6 +197,11 @@ def remove_litter(folder: Path, pattern: str = "*", silent_s: float = 0) -> None
 def expanded(path: str | Path) -> Path:
     """The path with its `~` replaced by the home; one that is nobody's stands as it is, and may be a folder's name."""
     return Path(os.path.expanduser(path))
+
+
+def short_hash(path: str | Path) -> str:
+    """Eight letters that tell this place from others whose last names are the same."""
+    return hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:8]
 
 
 def home_cache() -> Path:
@@ -258,6 +268,7 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.config_path = self.folder / "config.json"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
 
@@ -287,7 +298,7 @@ class Run:
         if first is not None:
             run.save(0, first, 1)
         for name, said in {**(notes or {}), "environment.json": environment(config.run.seed, device)}.items():
-            write_atomically(run.folder / name, json.dumps(said, indent=1).encode())
+            write_json(run.folder / name, said)
         write_atomically(run.config_path, to_json(config).encode())
         return run
 
@@ -298,10 +309,6 @@ class Run:
         strangers = [path for path in self.folder.glob("*") if path.name not in known and path.suffix != ".tmp"]
         if strangers and not self.config_path.exists():
             raise FileExistsError(f"{self.folder} is not empty and not a run folder; choose another with --out")
-
-    @property
-    def config_path(self) -> Path:
-        return self.folder / "config.json"
 
     def begun(self) -> int | None:
         """When this folder became a run, in ns since 1970; None where it is none."""

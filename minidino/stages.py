@@ -40,10 +40,10 @@ from minidino.learning.teacher import Frozen, build_student
 from minidino.learning.train import State, spread, start, train
 from minidino.memory import enough_memory
 from minidino.model.vit import VisionTransformer
-from minidino.model.weights import backbone_of, save_backbone, write_state
+from minidino.model.weights import backbone_of, export_weights, write_state
 from minidino.probes import features
 from minidino.probes.knn import knn_accuracy
-from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_atomically
+from minidino.runs import Run, alone_in, give_back_memory, keep_freed_memory, pick_device, write_json
 
 K = 20  # neighbours; "20 is usually working the best" [released]
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500  # the k-NN reading during training uses this many images
@@ -114,12 +114,12 @@ class Learner:
 
 
 def pretrain(
-    config: RunConfig, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
+    config: RunConfig | None, folder: Path, world: World | None = None, resume: bool = False, state: State | None = None
 ) -> tuple[Run, World]:
     """Run a config to its end in a run folder: metrics, checkpoints, online k-NN, weights.
 
     Args:
-        config: ignored with resume: the folder knows its own.
+        config: with resume None, since the folder knows its own.
         folder: the run folder.
         world: images that are open already.
         resume: go on from the newest checkpoint; what was measured after it is measured again, the same to the bit.
@@ -248,7 +248,7 @@ def weigh(learner: Learner, watch: "OnlineKnn", when: str) -> None:
     said |= verdict(said.get("before"), said.get("after"), watch.n_queries)
     wait()  # until all have read it
     if is_first():
-        write_atomically(path, json.dumps(said, indent=1).encode())
+        write_json(path, said)
 
 
 def verdict(before: float | None, after: float | None, n: int) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def finish(learner: Learner) -> None:
     if is_first():
         network = build_student(learner.config)  # the teacher's own may be in parts
         network.load_state_dict(said)
-        save_backbone(network.backbone, folder / "weights.safetensors")
+        export_weights(network.backbone, folder / "weights.safetensors")
         heads = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith("backbone.")}
         if "ibot_head" not in network.parts():  # tied
             heads = {k: v for k, v in heads.items() if not k.startswith("ibot_head.")}

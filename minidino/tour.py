@@ -30,7 +30,7 @@ from minidino.probes import features
 from minidino.probes.knn import neighbours
 from minidino.probes.patches import attention_to
 from minidino.report import Section, write_report
-from minidino.runs import Run, alone_in, keep_freed_memory, peak_memory_mb, pick_device, write_atomically
+from minidino.runs import Run, alone_in, keep_freed_memory, peak_memory_mb, pick_device, write_json
 from minidino.stages import K, World, distill, open_world, pretrain
 
 Say = Callable[[str], None]
@@ -81,7 +81,7 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         draw(world, config, run)
         report(run, world, results)
         results |= {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_memory_mb": peak_memory_mb()}
-        write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+        write_json(folder / "results.json", results)
         say(f"{folder / 'report.html'} and results.json are written; {results['minutes']} minutes, "
             f"{results['peak_memory_mb']} MiB at most")  # fmt: skip
     return results

@@ -19,7 +19,7 @@ from minidino.cli import main
 from minidino.config import PRESETS, preset
 from minidino.distributed import interrupted
 from minidino.model.vit import build_vit
-from minidino.model.weights import save_backbone
+from minidino.model.weights import export_weights
 from minidino.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ def test_a_process_that_torchrun_replaced_goes_on_with_its_own_run_alone(tmp_pat
 def test_no_command_writes_over_what_a_run_has_written(tmp_path, capsys):
     folder = tiny_run(tmp_path / "run", [5.0]).folder
     vit = build_vit("vit_tiny", width=64, depth=4, heads=2, patch_size=8, img_size=48)
-    kept = save_backbone(vit, folder / "weights.safetensors").read_bytes()
+    kept = export_weights(vit, folder / "weights.safetensors").read_bytes()
     for command in ("probe run --out run", "chain --out run", "curate pool --out run",
                     "export run --out run/weights.safetensors"):  # fmt: skip
         assert main(command.split()) == 2
@@ -203,7 +203,7 @@ def test_no_command_writes_over_what_a_run_has_written(tmp_path, capsys):
 
 def test_a_backbone_that_is_given_cannot_be_another_one(tmp_path, capsys):
     vit = build_vit("vit_tiny", width=64, depth=4, heads=2, patch_size=8, img_size=48)
-    save_backbone(vit, tmp_path / "w.safetensors")
+    export_weights(vit, tmp_path / "w.safetensors")
     assert main("train --weights w.safetensors --out run vit.width=128 vit.depth=4".split()) == 2
     assert "stays as it is, and cannot change vit.width\n" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main("train --weights w.safetensors --out run vit.patch_size=16 crops.local_size=16".split()) == 2

@@ -41,7 +41,7 @@ def entropy(classes):
 
 
 def test_assign_finds_the_nearest_centre(monkeypatch):
-    monkeypatch.setattr("minidino.curation.clusters.CHUNK", 100)
+    monkeypatch.setattr("minidino.curation.search.CHUNK", 100)
     x, _ = long_tail()
     centres = x[::200].copy()
     level = assign(x, centres)
@@ -126,13 +126,12 @@ def test_a_budget_is_split_exactly_and_evenly(budget):
     assert not len(unsated) or shares.max() <= unsated.min() + 1
 
 
-@pytest.mark.parametrize("leaf", ["random", "closest"])
 @pytest.mark.parametrize("counts", [[100], [100, 10], [100, 20, 4]])
-def test_balanced_samples_meet_any_budget_without_repeating(leaf, counts):
+def test_balanced_samples_meet_any_budget_without_repeating(counts):
     x, _ = long_tail()
     tree = hierarchical_kmeans(x, counts, n_resamples=3)
     for budget in (0, 1, 333, len(x)):
-        rows = balanced_sample(tree, budget, generator(), leaf)
+        rows = balanced_sample(tree, budget, generator())
         assert len(rows) == budget == len(np.unique(rows))
 
 
@@ -142,14 +141,6 @@ def test_a_balanced_sample_holds_more_of_the_rare():
     balanced = entropy(classes[balanced_sample(tree, 300, generator())])
     chance = entropy(classes[np.random.default_rng(0).choice(len(x), 300, replace=False)])
     assert balanced > chance + 0.5
-
-
-def test_closest_leaves_take_the_core():
-    x, _ = long_tail()
-    tree = hierarchical_kmeans(x, [50])
-    core, chance = (tree[0].distance[balanced_sample(tree, 200, generator(), leaf)].mean()
-                    for leaf in ("closest", "random"))  # fmt: skip
-    assert core < 0.8 * chance
 
 
 def test_the_generator_decides_the_sample():
@@ -162,8 +153,6 @@ def test_impossible_budgets_are_refused():
     tree = hierarchical_kmeans(long_tail()[0], [50])
     with pytest.raises(ValueError, match="budget from 0 to"):
         balanced_sample(tree, 10**6, generator())
-    with pytest.raises(ValueError, match="'random' or 'closest'"):
-        balanced_sample(tree, 5, generator(), "first")
 
 
 # ------------------------------------------------------------------------------------------------ retrieval

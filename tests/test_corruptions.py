@@ -116,11 +116,9 @@ def test_corrupt_says_what_is_wrong():
 def test_mean_corruption_error_is_relative_to_the_baseline():
     ours = {"contrast": [0.1, 0.2, 0.3], "pixelate": [0.2, 0.2, 0.2]}
     theirs = {"contrast": [0.2, 0.4, 0.6], "pixelate": [0.4, 0.8, 0.4]}
-    found = mean_corruption_error(ours, theirs, clean=(0.05, 0.1))
+    found = mean_corruption_error(ours, theirs)
     assert found["ce"] == pytest.approx({"contrast": 0.5, "pixelate": 0.375}) and found["mce"] == pytest.approx(0.4375)
-    assert found["relative_ce"] == pytest.approx({"contrast": 0.45 / 0.9, "pixelate": 0.45 / 1.3})
     assert mean_corruption_error(theirs, theirs)["mce"] == 1.0
-    assert set(mean_corruption_error(ours, theirs)) == {"mce", "ce"}
     with pytest.raises(ValueError, match="same corruptions and severities"):
         mean_corruption_error(ours, {"contrast": [0.2, 0.4, 0.6]})
     with pytest.raises(ValueError, match="makes no error"):

@@ -17,7 +17,7 @@ from minidino.config import override, preset
 from minidino.evaluate import TASKS, evaluate
 from minidino.images.scenes import MASK_CLASSES, draw_scenes
 from minidino.model.vit import build_vit
-from minidino.model.weights import save_backbone
+from minidino.model.weights import export_weights
 from minidino.probes.features import state_hash
 from minidino.probes.grid import linear_grid
 from minidino.probes.linear import linear_probe, patch_depth_probe, patch_probe
@@ -255,7 +255,7 @@ def test_networks_of_the_same_tensors_that_see_otherwise_share_no_descriptions(u
 def test_weights_alone_are_judged_beside_the_same_network_untrained(run, tmp_path):
     torch.manual_seed(5)
     vit, again = (build_vit("vit_tiny", depth=1, patch_size=8, img_size=32, num_register_tokens=2) for _ in range(2))
-    save_backbone(vit, tmp_path / "w.safetensors")
+    export_weights(vit, tmp_path / "w.safetensors")
     (trained, fresh), config = subjects_of(tmp_path / "w.safetensors", ["random"])
     assert config is None and fresh.vit.num_register_tokens == 2 and trained.made_by != fresh.made_by
     assert all(float(x.std()) == pytest.approx(float(again.state_dict()[name].std()), rel=0.2, abs=1e-3)
@@ -312,7 +312,7 @@ def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32)
     vit.norm.weight.data[3] = torch.nan
-    save_backbone(vit, tmp_path / "w.safetensors")
+    export_weights(vit, tmp_path / "w.safetensors")
     data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
     assert main(["probe", "w.safetensors", "--task", task, "--data", data, "--size", "32"]) == 2
     assert "minidino probe: the features hold NaN or infinity" in capsys.readouterr().err
@@ -345,7 +345,7 @@ def test_the_answer_of_another_network_is_not_replaced(run, tmp_path):
 
 
 def test_weights_need_data(tmp_path):
-    save_backbone(build_vit("vit_tiny", depth=1, patch_size=8, img_size=32), tmp_path / "w.safetensors")
+    export_weights(build_vit("vit_tiny", depth=1, patch_size=8, img_size=32), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="--data"):
         evaluate(tmp_path / "w.safetensors")
 

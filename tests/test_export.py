@@ -25,7 +25,7 @@ from minidino.learning.teacher import build_backbone
 from minidino.model import layouts, released, weights
 from minidino.model.layers import swiglu_hidden
 from minidino.model.vit import VisionTransformer, build_vit
-from minidino.model.weights import backbone_of, export_weights, load_weights, save_backbone
+from minidino.model.weights import backbone_of, export_weights, load_weights
 from minidino.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +280,7 @@ def finished(tmp_path) -> tuple[Path, VisionTransformer]:
     config = override(preset("scenes-cpu"), changes)
     run = Run.create(tmp_path / "run", config, torch.device("cpu"))
     vit = build_backbone(config).eval()
-    save_backbone(vit, run.folder / "weights.safetensors")
+    export_weights(vit, run.folder / "weights.safetensors")
     return run.folder, vit
 
 

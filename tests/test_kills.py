@@ -33,7 +33,7 @@ from minidino.images.pixels import Pixels, load_pixels
 from minidino.images.scenes import draw_scenes
 from minidino.model import weights
 from minidino.model.vit import build_vit
-from minidino.model.weights import backbone_of, export_weights, save_backbone
+from minidino.model.weights import backbone_of, export_weights
 from minidino.pictures import funnel
 from minidino.probes import features
 from minidino.runs import Run, write_atomically
@@ -255,7 +255,7 @@ def test_features_on_a_full_disk_are_told_by_file_and_leave_nothing(n_bytes, tmp
 def test_a_probe_where_nothing_can_be_written_keeps_its_descriptions_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    source = export_weights(tiny(), tmp_path / "vit.safetensors")
     (tmp_path / "runs").touch()  # no folder, as root can write into any
     for folder in "ab":
         pool_of(tmp_path / "pool" / folder, 10)
@@ -269,7 +269,7 @@ def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "sets" / "set.zip", "w") as archive:
         for i, path in enumerate(sorted(pool_of(tmp_path / "pool", 20).iterdir())):
             archive.write(path, f"{'ab'[i % 2]}/{path.name}")
-    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    source = export_weights(tiny(), tmp_path / "vit.safetensors")
     monkeypatch.chdir(tmp_path / "sets")
     for out in ("first", "second"):
         assert main(["probe", str(source), "--data", ".", "--size", "8", "--out", str(tmp_path / out)]) == 0
@@ -338,7 +338,7 @@ def test_metrics_on_a_full_disk_are_told_by_file(tmp_path):
 @pytest.mark.parametrize("layout, name, file", [("hub", "w.pth", "w.pth"), ("timm", "w.safetensors", "w.safetensors"),
                                                 ("huggingface", "w", "model.safetensors")])  # fmt: skip
 def test_an_export_to_a_full_disk_is_a_line_that_names_the_file(layout, name, file, n_bytes, tmp_path, capsys):
-    source = save_backbone(tiny(), tmp_path / "vit.safetensors")
+    source = export_weights(tiny(), tmp_path / "vit.safetensors")
     out = tmp_path / "out" / name
     with full_disk(n_bytes):
         assert main(["export", str(source), "--layout", layout, "--out", str(out)]) == 2

@@ -7,27 +7,15 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from test_resume import CPU, TINY, tiny
 
 from minidino import runs, stages
 from minidino.cli import main
-from minidino.config import override, preset
 from minidino.images.scenes import draw_scenes
 from minidino.judge import judge
 from minidino.runs import Run, alone_in, write_atomically
 from minidino.stages import pretrain
-
-CPU = torch.device("cpu")
-TINY = [
-    "data.n_scenes=48", "data.n_test_scenes=24", "data.short_side=32", "crops.global_size=32", "crops.local_size=16",
-    "vit.width=16", "vit.depth=2", "vit.heads=2", "heads.n_prototypes=16", "heads.hidden_dim=16",
-    "heads.bottleneck_dim=8", "optim.batch_size=8", "run.device=cpu", "run.log_every=1",
-]  # fmt: skip
-
-
-def tiny(*changes):
-    return override(preset("scenes-cpu"), [*TINY, *changes])
 
 
 @pytest.mark.parametrize("change", ["data.source=/no/such/folder", "vit.heads=3"])

@@ -30,7 +30,7 @@ from minidino.learning.train import start
 from minidino.model import released
 from minidino.model.layouts import to_hugging_face_layout, to_timm_layout
 from minidino.model.vit import build_vit, interpolate_pos_embed
-from minidino.model.weights import backbone_of, load_weights, save_backbone
+from minidino.model.weights import backbone_of, export_weights, load_weights
 from minidino.runs import Run
 
 IMAGES = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_our_own_gives_the_teacher(tmp_path):
 
 def test_safetensors_round_trip(tmp_path):
     source = tiny(0)
-    path = save_backbone(source, tmp_path / "weights.safetensors")
+    path = export_weights(source, tmp_path / "weights.safetensors")
     assert load_file(path).keys() == source.state_dict().keys()
     assert torch.equal(load_weights(tiny(1), path)(IMAGES), source(IMAGES))
 
@@ -254,7 +254,7 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
 def test_a_path_that_safetensors_does_not_open_is_not_called_damaged(tmp_path):
-    path = save_backbone(tiny(), tmp_path / os.fsdecode(b"caf\xe9") / "w.safetensors")
+    path = export_weights(tiny(), tmp_path / os.fsdecode(b"caf\xe9") / "w.safetensors")
     with pytest.raises(ValueError, match="cannot be opened by safetensors: rename it"):
         load_weights(tiny(), path)
 
@@ -284,7 +284,7 @@ def test_a_file_cut_short_and_a_bare_tensor(tmp_path):
 @pytest.mark.parametrize("options", [{}, dict(ffn="swiglu", num_register_tokens=2, layerscale=None, in_chans=1)])
 def test_a_backbone_of_any_width_tells_its_own_sizes(options, tmp_path):
     source = tiny(0, interpolate_offset=0.0, **options)
-    again = backbone_of(save_backbone(source, tmp_path / "w.safetensors"))
+    again = backbone_of(export_weights(source, tmp_path / "w.safetensors"))
     assert again.heads == 3 and again.interpolate_offset == 0.0 and not again.interpolate_antialias
     assert all(torch.equal(x, again.state_dict()[k]) for k, x in source.state_dict().items())
     assert len(again.state_dict()) == len(source.state_dict())
@@ -301,7 +301,7 @@ def test_heads_are_given_told_or_64_wide_and_else_asked_for(tmp_path):
         assert backbone_of(tiny(0, width=128, heads=4, depth=1).state_dict()).heads == 2
     small = tiny(0, width=384, heads=6, depth=1)
     assert backbone_of(small.state_dict()).heads == 6  # published: nothing to warn of
-    assert backbone_of(save_backbone(small, tmp_path / "w.safetensors"), heads=12).heads == 12
+    assert backbone_of(export_weights(small, tmp_path / "w.safetensors"), heads=12).heads == 12
     vit = backbone_of(state, 3, interpolate_antialias=True, attention="reference")
     assert vit.interpolate_antialias and vit.blocks[0].attn.impl == "reference"
     with pytest.raises(ValueError, match="got keys blocks"):

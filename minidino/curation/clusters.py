@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from minidino.curation.search import CHUNK, Rows, float_rows, unit_rows
+from minidino.curation.search import Rows, chunks, float_rows, unit_rows
 
 POINTS_PER_CLUSTER = 256  # rows for each cluster that its centre is learned from
 SEED_ROUNDS = 64
@@ -91,8 +91,7 @@ def assign(x: Rows, centroids: Float[np.ndarray, "C D"], unit: bool = False) -> 
         raise ValueError(f"expected rows (n, {centroids.shape[1]}) like the centres, got {x.shape}")
     prepare = unit_rows if unit else float_rows
     labels, distance = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
-    for start in range(0, len(x), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(x)):
         far, nearest = faiss.knn(prepare(x[part]), centroids, 1)
         labels[part], distance[part] = nearest[:, 0], far[:, 0]
     return Level(centroids, labels, distance)
@@ -160,24 +159,19 @@ def members(level: Level) -> list[Int[np.ndarray, "m"]]:
 # ---------------------------------------------------------------- a balanced choice
 
 
-def balanced_sample(
-    tree: Tree, budget: int, generator: torch.Generator, leaf: str = "random"
-) -> Int[np.ndarray, "budget"]:
+def balanced_sample(tree: Tree, budget: int, generator: torch.Generator) -> Int[np.ndarray, "budget"]:
     """Choose rows so that every branch gives as evenly as it can, from the top down.
 
     Args:
         tree: from `hierarchical_kmeans`.
         budget: rows wanted, met exactly.
-        generator: who gets what cannot be shared evenly, and which rows a "random" leaf gives.
-        leaf: "random" rows of a cluster, or the "closest" to its centre.
+        generator: who gets what cannot be shared evenly, and which rows of a cluster are taken.
     Returns:
         Rows, rising.
     Raises:
-        ValueError: a budget above the number of rows, or another leaf.
+        ValueError: a budget above the number of rows.
     Source: Vo et al. 2024, section 3.4, and its hierarchical_sampling.py.
     """
-    if leaf not in ("random", "closest"):
-        raise ValueError(f"expected leaf 'random' or 'closest', got {leaf!r}")
     sizes = [np.ones(len(tree[0].labels), dtype=np.int64)]  # rows under each node, level by level
     for level in tree:
         sizes.append(np.bincount(level.labels, sizes[-1], len(level.centroids)).astype(np.int64))
@@ -189,9 +183,7 @@ def balanced_sample(
         quota = shares
     chosen = []
     for group, share in zip(members(tree[0]), quota):
-        key = tree[0].distance[group]
-        if leaf == "random":
-            key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
+        key = torch.rand(len(group), generator=generator, dtype=torch.float32).numpy()
         chosen.append(group[np.argsort(key, kind="stable")[:share]])
     return np.sort(np.concatenate(chosen))
 

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from minidino.curation.search import CHUNK, Index, Rows, unit_rows
+from minidino.curation.search import Index, Rows, chunks, unit_rows
 from minidino.engine import LOCAL, Engine
 
 COPY, LEAK = 0.6, 0.45  # cosine above which two pictures are copies; above which one gives an evaluation picture away
 N_NEIGHBOURS = 64
 PCA_ROWS = 50_000  # thumbnails that the directions of a hash are learned from
+SAME = 2.0  # mean difference, in grey levels of 255, up to which two thumbnails of one hash are the same picture
 
 
 class Components(NamedTuple):
@@ -148,8 +149,7 @@ def representatives(
 def similarity_to(descriptors: Rows, others: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Cosine of each row to one other row."""
     result = np.empty(len(others), dtype=np.float32)
-    for start in range(0, len(others), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(others)):
         pair = unit_rows(descriptors[part]), unit_rows(descriptors[others[part]])
         result[part] = np.einsum("nd,nd->n", *pair)
     return result
@@ -180,25 +180,19 @@ def pca_hash(thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64) -> UInt64[n
     variance, directions = np.linalg.eigh((sample - mean).T @ (sample - mean))  # rising
     directions[:, variance <= 1e-7 * variance[-1]] = 0  # where nothing varies, rounding would decide
     bits = np.zeros((len(thumbnails), 64), dtype=np.uint8)
-    for start in range(0, len(thumbnails), CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in chunks(len(thumbnails)):
         bits[part, :n_bits] = (thumbnails[part] - mean) @ directions[:, -n_bits:] > 0
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 
 
 def hash_duplicates(
-    thumbnails: UInt8[np.ndarray, "N F"],
-    n_bits: int = 64,
-    tolerance: float = 2.0,
-    quality: Float[np.ndarray, "N q"] | None = None,
+    thumbnails: UInt8[np.ndarray, "N F"], n_bits: int = 64, quality: Float[np.ndarray, "N q"] | None = None
 ) -> Components:
-    """Group thumbnails of equal hash that also look the same.
+    """Group thumbnails of equal hash that also look the same as the first of their group: equal hashes may be chance.
 
     Args:
         thumbnails: as for `pca_hash`.
         n_bits: of the hash.
-        tolerance: mean difference to the first of its group, in grey levels of 255, up to which it is the same
-            picture: equal hashes alone may be chance.
         quality: as for `find_duplicates`.
     """
     _, bucket = np.unique(pca_hash(thumbnails, n_bits), return_inverse=True)
@@ -207,11 +201,10 @@ def hash_duplicates(
         _, at, inverse = np.unique(bucket[open_rows], return_index=True, return_inverse=True)
         leader = open_rows[at[inverse]]
         apart = np.empty(len(open_rows))
-        for start in range(0, len(open_rows), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in chunks(len(open_rows)):
             pair = thumbnails[open_rows[part]].astype(np.int16), thumbnails[leader[part]]
             apart[part] = np.abs(np.subtract(*pair)).mean(1)
-        same = apart <= tolerance
+        same = apart <= SAME
         first[open_rows[same]] = leader[same]
         open_rows = open_rows[~same]
     labels = connect(len(thumbnails), Pairs(np.arange(len(thumbnails)), first))

@@ -9,9 +9,6 @@ was and ends with the same manifest, byte for byte.
 import csv
 import hashlib
 import io
-import json
-import os
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,10 +37,10 @@ from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.engine import LOCAL, Engine, spans
 from minidino.images.archives import MARK
-from minidino.images.datasets import SIDE_SUFFIXES, ImageSet, open_images, read_quarantine
+from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
 from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.runs import atomic_path, expanded, write_atomically
+from minidino.runs import atomic_path, expanded, short_hash, write_atomically, write_json
 
 COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
 THUMBNAIL = 16  # px
@@ -102,7 +99,8 @@ class Curation:
         (self.folder / MARK).touch()  # in its own pool it is left out, even where it was killed half-way
         images = open_images(pool)
         self.files = images.files
-        self.pixels = self._decoded(images, self.folder / "pixels")
+        # what is left out is told by the funnel and the manifest
+        self.pixels = load_pixels(images, short_side, self.folder / "pixels", progress, engine, warn=False)
         n = len(self.pixels)
         self.kept, self.reason = np.ones(n, dtype=bool), np.full(n, "", dtype=object)
         self.component, self.cluster = np.full(n, -1), np.full(n, -1)
@@ -263,7 +261,7 @@ class Curation:
         pool = str(self.pool if named else expanded(self.pool).resolve())
         note = {"pool": pool, "funnel": self.funnel, "seed": self.seed, "careful": self.careful}
         path.unlink(missing_ok=True)  # else a crash here leaves it to speak of this pool
-        write_atomically(self.folder / "curation.json", json.dumps(note, indent=1).encode())
+        write_json(self.folder / "curation.json", note)
         write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
         return path
 
@@ -295,20 +293,14 @@ class Curation:
 
     def _outside(self, source: str | Path, loss: str) -> tuple[str, Pixels]:
         """A name for the files made of another set, and its decoded pictures; tells how many are lost, and the loss."""
-        name = f"{Path(source).stem}-{hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()[:8]}"
+        name = f"{Path(source).stem}-{short_hash(source)}"
         images = open_images(source)
-        pixels = self._decoded(images, self._path(name))
+        pixels = load_pixels(images, self.short_side, self._path(name), self.progress, self.engine, warn=False)
         meant = {file for file in images.files if not file.lower().endswith(SIDE_SUFFIXES)}
         if lost := len(meant.difference(pixels.files)):
             self._warn(f"{lost:,} of {len(meant):,} pictures of {Path(source).name} cannot be read and {loss}: see "
                        f"{self._path(name) / 'quarantine.csv'}")  # fmt: skip
         return name, pixels
-
-    def _decoded(self, images: ImageSet, folder: Path) -> Pixels:
-        """Pictures of a set; which are left out is told by the funnel and the manifest, or by `_outside`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* are left out, ")
-            return load_pixels(images, self.short_side, folder, self.progress, self.engine)
 
     def _embed(
         self, pixels: Pixels, describer: Describer, kind: str, name: str, part: Part = WHOLE

@@ -71,7 +71,6 @@ class Index:
         k: int,
         recall: float = 0.95,
         plan: Plan | None = None,
-        seed: int = 0,
         say: Callable[[str], None] = print,
         engine: Engine = LOCAL,
     ):
@@ -83,7 +82,6 @@ class Index:
             recall: share of the true neighbours that an approximate index must find on a sample of the bank; it looks
                 into as many lists as that takes.
             plan: None asks `plan_index`.
-            seed: of the sample and the lists.
             say: where the measured recall goes; an exact index says nothing.
             engine: where shards are filled and searched.
         Raises:
@@ -95,9 +93,9 @@ class Index:
         self.plan, self.engine = plan or plan_index(*bank.shape), engine
         self.n_probe, self._shards = 0, spans(len(bank), SHARD)
         if self.plan.kind != "flat":
-            empty = _lists(bank, self.plan, seed)
+            empty = _lists(bank, self.plan)
             self._shards = [(shard,) for shard in engine.keep(partial(_filled, empty, bank), self._shards)]
-            self._tune(recall, seed)
+            self._tune(recall)
             say(f"{self.plan.kind} over {len(bank):,} rows: looking into {self.n_probe} of {self.plan.n_lists} "
                 f"lists finds {self.recall:.3f} of the true {k} neighbours of {SAMPLE} rows")  # fmt: skip
 
@@ -135,10 +133,10 @@ class Index:
             return best
         return _ranked_again(self.bank, unit_rows(queries[slice(*part)]), best.rows, self.k)
 
-    def _tune(self, wanted: float, seed: int) -> None:
+    def _tune(self, wanted: float) -> None:
         """Look into twice as many lists until the sample says that it is enough."""
         n_sample = min(SAMPLE, len(self.bank))
-        sample = np.sort(np.random.default_rng(seed).choice(len(self.bank), n_sample, replace=False))
+        sample = np.sort(np.random.default_rng(0).choice(len(self.bank), n_sample, replace=False))
         queries = unit_rows(self.bank[sample])
         truth = exact_neighbours(self.bank, queries, self.k).rows
         truth[truth == sample[:, None]] = -1  # a row finds itself: that says nothing
@@ -203,13 +201,18 @@ def unit_rows(x: Rows) -> Float[np.ndarray, "n D"]:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def chunks(n: int) -> list[slice]:
+    """Of n rows, as many as are held at a time."""
+    return [slice(*span) for span in spans(n, CHUNK)]
+
+
 def unit_chunks(x: Rows) -> Iterator[tuple[int, Float[np.ndarray, "c D"]]]:
     """First row and unit rows of each chunk, in order: a memory map is never read whole."""
-    for start in range(0, len(x), CHUNK):
-        yield start, unit_rows(x[start : start + CHUNK])
+    for part in chunks(len(x)):
+        yield part.start, unit_rows(x[part])
 
 
-def _lists(bank: Rows, plan: Plan, seed: int):
+def _lists(bank: Rows, plan: Plan):
     """Lists learned from a sample, with nothing in them."""
     import faiss
 
@@ -219,10 +222,10 @@ def _lists(bank: Rows, plan: Plan, seed: int):
         index = faiss.IndexIVFFlat(coarse, width, plan.n_lists, faiss.METRIC_INNER_PRODUCT)
     else:
         index = faiss.IndexIVFPQ(coarse, width, plan.n_lists, plan.code_bytes, 8, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed = seed + 1  # faiss takes 0 for "any"
+    index.cp.seed = 1  # faiss takes 0 for "any"
     index.cp.max_points_per_centroid = POINTS_PER_LIST
     n_points = min(len(bank), POINTS_PER_LIST * plan.n_lists)
-    points = np.sort(np.random.default_rng(seed).choice(len(bank), n_points, replace=False))
+    points = np.sort(np.random.default_rng(0).choice(len(bank), n_points, replace=False))
     index.train(unit_rows(bank[points]))
     return index
 

@@ -60,37 +60,27 @@ def corrupt(
     return (damaged.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def mean_corruption_error(
-    errors: Mapping[str, Sequence[float]],
-    baseline: Mapping[str, Sequence[float]],
-    clean: tuple[float, float] | None = None,
-) -> dict:
+def mean_corruption_error(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]]) -> dict:
     """Sum up errors on damaged pictures as ImageNet-C does, relative to those of a baseline.
 
         CE_c = sum_s error[c][s] / sum_s baseline[c][s],     mCE = mean of CE_c over the corruptions c
-        relative: the same with the error on undamaged pictures taken away from each
 
     Args:
         errors: {corruption: top-1 error, in [0, 1], at each severity}.
         baseline: the same of a baseline, with the same corruptions; AlexNet in the literature.
-        clean: errors of both on undamaged pictures; None leaves the relative numbers out.
     Returns:
-        "mce" (1 = as bad as the baseline), "ce" {corruption: CE_c}; with clean also "relative_mce", "relative_ce".
+        "mce" (1 = as bad as the baseline), "ce" {corruption: CE_c}.
     Raises:
         ValueError: other corruptions or severities in the two, or a baseline that makes no error.
     Source: Hendrycks and Dietterich 2019, section 4.2.
     """
     if set(errors) != set(baseline) or not errors or any(len(errors[c]) != len(baseline[c]) for c in errors):
         raise ValueError(f"expected the same corruptions and severities, got {sorted(errors)} and {sorted(baseline)}")
-    found = {}
-    for prefix, ours, theirs in (("", 0.0, 0.0), *([("relative_", *clean)] if clean else [])):
-        above = {c: float(np.sum(errors[c])) - ours * len(errors[c]) for c in errors}
-        below = {c: float(np.sum(baseline[c])) - theirs * len(errors[c]) for c in errors}
-        if min(below.values()) <= 0:
-            raise ValueError(f"the baseline makes no {prefix.replace('_', ' ')}error to compare with: {below}")
-        ce = {c: above[c] / below[c] for c in errors}
-        found |= {f"{prefix}mce": float(np.mean(list(ce.values()))), f"{prefix}ce": ce}
-    return found
+    below = {c: float(np.sum(baseline[c])) for c in errors}
+    if min(below.values()) <= 0:
+        raise ValueError(f"the baseline makes no error to compare with: {below}")
+    ce = {c: float(np.sum(errors[c])) / below[c] for c in errors}
+    return {"mce": float(np.mean(list(ce.values()))), "ce": ce}
 
 
 # ---------------------------------------------------------------- noise: (images in [0, 1], severity, generators)

@@ -66,24 +66,23 @@ class BadImage(ValueError):
     """A file that cannot become pixels; the message is the reason, in plain words."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     """Turn the bytes of any image file into an upright RGB picture, or say why not.
 
     Args:
         data: the whole file.
-        max_pixels: width times height, in pixels, above which a picture is refused before it is decoded.
     Returns:
         A loaded Pillow image of mode RGB that holds no reference to `data`.
     Raises:
-        BadImage: not an image, damaged, cut short, or larger than max_pixels; the message says which.
+        BadImage: not an image, damaged, cut short, or of more than MAX_PIXELS; the message says which.
     Differs: Pillow alone accepts a PNG whose data ends early and leaves the rest black; here it is refused.
         EXIF orientation is applied, and ignored where the EXIF block is damaged or the value lies outside 1..8.
         The official decoder is Pillow's conversion alone: pictures stay as they lie, 16 bits are clipped, and where a
         picture is transparent the colours beneath show.
     """
     if data.startswith(NUMPY):
-        return Image.fromarray(_array(data, 3, max_pixels))
-    return _read(data, max_pixels, lambda image: _to_rgb(_upright(image)))
+        return Image.fromarray(_array(data, 3))
+    return _read(data, lambda image: _to_rgb(_upright(image)))
 
 
 def decode_values(data: bytes) -> np.ndarray:
@@ -100,22 +99,22 @@ def decode_values(data: bytes) -> np.ndarray:
             raise BadImage("a JPEG blurs its values; a target must be PNG or another format without loss")
         return np.asarray(_upright(image))
 
-    return _read(data, MAX_PIXELS, values)
+    return _read(data, values)
 
 
-def _read(data: bytes, max_pixels: int, finish: Callable[[Image.Image], Any]) -> Any:
+def _read(data: bytes, finish: Callable[[Image.Image], Any]) -> Any:
     """What `finish` makes of the file as Pillow reads it; whatever is wrong with it becomes BadImage."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = int(re.search(r"\d+", str(error))[0])
-        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
         raise BadImage(f"claims {pixels:,} pixels, more than the limit of {limit:,}") from None
     except UnidentifiedImageError:
         raise BadImage(_what_is(data)) from None
     except Exception as error:  # hostile bytes make plugins raise anything: ValueError, KeyError, OverflowError, ...
         raise BadImage(f"damaged header: {_words(error)}") from None
-    _refuse_size(*image.size, max_pixels)
+    _refuse_size(*image.size)
     try:
         if image.format == "PNG":
             _refuse_missing_rows(data)
@@ -134,14 +133,14 @@ def decode_channels(data: bytes, channels: int) -> UInt8[np.ndarray, "H W C"]:
         BadImage: as `decode`; an array of another shape or type.
     """
     if data.startswith(NUMPY):
-        return _array(data, channels, MAX_PIXELS)
+        return _array(data, channels)
     picture = decode(data)  # which knows better what is wrong with it, if something is
     if channels != 1:
         raise BadImage(f"a picture, where an array of numpy (.npy) with {channels} channels is expected")
     return np.array(picture.convert("L"))[..., None]
 
 
-def _array(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "H W C"]:
+def _array(data: bytes, channels: int) -> UInt8[np.ndarray, "H W C"]:
     """The bytes of a .npy file as pixels."""
     file = io.BytesIO(data)
     try:
@@ -151,7 +150,7 @@ def _array(data: bytes, channels: int, max_pixels: int) -> UInt8[np.ndarray, "H 
     known = kind in (np.uint8, np.uint16) and (len(shape) == 3 or (len(shape) == 2 and channels == 1))
     if not known or (*shape, 1)[2] != channels:
         raise BadImage(f"expected an array (H, W, {channels}) of uint8 or uint16, got {shape} of {kind}")
-    _refuse_size(shape[1], shape[0], max_pixels)
+    _refuse_size(shape[1], shape[0])
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False).reshape(*shape[:2], channels)
     except Exception as error:
@@ -182,9 +181,9 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return image.crop(box) if side == size else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _refuse_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}")
+def _refuse_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} is {width * height:,} pixels, more than the limit of {MAX_PIXELS:,}")
     if width * height == 0:
         raise BadImage(f"{width} x {height} px has no pixels")
 

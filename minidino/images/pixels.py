@@ -33,6 +33,8 @@ from minidino.images.datasets import (
 from minidino.images.decode import BadImage, shrink, square
 from minidino.runs import atomic_path, remove_litter, write_atomically
 
+NO_BAR = 6.0  # mean difference from the colour of the outermost lines, in grey levels of 255, above which a line is none
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
@@ -166,29 +168,27 @@ def by_pillow(
     return np.asarray(change(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))))).transpose(2, 0, 1)
 
 
-def inside_bars(image: UInt8[np.ndarray, "3 H W"], tolerance: float = 6.0) -> Int64[np.ndarray, "4"]:
+def inside_bars(image: UInt8[np.ndarray, "3 H W"]) -> Int64[np.ndarray, "4"]:
     """What opposite bars of one colour leave of a picture, as on a film that is shown on another screen.
 
     They are removed again and again until there are none, so that a picture between bars and the same picture without
     them are left alike, even where the picture's own plain background looks like bars.
 
-    Args:
-        tolerance: mean difference of a line of the bar from the colour of the outermost lines, in grey levels of 255.
     Returns:
         Left, top, right, bottom in px; all of the picture where nothing or little would be left.
     """
     height, width = image.shape[1:]
-    left, right = _between_bars(image.transpose(2, 0, 1), tolerance)
-    top, bottom = _between_bars(image.transpose(1, 0, 2), tolerance)
+    left, right = _between_bars(image.transpose(2, 0, 1))
+    top, bottom = _between_bars(image.transpose(1, 0, 2))
     if (bottom - top, right - left) == (height, width):
         return np.array([0, 0, width, height])
-    return np.array([left, top, left, top]) + inside_bars(image[:, top:bottom, left:right], tolerance)
+    return np.array([left, top, left, top]) + inside_bars(image[:, top:bottom, left:right])
 
 
-def _between_bars(lines: UInt8[np.ndarray, "n 3 m"], tolerance: float) -> tuple[int, int]:
+def _between_bars(lines: UInt8[np.ndarray, "n 3 m"]) -> tuple[int, int]:
     """First line and end of those between two bars of one colour; all of them where there are no such bars."""
     colour = np.median(lines[[0, -1]], axis=(0, 2))[:, None]
-    shown = np.flatnonzero(np.abs(lines - colour).mean(axis=(1, 2)) > tolerance)
+    shown = np.flatnonzero(np.abs(lines - colour).mean(axis=(1, 2)) > NO_BAR)
     first, last = (int(shown[0]), int(shown[-1]) + 1) if len(shown) else (0, 0)
     barred = first > 0 and last < len(lines) and last - first > len(lines) / 4
     return (first, last) if barred else (0, len(lines))
@@ -201,6 +201,7 @@ def load_pixels(
     progress: bool = True,
     engine: Engine = LOCAL,
     channels: int = 3,
+    warn: bool = True,
 ) -> Pixels:
     """Decode every picture once, shrunk to `short_side`; bad files go to the quarantine and the run goes on.
 
@@ -211,6 +212,7 @@ def load_pixels(
             from there the next time, as long as files, their modification times and short_side agree. None: memory.
         engine: where files are decoded.
         channels: of a picture; other than 3: see `decode_channels`.
+        warn: of pictures that are left out, when they are decoded; False where the caller tells of them.
     Raises:
         ValueError: no file at all, or none that decodes.
     Differs: the official code cuts crops from whole pictures, panoramas included; they are sharper where pictures are
@@ -218,9 +220,10 @@ def load_pixels(
     """
     if not len(images) or short_side < 1:
         raise ValueError(f"nothing to load: {len(images)} files in {images.name}, short_side {short_side} px")
+    how = short_side, progress, engine, channels, warn
     if folder is None:
         memory = io.BytesIO()
-        kept, sizes, originals = _fill(memory, images, short_side, progress, engine, channels)
+        kept, sizes, originals = _fill(memory, images, *how)
         data = np.frombuffer(memory.getbuffer(), dtype=np.uint8)
         return _laid_out(data, sizes, originals, images.select(kept), channels)
     folder = Path(folder)
@@ -229,7 +232,7 @@ def load_pixels(
         return stored
     remove_litter(folder)
     with atomic_path(folder / "pixels.u8") as beside, open(beside, "wb") as file:
-        kept, sizes, originals = _fill(file, images, short_side, progress, engine, channels, folder / "quarantine.csv")
+        kept, sizes, originals = _fill(file, images, *how, folder / "quarantine.csv")
         (folder / "pixels.json").unlink(missing_ok=True)  # else a crash here leaves it to describe the old pixels.u8
     note = {"key": key, "kept": kept, "sizes": sizes, "originals": originals}
     write_atomically(folder / "pixels.json", json.dumps(note).encode())
@@ -244,6 +247,7 @@ def _fill(
     progress: bool,
     engine: Engine,
     channels: int,
+    warn: bool,
     quarantine: Path | None = None,
 ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """Append each decoded picture to the file, list the others in the quarantine.
@@ -262,11 +266,11 @@ def _fill(
         originals.append(original)
     if quarantine:
         write_quarantine(quarantine, bad)
-    lost = [f"{row['file']!r}: {row['reason']}" for row in bad if not row["file"].lower().endswith(SIDE_SUFFIXES)]
     if not kept:
         first = f"{bad[0]['file']!r}: {bad[0]['reason']}"
         raise ValueError(f"none of the {len(bad)} files of {images.name} could be decoded; the first, {first}")
-    if lost:
+    lost = [f"{row['file']!r}: {row['reason']}" for row in bad if not row["file"].lower().endswith(SIDE_SUFFIXES)]
+    if lost and warn:
         told = f"; all stand in {quarantine}" if quarantine else ""
         warnings.warn(f"{len(lost):,} of {len(images):,} files of {images.name} are left out, {lost[0]}{told}", stacklevel=3)
     return kept, sizes, originals

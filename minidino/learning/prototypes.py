@@ -9,9 +9,7 @@ what the student says is looked at in parts of K and forgotten. The operation ex
     triton      minidino.kernels.prototypes: parts that never leave the chip
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from minidino.learning import losses
 from minidino.learning.losses import TINY, AllReduce, alone
-from minidino.model.attention import autocast_off
+from minidino.model.attention import autocast_off, no_triton
 
 FLOOR = -150 * math.log(2)  # exp of less is 0 in float32
 PART = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers looked at in one turn
@@ -247,18 +245,12 @@ def resolve(impl: str, device: torch.device | str) -> str:
         ValueError: the name is unknown.
         NotImplementedError: the implementation exists by name but cannot run here.
     """
-    kind = torch.device(device).type
     if impl == "auto":
         return AUTO
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown prototype loss {impl!r}: expected 'auto', {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if impl == "triton" and not importlib.util.find_spec("triton"):
-        raise NotImplementedError("prototype loss 'triton': Triton is not installed; choose 'chunked' or 'reference'")
-    if impl == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotImplementedError(
-            f"prototype loss 'triton' needs a CUDA GPU, and this is {kind}; choose 'chunked' or 'reference', or set "
-            "TRITON_INTERPRET=1 before the start to run it slowly, step by step"
-        )
+    if impl == "triton" and (reason := no_triton(torch.device(device).type)):
+        raise NotImplementedError(f"prototype loss 'triton' {reason}; choose 'chunked' or 'reference'")
     return impl
 
 

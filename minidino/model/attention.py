@@ -95,8 +95,8 @@ def resolve(impl: str, device: torch.device | str) -> str:
     """
     kind = torch.device(device).type
     if impl == "auto":
-        return "triton" if kind == "cuda" and not _no_triton(kind) else "sdpa"
-    if impl == "triton" and (reason := _no_triton(kind)):
+        return "triton" if kind == "cuda" and not no_triton(kind) else "sdpa"
+    if impl == "triton" and (reason := no_triton(kind)):
         raise NotImplementedError(f"attention 'triton' {reason}; choose 'sdpa', which runs everywhere")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {impl!r}: expected 'auto', " + ", ".join(map(repr, IMPLEMENTATIONS)))
@@ -140,7 +140,7 @@ def suits_triton(q: Float[Tensor, "T h d"], seqlens: list[int]) -> bool:
     return half and q.shape[2] in (32, 64, 128) and max(seqlens, default=0) <= LONGEST
 
 
-def _no_triton(kind: str) -> str:
+def no_triton(kind: str) -> str:
     """Why Triton cannot run on this type of device; empty where it can."""
     try:
         import minidino.kernels.attention  # noqa: F401  # here, since Triton exists on Linux alone

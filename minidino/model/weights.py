@@ -246,11 +246,6 @@ def _few(keys: Collection[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------- out
 
 
-def save_backbone(vit: VisionTransformer, path: str | Path) -> Path:
-    """Write the weights of a backbone with official names, as .safetensors or .pth; returns the path."""
-    return export_weights(vit, path, "hub")
-
-
 def export_weights(
     vit: VisionTransformer, path: str | Path, layout: str = "hub", size: int | Sequence[int] | None = None
 ) -> Path:

@@ -12,7 +12,6 @@ Distances are in metres; 0 = not known.
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -54,23 +53,15 @@ def taps(depth: int, head: str = "lin4", mode: str = "released") -> list[int]:
     return list(RELEASED_TAPS.get(depth, even)) if mode == "released" else even
 
 
-def bins(min_depth: float = 1e-3, max_depth: float = 10.0, n: int = 256, kind: str = "uniform") -> Float[Tensor, "n"]:
-    """The distances a head chooses among, metres, both ends included.
+def bins(min_depth: float = 1e-3, max_depth: float = 10.0, n: int = 256) -> Float[Tensor, "n"]:
+    """The distances a head chooses among, metres, evenly spread, both ends included.
 
-    Args:
-        kind: "uniform", as published, or "log": equal ratios.
     Raises:
-        ValueError: not 0 < min_depth < max_depth, fewer than two bins, another kind.
-    Differs: the released "SID" bins take min_depth and max_depth as powers of ten; "log" takes them as metres.
+        ValueError: not 0 < min_depth < max_depth, fewer than two bins.
     """
-    if not 0 < min_depth < max_depth < float("inf") or n < 2 or kind not in ("uniform", "log"):
-        raise ValueError(
-            f"expected 0 < min_depth < max_depth (m), n of at least 2, kind uniform or log, got {min_depth}, "
-            f"{max_depth}, {n}, {kind!r}"
-        )
-    if kind == "uniform":
-        return torch.linspace(min_depth, max_depth, n)
-    return torch.logspace(np.log10(min_depth), np.log10(max_depth), n, dtype=torch.float64).float()
+    if not 0 < min_depth < max_depth < float("inf") or n < 2:
+        raise ValueError(f"expected 0 < min_depth < max_depth (m), n of at least 2, got {min_depth}, {max_depth}, {n}")
+    return torch.linspace(min_depth, max_depth, n)
 
 
 def expected_depth(logits: Float[Tensor, "B K H W"], bins: Float[Tensor, "K"]) -> Float[Tensor, "B H W"]:
@@ -301,7 +292,6 @@ def fit_depth(
     weight_decay: float = 0.01,
     pixels: int | None = None,
     gradient_weight: float = 0.0,
-    gradient_mode: str = "fixed",
     patch_size: int | None = None,
 ) -> dict:
     """Train a head on frozen features to tell distances, and judge it.
@@ -360,7 +350,7 @@ def fit_depth(
             found, depth, known = _seen(head, maps.float(), depth.float(), known, chosen, patch_size)
             loss = silog_loss(found, depth, known, warm_up=step < min(100, steps // 10))
             if gradient_weight > 0:
-                loss = loss + gradient_weight * gradient_loss(found, depth, known, gradient_mode)
+                loss = loss + gradient_weight * gradient_loss(found, depth, known)
             search.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), 35.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidino.images.crops import luminance, normalise
-from minidino.runs import named_errors, write_atomically, writer_is_dead
+from minidino.runs import named_errors, write_json, writer_is_dead
 
 # ---------------------------------------------------------------- frozen features
 
@@ -232,7 +232,7 @@ class FeatureStore:
                 value = np.asarray(value.float() if value.dtype == torch.bfloat16 else value)  # which numpy has not
                 size = _save(unfinished / f"{name}.npy", value)
                 made["arrays"][name] = {"shape": list(value.shape), "dtype": str(value.dtype), "bytes": size}
-            write_atomically(unfinished / "made.json", json.dumps(made, indent=1).encode())
+            write_json(unfinished / "made.json", made)
             with suppress(OSError):  # something is there: damaged, or of another process that has been faster
                 unfinished.rename(place)
             if not self._valid(place, key):

@@ -19,6 +19,7 @@ from minidino.probes.linear import (
     head_accuracies,
     held_out,
     labelled,
+    labelled_parts,
     shuffled,
     steps_of,
     train_heads,
@@ -70,10 +71,8 @@ def linear_grid(
     if choose not in ("held-out", "test"):
         raise ValueError(f"expected choose 'held-out' or 'test', got {choose!r}")
     generator = torch.Generator().manual_seed(seed)
-    x, y = labelled(_joined(train, max(blocks)), train_y)
-    test_x, test_y = labelled(_joined(test, max(blocks)), test_y)
-    if len(x) < 2 or len(test_x) < 1:
-        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
+    train_x, test_x = (_joined(found, max(blocks)) for found in (train, test))
+    x, y, test_x, test_y = labelled_parts(train_x, train_y, test_x, test_y)
     if n_classes is None:
         y, test_y, n_classes = counted(y, test_y)
     val_x, val_y = test_x, test_y

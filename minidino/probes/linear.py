@@ -57,10 +57,7 @@ def linear_probe(
         mean and deviation of the training rows, and are computed once, so there is no augmentation.
     """
     generator = torch.Generator().manual_seed(seed)
-    train_x, train_y = labelled(train_x, train_y)
-    test_x, test_y = labelled(test_x, test_y)
-    if len(train_x) < 2 or len(test_x) < 1:
-        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(train_x)} and {len(test_x)}")
+    train_x, train_y, test_x, test_y = labelled_parts(train_x, train_y, test_x, test_y)
     if n_classes is None:
         train_y, test_y, n_classes = counted(train_y, test_y)
     val, train = held_out(len(train_x), val_frac, generator)
@@ -180,7 +177,6 @@ def patch_probe(
     test_masks: Rows,
     n_classes: int,
     l2: float = 1e-4,
-    max_iterations: int = 200,
 ) -> dict:
     """Name what every patch shows from its own feature alone: softmax regression on frozen patch tokens.
 
@@ -191,7 +187,6 @@ def patch_probe(
         train_masks, test_masks: (n, N) class of each patch; below 0 is ignored.
         n_classes: classes 0 to n_classes - 1.
         l2: penalty on the weights (not the biases), features standardised.
-        max_iterations: of L-BFGS.
     Returns:
         "miou": mean over the classes that occur in prediction or truth; "iou": per class, nan where it occurs in
         neither; "accuracy": share of patches named rightly.
@@ -202,19 +197,19 @@ def patch_probe(
     if len(x) == 0 or len(test_x) == 0:
         raise ValueError(f"expected patches with a class of 0 or more, got {len(x)} to train and {len(test_x)} to test")
     x, test_x = _standardised(x, test_x)
-    predicted = F.linear(test_x, *_softmax_regression(x, y, n_classes, l2, max_iterations)).argmax(1)
+    predicted = F.linear(test_x, *_softmax_regression(x, y, n_classes, l2)).argmax(1)
     found = mean_iou(predicted, test_y, n_classes)
     return {key: found[key] for key in ("miou", "iou", "accuracy")}
 
 
 def _softmax_regression(
-    x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float, max_iterations: int
+    x: Float[Tensor, "n D"], y: Int[Tensor, "n"], n_classes: int, l2: float
 ) -> tuple[Float[Tensor, "C D"], Float[Tensor, "C"]]:
     """Weights and biases of the fitted map from features to logits."""
     weight = torch.zeros(n_classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(n_classes, requires_grad=True)
     search = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iterations, history_size=20, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=200, history_size=20, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
@@ -279,6 +274,16 @@ def labelled(x: Rows, y: Rows) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"]]:
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"expected features (n, D) and labels (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
     return _finite(x[y >= 0]), y[y >= 0]
+
+
+def labelled_parts(
+    train_x: Rows, train_y: Rows, test_x: Rows, test_y: Rows
+) -> tuple[Float[Tensor, "n D"], Int[Tensor, "n"], Float[Tensor, "m D"], Int[Tensor, "m"]]:
+    """The same of rows to learn from and rows to judge with. Raises ValueError also for fewer than two and one."""
+    (x, y), (test_x, test_y) = labelled(train_x, train_y), labelled(test_x, test_y)
+    if len(x) < 2 or len(test_x) < 1:
+        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
+    return x, y, test_x, test_y
 
 
 def _finite(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:

@@ -10,9 +10,11 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from minidino.probes.knn import Rows, as_tensor, class_numbers, knn_predict
-from minidino.probes.linear import held_out, labelled
+from minidino.probes.linear import held_out, labelled, labelled_parts
 
 PUBLISHED_CS = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
+MAX_ITERATIONS = 1000  # of L-BFGS, for each C
+TOLERANCE = 1e-6  # it stops when no component of the gradient of the mean loss exceeds this
 
 
 class LogisticModel(NamedTuple):
@@ -31,9 +33,7 @@ class LogisticModel(NamedTuple):
         return self.classes[self.logits(x).argmax(1)]
 
 
-def logistic_path(
-    x: Rows, y: Rows, cs: Sequence[float] = PUBLISHED_CS, max_iterations: int = 1000, tolerance: float = 1e-6
-) -> list[LogisticModel]:
+def logistic_path(x: Rows, y: Rows, cs: Sequence[float] = PUBLISHED_CS) -> list[LogisticModel]:
     """Fit one classifier for each strength of the penalty, each starting where the one before ended.
 
         minimise  C * sum_i cross-entropy_i + ||weights||^2 / 2        (biases are free; convex: one answer)
@@ -43,8 +43,6 @@ def logistic_path(
     Args:
         x, y: features (n, D), as they are, and labels; rows with a label below 0 (unknown) are dropped.
         cs: values of C; fastest in ascending order.
-        max_iterations: of L-BFGS, for each C.
-        tolerance: stop when no component of the gradient of the mean loss exceeds it.
     Returns:
         One model for each C, in their order.
     Raises:
@@ -62,7 +60,7 @@ def logistic_path(
     axes, spread = _principal_axes(x - mean)  # (r, D), (r,)
     z, parameters, models = (x - mean) @ axes.T, None, []
     for c in cs:
-        parameters = _fit(z, y, len(classes), c, spread, parameters, max_iterations, tolerance)
+        parameters = _fit(z, y, len(classes), c, spread, parameters)
         weight = parameters[:, :-1] @ axes
         bias = parameters[:, -1] - weight @ mean
         models.append(LogisticModel(weight, bias, classes))
@@ -85,8 +83,6 @@ def _fit(
     c: float,
     spread: Float[Tensor, "r"],
     start: Float[Tensor, "K r1"] | None,
-    max_iterations: int,
-    tolerance: float,
 ) -> Float[Tensor, "K r1"]:
     """Weights and, in the last column, biases; the first class of two has zeros."""
     n, free = len(z), n_classes if n_classes > 2 else n_classes - 1
@@ -110,7 +106,7 @@ def _fit(
         return value.item(), gradient.flatten().numpy()
 
     begin = torch.zeros(free, len(scale), dtype=torch.float64) if start is None else start[-free:] / scale
-    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "gtol": tolerance, "ftol": 0, "maxcor": 20}
+    options = {"maxiter": MAX_ITERATIONS, "maxfun": 2 * MAX_ITERATIONS, "gtol": TOLERANCE, "ftol": 0, "maxcor": 20}
     found = minimize(loss, begin.flatten().numpy(), jac=True, method="L-BFGS-B", options=options).x
     found = torch.from_numpy(found).view(free, -1) * scale
     return found if free > 1 else torch.cat([torch.zeros_like(found), found])
@@ -130,8 +126,6 @@ def logistic_regression(
     cs: Sequence[float] = PUBLISHED_CS,
     val_frac: float = 0.1,
     seed: int = 0,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-6,
 ) -> dict:
     """Choose C on a held-out part of the training rows, fit again on all of them, and judge on the test rows.
 
@@ -149,15 +143,12 @@ def logistic_regression(
     Source: DINOv2 paper, section 7.2 (the twelve finer-grained sets); official dinov2/eval/log_regression.py (b8931f7).
     Differs: see `logistic_path`. The official mean over classes counts one that no test row has as 0 where it was named.
     """
-    x, y = labelled(train_x, train_y)
-    test_x, test_y = labelled(test_x, test_y)
-    if len(x) < 2 or len(test_x) < 1:
-        raise ValueError(f"expected 2 labelled training rows and 1 test row, got {len(x)} and {len(test_x)}")
+    x, y, test_x, test_y = labelled_parts(train_x, train_y, test_x, test_y)
     val, rows = held_out(len(x), val_frac, torch.Generator().manual_seed(seed))
-    models = logistic_path(x[rows], y[rows], cs, max_iterations, tolerance)
+    models = logistic_path(x[rows], y[rows], cs)
     table = {c: _share_right(model.predict(x[val]), y[val]) for c, model in zip(cs, models, strict=True)}
     best = max(table, key=table.get)
-    (model,) = logistic_path(x, y, [best], max_iterations, tolerance)
+    (model,) = logistic_path(x, y, [best])
     predicted = model.predict(test_x)
     per_class = [_share_right(predicted[test_y == k], k) for k in test_y.unique()]
     return {"accuracy": _share_right(predicted, test_y), "mean_class_accuracy": float(np.mean(per_class)),

@@ -62,9 +62,7 @@ def similarity(queries: Rows, database: Rows) -> Float[Tensor, "Q N"]:
     return x @ bank.T
 
 
-def average_precision(
-    relevant: Bool[Tensor, "n"] | Sequence[bool], n_positives: int | None = None, interpolation: str = "trapezoid"
-) -> float:
+def average_precision(relevant: Bool[Tensor, "n"] | Sequence[bool], interpolation: str = "trapezoid") -> float:
     """Area under precision over recall of one ranking.
 
         trapezoid: mean over the positives of  (j / rank + (j + 1) / (rank + 1)) / 2      (j / rank = 1 at rank 0)
@@ -73,8 +71,7 @@ def average_precision(
     where rank counts all that stands before the positive, and j the positives among it.
 
     Args:
-        relevant: best first, without junk.
-        n_positives: of the query, where some may be missing from the ranking; None counts the ranking.
+        relevant: best first, without junk; all positives of the query are among them.
         interpolation: "trapezoid" as the official code, "step" as scikit-learn and most papers on other sets.
     Returns:
         In [0, 1]; nan without positives.
@@ -83,16 +80,13 @@ def average_precision(
     if interpolation not in ("trapezoid", "step"):
         raise ValueError(f"expected interpolation 'trapezoid' or 'step', got {interpolation!r}")
     rank = np.flatnonzero(np.asarray(relevant, dtype=bool))
-    n_positives = len(rank) if n_positives is None else n_positives
-    if n_positives < len(rank):
-        raise ValueError(f"{len(rank)} positives in the ranking, but n_positives = {n_positives}")
-    if n_positives == 0:
+    if not len(rank):
         return float("nan")
     before = np.arange(len(rank))
     precision = (before + 1) / (rank + 1)
     if interpolation == "trapezoid":
         precision = (np.where(rank == 0, 1.0, before / np.maximum(rank, 1)) + precision) / 2
-    return float(precision.sum() / n_positives)
+    return float(precision.mean())
 
 
 def mean_average_precision(
@@ -172,7 +166,7 @@ def _judge(
     last = int(np.flatnonzero(ranked)[-1]) + 1
     shown = [min(k, last) for k in ks]
     precision = [hits[k - 1] / k for k in shown]
-    return average_precision(ranked, None, interpolation), precision, [hits[k - 1] / hits[-1] for k in shown]
+    return average_precision(ranked, interpolation), precision, [hits[k - 1] / hits[-1] for k in shown]
 
 
 def _marked(query: Query, names: Sequence[str], n: int) -> Bool[np.ndarray, "n"]:
@@ -273,8 +267,8 @@ def _list(value: Any, *kinds: type) -> list:
 # ---------------------------------------------------------------- the pictures of the queries
 
 
-def query_pictures(pixels: Pixels, ground_truth: Sequence[Query], crop: bool = True) -> Pixels:
-    """Cut the box of each query out of its picture, or leave the picture whole.
+def query_pictures(pixels: Pixels, ground_truth: Sequence[Query]) -> Pixels:
+    """Cut the box of each query out of its picture.
 
     The published protocol crops. DINO's code does not (eval_image_retrieval.py), DINOv2's authors do not say, and users
     measure better without (dinov2 issues 44, 50), so a result has to say which it is.
@@ -282,7 +276,6 @@ def query_pictures(pixels: Pixels, ground_truth: Sequence[Query], crop: bool = T
     Args:
         pixels: one picture per query, in the order of the ground truth; shrunk ones are understood.
         ground_truth: boxes in px of the original pictures, rounded as by Pillow; None leaves a picture whole.
-        crop: False leaves all of them whole.
     Returns:
         Pixels in memory, to be brought to the size of the network as the database is.
     Raises:
@@ -290,8 +283,6 @@ def query_pictures(pixels: Pixels, ground_truth: Sequence[Query], crop: bool = T
     """
     if len(pixels) != len(ground_truth):
         raise ValueError(f"expected a picture for each of {len(ground_truth)} queries, got {len(pixels)}")
-    if not crop:
-        return pixels
     parts, boxes = [], []
     for i, query in enumerate(ground_truth):
         left, top, right, bottom = _stored_box(pixels, i, query.bbx)
