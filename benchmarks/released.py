@@ -1,4 +1,4 @@
-"""The code that DINOv2's authors released, run on a CPU for the benchmarks beside it; none of its files is changed.
+"""The code that others released, run on a CPU for the benchmarks beside it; none of its files is changed. Of DINOv2:
 
     git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7
 """
@@ -28,26 +28,48 @@ class Checkpointer:
 CHECKPOINTS = {"fvcore.common.checkpoint": {"Checkpointer": Checkpointer, "PeriodicCheckpointer": Checkpointer}}
 
 
+def checked(checkout: Path, name: str, part: str, commit: str | None = None) -> str:
+    """The commit of a checkout.
+
+    Args:
+        name: of the repository on GitHub.
+        part: a folder in it.
+        commit: at which it has to be; None: any.
+    Raises:
+        SystemExit: the folder is no such checkout, or at another commit.
+    """
+    if not (checkout / part).is_dir():
+        raise SystemExit(f"{checkout} is no checkout of {name}: it has no {part}")
+    found = subprocess.run(["git", "-C", checkout, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
+    at = found.stdout.strip()
+    if commit and at != commit:
+        raise SystemExit(f"{checkout}: expected {name} at {commit}, found {at or 'no commit'}; git -C {checkout} checkout {commit}")
+    return at
+
+
+def stand_in(stand_ins: dict[str, dict[str, Any]]) -> None:
+    """Put modules in the place of what is not here: {module: its members}."""
+    for name, members in stand_ins.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            module = sys.modules.setdefault(".".join(parts[:i]), ModuleType(parts[i - 1]))
+        vars(module).update(members)
+
+
 def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]]) -> str:
     """Let `import dinov2` find a checkout, in a group of one process, and give it the CPU where it asks for a GPU.
 
     Args:
-        stand_ins: {module: its members} for what is not here, besides fvcore's checkpoints, which do nothing.
+        stand_ins: as for `stand_in`, besides fvcore's checkpoints, which do nothing.
     Returns:
         The commit of the checkout.
     Raises:
         SystemExit: the folder is none.
     """
-    if not (checkout / "dinov2" / "eval").is_dir():
-        raise SystemExit(f"{checkout} is no checkout of facebookresearch/dinov2: it has no dinov2/eval")
-    for name, members in (CHECKPOINTS | stand_ins).items():
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            module = sys.modules.setdefault(".".join(parts[:i]), ModuleType(parts[i - 1]))
-        vars(module).update(members)
+    commit = checked(checkout, "facebookresearch/dinov2", "dinov2/eval")
+    stand_in(CHECKPOINTS | stand_ins)
     sys.path.append(str(checkout))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     nn.Module.cuda = Tensor.cuda = lambda self, *_, **__: self
     torch.cuda.synchronize, torch.cuda.current_device = lambda: None, lambda: torch.device("cpu")
-    commit = subprocess.run(["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return commit.stdout.strip()
+    return commit
