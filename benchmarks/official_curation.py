@@ -4,318 +4,142 @@
     python benchmarks/official_curation.py draw                                  the tables of docs/measured.md
 
 CURATION is a clone of facebookresearch/ssl-data-curation at f540537, COPIES one of facebookresearch/sscd-copy-detection at
-9590266. PATH holds the sets `pool` and `copies`; without it all pictures are drawn scenes. Where both may begin alike
-(the same clusters, first centres, descriptors), they must end alike: rows exactly, numbers up to the rounding that each
-bound names. Where both draw at random, laws are compared as in official_data.py. At the end one thing here is changed at a
-time, and has to be seen.
+9590266. PATH holds the sets `pool` and `copies`; without it all pictures are drawn scenes. From the same clusters, first
+centres or descriptors both must come to the same: rows exactly, numbers up to the rounding that each bound allows. Where
+both draw at random, laws are compared as in official_data.py. At the end one thing here is changed at a time, and has to
+be seen. What is compared stands in official_clusters.py and official_copies.py.
 """
 
 import argparse
+import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import cache, partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import copies as measure
 import numpy as np
+import official_clusters as tree
+import official_copies as sscd
 import torch
-import torch.nn.functional as F
-from official import _table as table
-from official_data import ALPHA, Row, drawn, failures, listening, same
-from recipe import RESULTS, ROOT, put, store
+from official import _parts, _table
+from official_data import ALPHA, Row, failures
+from recipe import RESULTS, put, store
 from released import checked, stand_in
-from scipy.stats import norm
-from torch import Tensor, nn
 
 from minidino.curation import clusters
-from minidino.curation.clusters import Level, Tree, balanced_sample, hierarchical_kmeans
-from minidino.curation.search import unit_rows
-from minidino.images.crops import normalise
-from minidino.images.datasets import open_images
-from minidino.images.pixels import Pixels, load_pixels
-from minidino.images.scenes import KINDS, draw_scenes
-from minidino.judge import trained_backbone
 from minidino.learning import copies
-from minidino.runs import Run
 
 CURATION = ("facebookresearch/ssl-data-curation", "src", "f540537")
 COPIES = ("facebookresearch/sscd-copy-detection", "sscd", "9590266")
-DRAWS = 20_000
-SMALL = [[0, 0, 0, 1, 1, 2, 3, 3, 3], [0, 0, 0, 1], [0, 0]]  # labels of nine rows, four clusters, two of these
-COUNTS, SIZES = [100, 20], [5, 3]  # of the real trees: clusters of each level, and members that are clustered anew
-EPS32 = float(np.finfo(np.float32).eps)
+WORDS = {"ValueError": "refused"}
 Rows = Iterator[Row]
 
 
-class Transform:
-    """For those of Classy Vision, none of which is asked."""
-
-
-STAND_INS = {  # for what SSCD's training imports: PyTorch Lightning 1.5, its bolts, Classy Vision, AugLy
-    "pytorch_lightning": {"LightningModule": nn.Module, "LightningDataModule": object},
-    "pytorch_lightning.callbacks": {"LearningRateMonitor": None, "BasePredictionWriter": object},
-    "pytorch_lightning.plugins": {"DDPSpawnPlugin": None},
-    "pytorch_lightning.utilities.apply_func": {"move_data_to_device": None},
-    "pl_bolts.optimizers.lars": {"LARS": None},
-    "pl_bolts.optimizers.lr_scheduler": {"LinearWarmupCosineAnnealingLR": None},
-    "classy_vision.dataset.transforms": {
-        "build_transforms": None, "build_transform": None, "ClassyTransform": Transform,
-        "register_transform": lambda name: lambda kind: kind},
-    "classy_vision.dataset.transforms.mixup": {"MixupTransform": Transform},
-    "classy_vision.models": {"build_model": None},
-    "classy_vision.generic.distributed_util": {
-        "get_world_size": lambda: 1, "get_rank": lambda: 0, "all_reduce_mean": None, "all_reduce_sum": None, "barrier": None},
-    "classy_vision.generic.registry_utils": {"import_all_modules": lambda *_: None},
-    "distutils.util": {"strtobool": None},
-    "pandas": {},
-}  # fmt: skip
-
-
-def released(curation: Path, sscd: Path) -> SimpleNamespace:
+def released(curation: Path, detection: Path) -> SimpleNamespace:
     """Both packages, on a CPU."""
-    commits = [checked(curation, *CURATION), checked(sscd, *COPIES)]
-    stand_in(STAND_INS)
-    sys.path += [str(curation), str(sscd), str(sscd / "sscd")]
+    commits = [checked(curation, *CURATION), checked(detection, *COPIES)]
+    stand_in(sscd.STAND_INS)
+    sys.path += map(str, (curation, detection, detection / "sscd"))
     np.Inf = np.inf  # which numpy had until 2.0
-    names = {"tree": "src.clusters", "sampling": "src.hierarchical_sampling", "kmeans": "src.kmeans_gpu",
-             "levels": "src.hierarchical_kmeans_gpu", "train": "sscd.train", "disc": "disc_eval",
-             "pooling": "sscd.models.gem_pooling", "model": "sscd.models.model", "metrics": "sscd.datasets.isc.metrics"}  # fmt: skip
-    there = SimpleNamespace(**{key: import_module(name) for key, name in names.items()}, commits=commits)
+    there = SimpleNamespace(**{key: import_module(name) for key, name in (tree.MODULES | sscd.MODULES).items()}, commits=commits)
     for module in (there.sampling, there.kmeans, there.levels):
         module.tqdm = lambda some, **_: some
     return there
 
 
-def outcome(work: Callable[[], Any]) -> str:
-    """How many rows come out, or what is raised."""
-    try:
-        return f"{len(work())} rows"
-    except (ValueError, IndexError) as error:
-        return type(error).__name__
+# ---------------------------------------------------------------- would a difference be seen?
 
 
-# ---------------------------------------------------------------- a balanced choice from the same clusters
+def by_size(sizes: np.ndarray, budget: int, generator: torch.Generator) -> np.ndarray:
+    """Shares in proportion to sizes: what balance is there to prevent."""
+    exact = budget * sizes / max(sizes.sum(), 1)
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: budget - shares.sum()]] += 1
+    return shares
 
 
-def lists(groups: list[np.ndarray]) -> np.ndarray:
-    """The released form of clusters."""
-    found = np.empty(len(groups), dtype=object)
-    for i, group in enumerate(groups):
-        found[i] = group
-    return found
+def plants(there: SimpleNamespace) -> dict[str, tuple[Callable[[], Rows], AbstractContextManager]]:
+    """What is changed here alone, and where it has to be seen."""
+    x, nearest = tree.inputs(None)["drawn scenes"], clusters.nearest_members
+    rows, some = partial(tree.kmeans_rows, there, "", x), partial(tree.laws, there, 2000)
+    first_ones = patch.object(torch, "randperm", lambda n, generator: torch.arange(n))
+    rising = patch.object(torch, "rand", lambda n, generator, dtype: torch.arange(n, dtype=dtype))
+    uniform = patch.object(clusters, "first_centers", lambda x, n, seed: np.random.default_rng(seed).permutation(len(x))[:n])
+    cold = patch.object(copies, "info_nce", lambda one, other, t, work=copies.info_nce: work(one, other, 1.01 * t))
+    return {
+        "shares in proportion to sizes": (partial(tree.leaves, there), patch.object(clusters, "split_budget", by_size)),
+        "the first of the larger clusters get one more, not random ones": (some, first_ones),
+        "a leaf gives its first rows, not random ones": (some, rising),
+        "four of the members nearest to a centre are kept, not five": (
+            rows, patch.object(clusters, "nearest_members", lambda level, n: nearest(level, n - 1))),
+        "centres are learned from 15 rows for each, not from all 20": (rows, patch.object(clusters, "POINTS_PER_CLUSTER", 15)),
+        "first centres drawn evenly, not by distance": (partial(tree.starts, there, 2000), uniform),
+        "pooled with the power 3.01": (partial(sscd.pooling, there, 3.01), nullcontext()),
+        "InfoNCE at a temperature 1 % higher": (partial(sscd.losses, there), cold),
+        "whitening with a hundredth of its shrinkage": (partial(sscd.whitening, there, copies.SHRINKAGE / 100), nullcontext()),
+        "recall where 98 of 100 links are right": (
+            partial(sscd.measures, there, None), patch.object(sscd.measure, "PRECISION", 0.98)),
+    }  # fmt: skip
 
 
-def nearest_first(level: Level) -> np.ndarray:
-    return lists([group[np.argsort(level.distance[group], kind="stable")] for group in clusters.members(level)])
+def run(curation: Path, detection: Path, data: Path | None) -> None:
+    there, rows, seen = released(curation, detection), [], {}
+    found = tree.inputs(data)
+    parts = [part(there) for part in (tree.leaves, tree.laws, tree.edges, tree.starts, tree.evenness)]
+    parts += [part(there, name, x) for name, x in found.items() for part in (tree.kmeans_rows, tree.trees)]
+    parts += [sscd.pooling(there), sscd.losses(there), sscd.whitening(there), sscd.measures(there, data)]
+    for row in (row for part in parts for row in part):
+        rows.append(row)
+        print(*row.values(), sep=" | ", flush=True)
+    for words, (part, change) in plants(there).items():
+        with change:
+            tried = list(part())
+        seen[words] = [len(failures(tried)), len(tried)]
+        print(words, seen[words], flush=True)
+    told = {"inputs": {name: x.shape for name, x in found.items()}, "objective": tree.objective(there)}
+    store("official-curation", {"released": there.commits, "alpha": ALPHA, **told, "rows": rows, "seen": seen})
+    if bad := failures(rows) + [("not seen", words) for words, (n, _) in seen.items() if not n]:
+        sys.exit(f"{len(bad)} differ: {bad}")
 
 
-def as_released(there: SimpleNamespace, tree: Tree) -> Any:
-    levels = [nearest_first(tree[0]), *(lists(clusters.members(level)) for level in tree[1:])]
-    return there.tree.HierarchicalCluster.from_dict([{"clusters": level} for level in levels])
+def tables() -> dict[str, str]:
+    """How far apart both are, what happens at the edges, and what of our changes is seen."""
+    stored = json.loads((RESULTS / "official-curation.json").read_text())
+    rows, edge = [], []
+    for part, some in _parts(stored).items():
+        if part == "edges":
+            edge = [[row["what"], *(WORDS.get(row[side], row[side]) for side in ("ours", "theirs"))] for row in some]
+            continue
+        n, random = sum(np.sum(row["n"]) for row in some), [row["p"] for row in some if "p" in row]
+        largest = max((row["largest"] for row in some if "p" not in row), default=0)
+        rows.append([part, len(some), f"{n:,}", f"p = {min(random):.3f}" if random else f"{largest:.1e}" if largest else 0])
+    words = "released code at " + " and ".join(stored["released"])
+    seen = [[change, f"{n} of {of}"] for change, (n, of) in stored["seen"].items()]
+    return {
+        "official-curation": _table(["", "comparisons", "numbers", "largest difference, or smallest p-value"], rows, stored, words),
+        "official-curation-edges": _table(["", "here", "released"], edge, stored, words),
+        "official-curation-seen": _table(["changed here", "comparisons that fail"], seen, stored, words),
+    }
 
 
-def random_tree(rng: np.random.Generator) -> Tree:
-    """Up to 400 rows under up to four levels, very uneven; on the first some clusters may be empty."""
-    n, n_levels = int(rng.integers(1, 400)), int(rng.integers(1, 5))
-    tree: Tree = []
-    for depth in range(n_levels):
-        count = int(rng.integers(1, n + 1) ** 0.8) if depth else int(rng.integers(1, n + 3))
-        labels = (count * rng.random(n) ** 3).astype(np.int64)
-        if depth:
-            labels[rng.permutation(n)[:count]] = np.arange(count)  # the released code refuses empty ones there
-        tree.append(Level(np.zeros((count, 1), np.float32), labels, rng.permutation(n).astype(np.float32)))
-        n = count
-    return tree
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("checkouts", type=Path, nargs="*", help="CURATION and COPIES, for run")
+    parser.add_argument("--data", type=Path, help="a folder with the sets pool and copies; without it scenes are drawn")
+    options = parser.parse_args()
+    if options.what == "draw":
+        return put(tables())
+    if len(options.checkouts) != 2:
+        parser.error("run: expected two checkouts, of facebookresearch/ssl-data-curation and of facebookresearch/sscd-copy-detection")
+    torch.set_num_threads(1)
+    run(*(path.resolve() for path in options.checkouts), options.data)
 
 
-def first_come() -> ExitStack:
-    """Whoever is drawn at random is now the first, here and there."""
-    stack = ExitStack()
-    stack.enter_context(patch.object(np.random, "choice", lambda some, n, replace: some[:n]))
-    stack.enter_context(patch.object(torch, "randperm", lambda n, generator: torch.arange(n)))
-    return stack
-
-
-def sampled(there: SimpleNamespace, tree: Tree, leaf: str = "random") -> tuple[Callable, Callable]:
-    """Ours and theirs: a budget -> rows, rising."""
-    draws, work = torch.Generator().manual_seed(0), there.sampling.hierarchical_sampling
-    theirs = lambda budget: np.sort(work(as_released(there, tree), budget, 1, leaf[0])).astype(np.int64)  # noqa: E731
-    return lambda budget: balanced_sample(tree, budget, draws, leaf), theirs
-
-
-def leaves(there: SimpleNamespace) -> Rows:
-    """Rows of random trees: what each leaf gives, and which."""
-    rng, found = np.random.default_rng(0), []
-    with first_come():
-        for _ in range(300):
-            tree = random_tree(rng)
-            n = len(tree[0].labels)
-            ours, theirs = sampled(there, tree, "closest")
-            for budget in {0, 1, n, *rng.integers(0, n + 1, 3).tolist()}:
-                found.append((tree, ours(budget), theirs(budget)))
-    shares = [np.abs(np.subtract(*(np.bincount(tree[0].labels[rows], minlength=len(tree[0].centroids)) for rows in pair))).sum()
-              for tree, *pair in found]  # fmt: skip
-    yield same("leaves", "rows that a leaf gives more or fewer", len(found), np.sum(shares), 0)
-    others = [len(np.setxor1d(*pair)) for _, *pair in found]
-    yield same("leaves", "rows that one alone chooses", len(found), np.sum(others), 0)
-
-
-def laws(there: SimpleNamespace, n_draws: int = DRAWS) -> Rows:
-    """The same small tree, so often that every set of rows that can come out does: how often each?"""
-    distance = np.arange(9, dtype=np.float32)
-    tree = [Level(np.zeros((max(some) + 1, 1)), np.array(some), distance[: len(some)]) for some in SMALL]
-    for leaf, budget in (("random", 2), ("random", 4), ("random", 6), ("closest", 5)):
-        np.random.seed(0)
-        found = [[work(budget) for _ in range(n_draws)] for work in sampled(there, tree, leaf)]
-        named = [(1 << np.stack(some)).sum(1).astype(np.int16) for some in found]  # a set as a number
-        yield drawn("sets", f"{budget} of 9 rows, {leaf} of a leaf", *named)
-
-
-def edges(there: SimpleNamespace) -> Rows:
-    """What happens where there is too much or too little."""
-
-    def told(what: str, ours: Callable, theirs: Callable, expected: tuple[str, str]) -> Row:
-        found = outcome(ours), outcome(theirs)
-        return same("edges", what, 1, float(found != expected), 0, ours=found[0], theirs=found[1])
-
-    def asked(tree: Tree, budget: int) -> list[Callable]:
-        return [partial(work, budget) for work in sampled(there, tree)]
-
-    tree = [Level(np.zeros((max(some) + 1, 1)), np.array(some), np.zeros(len(some))) for some in SMALL]
-    gap = [tree[0], Level(np.zeros((3, 1)), 2 * np.array(SMALL[1]), np.zeros(4)), Level(np.zeros((1, 1)), np.zeros(3, int), np.zeros(3))]
-    yield told("nothing is asked for", *asked(tree, 0), ("0 rows", "0 rows"))
-    yield told("more is asked for than there is, 9 rows", *asked(tree, 10), ("ValueError", "9 rows"))
-    yield told("4 rows, a cluster of clusters is empty", *asked(gap, 4), ("4 rows", "ValueError"))
-    x = np.array([[0.0], [1.0], [2.0]], np.float32)
-    kmeans = there.kmeans.kmeans
-    yield told("5 clusters of 3 rows", lambda: clusters.kmeans(x, 5).centroids,
-               lambda: kmeans(torch.tensor(x), 5, 1, num_init=1)[0], ("ValueError", "3 rows"))  # fmt: skip
-    x = np.array([[2.0], [2.0], [1.0], [1.5], [2.5], [3.0], [9.0]], np.float32)
-    start = np.array([0, 1, 6])  # two centres on one place, in the middle of the rest: nothing comes to the second
-
-    def filled(labels: np.ndarray) -> np.ndarray:
-        return np.unique(labels)
-
-    with fixed_starts(there, lambda rows, n: start):
-        yield told("clusters that are not empty, of 3, where two begin on one place",
-                   lambda: filled(clusters.kmeans(x, 3).labels),
-                   lambda: filled(kmeans(torch.tensor(x), 3, 25, num_init=1)[2]), ("3 rows", "2 rows"))  # fmt: skip
-
-
-# ---------------------------------------------------------------- clusters
-
-
-@cache
-def scenes() -> tuple[np.ndarray, np.ndarray]:
-    """What the small trained network says of 1,000 drawn scenes, (1000, 64), and what these show."""
-    some, vit = draw_scenes(1000, 48, seed=5), trained_backbone(Run(ROOT / "data/runs/scenes-cpu"), torch.device("cpu"))
-    with torch.no_grad():
-        rows = [vit(x) for x in normalise(torch.as_tensor(some.images).permute(0, 3, 1, 2)).split(250)]
-    return torch.cat(rows).numpy(), some.labels
-
-
-def inputs(data: Path | None) -> dict[str, np.ndarray]:
-    """Descriptors, of length 1 as the pipeline has them."""
-    found = {"drawn scenes": unit_rows(scenes()[0])}
-    if data:
-        images = open_images(data / "pool")
-        pixels = load_pixels(images.select(range(0, len(images), 2)), 32, progress=False)
-        found["thumbnails of photographs"] = unit_rows(pixels.whole(16).flatten(1).numpy() - 127.5)
-    return found
-
-
-def spread_rows(x: Any, n: int) -> np.ndarray:
-    """The longest row, then always the one furthest from all before: they hang on no order of rows."""
-    x = np.asarray(x, dtype=np.float64)
-    chosen, nearest = [int(np.square(x).sum(1).argmax())], np.inf
-    while len(chosen) < n:
-        nearest = np.minimum(nearest, np.square(x - x[chosen[-1]]).sum(1))
-        chosen.append(int(nearest.argmax()))
-    return np.array(chosen)
-
-
-def fixed_starts(there: SimpleNamespace, choose: Callable[[Any, int], np.ndarray]) -> ExitStack:
-    """Here and there these rows are the first centres."""
-    stack = ExitStack()
-    stack.enter_context(patch.object(clusters, "first_centers", lambda x, n, seed: choose(x, n)))
-    theirs = lambda x, n, *_, **__: (x[choose(x, n)], None)  # noqa: E731
-    stack.enter_context(patch.object(there.kmeans, "kmeans_plusplus", theirs))
-    return stack
-
-
-def kmeans_rows(there: SimpleNamespace, name: str, x: np.ndarray, n: int = 50) -> Rows:
-    """Assignment, and what 1 and 25 moves make of the same first centres; theirs in float64."""
-    wide, start, part = torch.tensor(x).double(), spread_rows(x, n), f"k-means, {name}"
-    theirs = there.kmeans.assign_clusters(wide[start], wide, "l2").numpy()
-    ours = clusters.assign(x, x[start])
-    distance = (wide - wide[start][theirs]).square().sum(1).numpy()
-    bound = 4 * x.shape[1] ** 0.5 * EPS32  # of x^2 - 2xy + y^2 for rows of length 1
-    yield same(part, "rows assigned to others", len(x), (ours.labels != theirs).sum(), 0)
-    yield same(part, "squared distances", len(x), np.abs(ours.distance - distance).max(), bound)
-    level = Level(x[start], theirs, distance.astype(np.float32))
-    core = there.sampling.closest_to_centroid_selection(there.kmeans.sort_cluster_by_distance(
-        wide.numpy(), wide[start], lists(clusters.members(level)), "cpu", torch.float64), range(n), 5)  # fmt: skip
-    others = np.setxor1d(clusters.nearest_members(level, 5), core)
-    yield same(part, "rows that one alone keeps of the five nearest to each centre", len(core), len(others), 0)
-    with fixed_starts(there, spread_rows):
-        for moves in (1, 25):
-            centres, _, labels, _ = there.kmeans.kmeans(wide, n, moves, num_init=1, high_precision=torch.float64)
-            level = clusters.kmeans(x, n, n_iterations=moves)
-            apart = np.abs(level.centroids - centres.numpy()).max()
-            yield same(part, f"centres after {moves} move{'s' * (moves > 1)}", centres.numel(), apart, bound)
-            yield same(part, f"rows elsewhere after {moves}", len(x), (level.labels != labels).sum(), 0)
-
-
-def starts(there: SimpleNamespace, n_draws: int = DRAWS) -> Rows:
-    """Three centres of six rows, in their order: the law of k-means++, to which the released code adds trials."""
-    x = np.array([[0, 0], [1, 0], [0, 2], [3, 1], [3, 3], [5, 0]], np.float32)
-    wide, state = torch.tensor(x), np.random.RandomState(0)
-    norms = wide.square().sum(1)
-    theirs = [there.kmeans.kmeans_plusplus(wide, 3, norms, "l2", state, 1)[1] for _ in range(n_draws)]
-    ours = [clusters.first_centers(x, 3, seed) for seed in range(n_draws)]
-    yield drawn("first centres", "three of six rows", *((np.stack(some) @ [1, 6, 36]).astype(np.int16) for some in (ours, theirs)))
-
-
-def their_tree(there: SimpleNamespace, x: np.ndarray, resamples: int) -> Tree:
-    wide = torch.tensor(x).double()
-    levels = there.levels.hierarchical_kmeans_with_resampling(wide, COUNTS, 2, SIZES, resamples, verbose=False)
-    tree: Tree = []
-    for below, level in zip([wide, levels[0]["centroids"]], levels):
-        distance = (below - level["centroids"][level["assignment"]]).square().sum(1)
-        tree.append(Level(level["centroids"].numpy(), level["assignment"], distance.numpy()))
-    return tree
-
-
-def trees(there: SimpleNamespace, name: str, x: np.ndarray, resamples: int = 10) -> Rows:
-    """Two levels, each found anew among the nearest members, from the same first centres on; and 300 rows of them."""
-    part = f"trees, {name}"
-    with fixed_starts(there, spread_rows), first_come():
-        theirs = their_tree(there, x, resamples)
-        ours = hierarchical_kmeans(x, COUNTS, resamples, SIZES, n_iterations=50)
-        for i, (a, b) in enumerate(zip(ours, theirs), 1):
-            yield same(part, f"elsewhere on level {i}", len(a.labels), (a.labels != b.labels).sum(), 0)
-            yield same(part, f"centres of level {i}", a.centroids.size, np.abs(a.centroids - b.centroids).max(), 1e-5)
-        rows = sampled(there, ours, "closest")[0](300), sampled(there, theirs, "closest")[1](300)
-        yield same(part, "rows that one alone chooses, of 300", 300, len(np.setxor1d(*rows)), 0)
-
-
-def evenness(there: SimpleNamespace, seeds: int = 20) -> Rows:
-    """A long tail of kinds of scenes; each draws its own first centres. How even are the kinds of 60 chosen rows?"""
-    x, kinds = scenes()
-    order = np.random.default_rng(0).permutation(len(x))
-    tail = np.sort(np.concatenate([order[kinds[order] == kind][: 100 // (1 + kind)] for kind in range(len(KINDS))]))
-    x, kinds, found = unit_rows(x[tail]), kinds[tail], ([], [])
-    with patch.multiple(sys.modules[__name__], COUNTS=[40, 8], SIZES=[5, 3]):
-        for seed in range(seeds):
-            np.random.seed(seed)
-            two = hierarchical_kmeans(x, COUNTS, 10, SIZES, seed, 50), their_tree(there, x, 10)
-            for tree, side, entropies in zip(two, (0, 1), found):
-                share = np.bincount(kinds[sampled(there, tree)[side](60)]) / 60
-                entropies.append(-(share[share > 0] * np.log2(share[share > 0])).sum())
-    yield drawn("evenness", f"bits of the kinds of 60 rows of {len(x)}", *found)
+if __name__ == "__main__":
+    main()
