@@ -131,7 +131,8 @@ def edges(there: SimpleNamespace) -> Rows:
         return [partial(work, budget) for work in sampled(there, tree)]
 
     tree = [Level(np.zeros((max(some) + 1, 1)), np.array(some), np.zeros(len(some))) for some in SMALL]
-    gap = [tree[0], Level(np.zeros((3, 1)), 2 * np.array(SMALL[1]), np.zeros(4)), Level(np.zeros((1, 1)), np.zeros(3, int), np.zeros(3))]
+    top = Level(np.zeros((1, 1)), np.zeros(3, int), np.zeros(3))
+    gap = [tree[0], Level(np.zeros((3, 1)), 2 * np.array(SMALL[1]), np.zeros(4)), top]
     yield told("nothing is asked for", *asked(tree, 0), ("0 rows", "0 rows"))
     yield told("more is asked for than there is, 9 rows", *asked(tree, 10), ("ValueError", "9 rows"))
     yield told("4 rows, a cluster of clusters is empty", *asked(gap, 4), ("4 rows", "ValueError"))
@@ -222,7 +223,8 @@ def starts(there: SimpleNamespace, n_draws: int = DRAWS) -> Rows:
     norms = wide.square().sum(1)
     theirs = [there.kmeans.kmeans_plusplus(wide, 3, norms, "l2", state, 1)[1] for _ in range(n_draws)]
     ours = [clusters.first_centers(x, 3, seed) for seed in range(n_draws)]
-    yield drawn("first centres", "three of six rows", *((np.stack(some) @ [1, 6, 36]).astype(np.int16) for some in (ours, theirs)))
+    named = ((np.stack(some) @ [1, 6, 36]).astype(np.int16) for some in (ours, theirs))
+    yield drawn("first centres", "three of six rows, in their order", *named)
 
 
 def their_tree(there: SimpleNamespace, x: np.ndarray, counts: list[int]) -> Tree:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from official_data import Row, listening, same
 from torch import Tensor, nn
 
+from minidino.curate import COPY_STEPS, trained_describer
+from minidino.curation.duplicates import hash_duplicates
 from minidino.curation.search import unit_rows
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import draw_scenes
@@ -84,8 +86,10 @@ def taught() -> tuple[nn.Module, list[tuple[Tensor, Tensor, float, float]]]:
     with listening(copies, "info_nce", "koleo_loss") as heard:
         for _ in copies.train_copies(pixels, net, STEPS, batch_size=48, size=SIDE, temperature=TEMPERATURE):
             pass
-    pairs = zip(heard[::2], heard[1::2], strict=True)
-    return net, [(*(z.detach().double() for z in views[:2]), float(nce), float(koleo)) for (_, views, nce), (*_, koleo) in pairs]
+    steps = []
+    for (_, (one, other, _), nce), (*_, koleo) in zip(heard[::2], heard[1::2], strict=True):
+        steps.append((one.detach().double(), other.detach().double(), nce.item(), koleo.item()))
+    return net, steps
 
 
 def their_loss(there: SimpleNamespace, z: Tensor, kinds: Tensor, part: str) -> Tensor:
@@ -161,7 +165,8 @@ def whitening(there: SimpleNamespace, shrinkage: float = 0.0) -> Rows:
     true, theirs = true @ true.T, theirs @ theirs.T
     apart, rounding = np.abs(whitened(rows, shrinkage) - true).max(), np.abs(theirs - true).max()
     shrunk = np.abs(whitened(rows, copies.SHRINKAGE) - theirs)
-    yield same("whitening", "cosines beside float64", true.size, apart, rounding, shrunk=[float(shrunk.mean()), float(shrunk.max())])
+    told = {"shrunk": [float(shrunk.mean()), float(shrunk.max())]}
+    yield same("whitening", "cosines beside float64", true.size, apart, float(rounding), **told)
 
 
 # ---------------------------------------------------------------- the measure
@@ -189,7 +194,22 @@ def measures(there: SimpleNamespace, data: Path | None) -> Rows:
     yield from judged(there, "many equal scores", (5 * score).round() / 5, truth)
     yield from judged(there, "no link is right enough", -score.round(1), truth)
     if data:
-        with tempfile.TemporaryDirectory() as folder:
-            task = measure.copies_task(data, Path(folder))
-        score = measure.cosines(lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5, task)
-        yield from judged(there, "altered photographs by their colours", score, task.truth)
+        yield from photographs(there, data)
+
+
+def photographs(there: SimpleNamespace, data: Path) -> Rows:
+    """Altered photographs against references, by colours and by our describer, taught on the pool; with and without the
+    released normalisation of scores, which takes from each the mean of a query's three best in the pool."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task, pool = measure.copies_task(data, folder), measure.pool_task(data, folder).left
+        thumbs = pool.whole(16).flatten(1).numpy()
+        distinct = pool.select(np.sort(hash_duplicates(thumbs).representatives))
+        describer = trained_describer(distinct, folder, COPY_STEPS, 0)
+        sets = [there.disc.Embeddings(np.arange(len(each)), unit_rows(measure.rows_of(describer, each, folder)))
+                for each in (task.left, task.right, distinct)]  # fmt: skip
+    by_colours = measure.cosines(lambda pixels: pixels.whole(16).flatten(1).numpy() - 127.5, task)
+    yield from judged(there, "photographs by colours", by_colours, task.truth)
+    adjusted = there.disc.apply_score_norm(*sets, there.disc.ScoreNormalization.parse("1.0[0,2]"))
+    for words, (queries, references) in {"CopyNet": sets[:2], "CopyNet, scores normalised": adjusted}.items():
+        yield from judged(there, f"photographs by {words}", queries.embeddings @ references.embeddings.T, task.truth)

@@ -46,7 +46,8 @@ def released(curation: Path, detection: Path) -> SimpleNamespace:
     stand_in(sscd.STAND_INS)
     sys.path += map(str, (curation, detection, detection / "sscd"))
     np.Inf = np.inf  # which numpy had until 2.0
-    there = SimpleNamespace(**{key: import_module(name) for key, name in (tree.MODULES | sscd.MODULES).items()}, commits=commits)
+    modules = {key: import_module(name) for key, name in (tree.MODULES | sscd.MODULES).items()}
+    there = SimpleNamespace(commits=commits, **modules)
     for module in (there.sampling, there.kmeans, there.levels):
         module.tqdm = lambda some, **_: some
     return there
@@ -119,9 +120,10 @@ def tables() -> dict[str, str]:
         largest = max((row["largest"] for row in some if "p" not in row), default=0)
         rows.append([part, len(some), f"{n:,}", f"p = {min(random):.3f}" if random else f"{largest:.1e}" if largest else 0])
     words = "released code at " + " and ".join(stored["released"])
+    heads = ["", "comparisons", "numbers", "largest difference or smallest p-value"]
     seen = [[change, f"{n} of {of}"] for change, (n, of) in stored["seen"].items()]
     return {
-        "official-curation": _table(["", "comparisons", "numbers", "largest difference, or smallest p-value"], rows, stored, words),
+        "official-curation": _table(heads, rows, stored, words),
         "official-curation-edges": _table(["", "here", "released"], edge, stored, words),
         "official-curation-seen": _table(["changed here", "comparisons that fail"], seen, stored, words),
     }
@@ -136,7 +138,7 @@ def main() -> None:
     if options.what == "draw":
         return put(tables())
     if len(options.checkouts) != 2:
-        parser.error("run: expected two checkouts, of facebookresearch/ssl-data-curation and of facebookresearch/sscd-copy-detection")
+        parser.error(f"run: expected two checkouts, of {CURATION[0]} and of {COPIES[0]}")
     torch.set_num_threads(1)
     run(*(path.resolve() for path in options.checkouts), options.data)
 
