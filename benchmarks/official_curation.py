@@ -93,7 +93,7 @@ def run(curation: Path, detection: Path, data: Path | None) -> None:
     found = tree.inputs(data)
     parts = [part(there) for part in (tree.leaves, tree.laws, tree.edges, tree.starts, tree.evenness)]
     parts += [part(there, name, x) for name, x in found.items() for part in (tree.kmeans_rows, tree.trees)]
-    parts += [sscd.pooling(there), sscd.losses(there), sscd.whitening(there), sscd.measures(there, data)]
+    parts += [part(there) for part in (sscd.pooling, sscd.losses, sscd.whitening, partial(sscd.measures, data=data))]
     for row in (row for part in parts for row in part):
         rows.append(row)
         print(*row.values(), sep=" | ", flush=True)
