@@ -6,7 +6,7 @@ released training imports and nothing here asks: PyTorch Lightning, Classy Visio
 
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from unittest.mock import patch
@@ -15,6 +15,7 @@ import copies as measure
 import numpy as np
 import torch
 import torch.nn.functional as F
+from official_clusters import edge
 from official_data import Row, listening, same
 from torch import Tensor, nn
 
@@ -158,13 +159,20 @@ def whitening(there: SimpleNamespace, shrinkage: float = 0.0) -> Rows:
     images = torch.tensor(draw_scenes(500, SIDE, seed=8).images).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         rows = net.eval()(images).numpy()
-    some = there.disc.Embeddings(np.arange(len(rows)), rows)
-    theirs = there.disc.project(f"PCAW{rows.shape[1]},L2norm,Flat", some, some, some)[0].embeddings
+
+    def their_whitened(rows: np.ndarray) -> np.ndarray:
+        some = there.disc.Embeddings(np.arange(len(rows)), rows)
+        return there.disc.project(f"PCAW{rows.shape[1]},L2norm,Flat", some, some, some)[0].embeddings
+
+    theirs = their_whitened(rows)
     values, axes = np.linalg.eigh(np.cov(rows.T.astype(np.float64)))
     true = unit_rows((rows - rows.mean(0, dtype=np.float64)) @ axes / values**0.5)
     true, theirs = true @ true.T, theirs @ theirs.T
     apart, rounding = np.abs(whitened(rows, shrinkage) - true).max(), np.abs(theirs - true).max()
     shrunk = np.abs(whitened(rows, copies.SHRINKAGE) - theirs)
+    few = rows[:20]
+    work = partial(whitened, few, copies.SHRINKAGE), partial(their_whitened, few)
+    yield edge("whitening of 20 rows of 64 numbers", *work, ("20 rows", "an error"))
     told = {"shrunk": [float(shrunk.mean()), float(shrunk.max())]}
     yield same("whitening", "cosines beside float64", true.size, apart, float(rounding), **told)
 

@@ -36,7 +36,6 @@ from minidino.learning import copies
 
 CURATION = ("facebookresearch/ssl-data-curation", "src", "f540537")
 COPIES = ("facebookresearch/sscd-copy-detection", "sscd", "9590266")
-WORDS = {"ValueError": "refused"}
 Rows = Iterator[Row]
 
 
@@ -114,7 +113,7 @@ def tables() -> dict[str, str]:
     rows, edge = [], []
     for part, some in _parts(stored).items():
         if part == "edges":
-            edge = [[row["what"], *(WORDS.get(row[side], row[side]) for side in ("ours", "theirs"))] for row in some]
+            edge = [[row["what"], row["ours"], row["theirs"]] for row in some]
             continue
         n, random = sum(np.sum(row["n"]) for row in some), [row["p"] for row in some if "p" in row]
         largest = max((row["largest"] for row in some if "p" not in row), default=0)
