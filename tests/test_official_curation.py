@@ -16,10 +16,8 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-def one_by_one(levels, budget, multiplier, leaf):
+def one_by_one(levels, budget):
     """Each branch in turn gives one row, as long as it has any: the released law where all chance is first come."""
-    assert (multiplier, leaf) == (1, "c")
-
     def size(depth, i):
         return len(levels[0][i]) if depth == 0 else sum(size(depth - 1, child) for child in levels[depth][i])
 
@@ -53,8 +51,8 @@ def test_what_each_leaf_gives_is_compared_row_by_row(benchmark, monkeypatch):
     monkeypatch.setattr(study, "TREES", 20)
     assert [row["largest"] for row in study.leaves(released(one_by_one))] == [0, 0]
 
-    def other(levels, budget, *options):
-        found = one_by_one(levels, budget, *options)
+    def other(levels, budget):
+        found = one_by_one(levels, budget)
         gone = np.setdiff1d(np.concatenate([*levels[0]]), found)
         return np.append(found[1:], gone[:1]) if len(found) and len(gone) else found
 
