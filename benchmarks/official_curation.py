@@ -11,7 +11,6 @@ be seen. What is compared stands in official_clusters.py and official_copies.py.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,16 +18,15 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import official_clusters as tree
 import official_copies as sscd
 import torch
-from official import _parts, _table
+from official import _parts, _stored, _table
 from official_data import ALPHA, Row, failures
-from recipe import RESULTS, put, store
+from recipe import put, store
 from released import checked, stand_in
 
 from minidino.curation import clusters
@@ -109,7 +107,7 @@ def run(curation: Path, detection: Path, data: Path | None) -> None:
 
 def tables() -> dict[str, str]:
     """How far apart both are, what happens at the edges, and what of our changes is seen."""
-    stored = json.loads((RESULTS / "official-curation.json").read_text())
+    stored = _stored("curation")
     rows, edge = [], []
     for part, some in _parts(stored).items():
         if part == "edges":
