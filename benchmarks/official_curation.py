@@ -111,17 +111,17 @@ def tables() -> dict[str, str]:
     rows, edge = [], []
     for part, some in _parts(stored).items():
         if part == "edges":
-            edge = [[row["what"], row["ours"], row["theirs"]] for row in some]
+            edge = [[row["what"], *(row[side].removesuffix(" rows") for side in ("ours", "theirs"))] for row in some]
             continue
         n, random = sum(np.sum(row["n"]) for row in some), [row["p"] for row in some if "p" in row]
         largest = max((row["largest"] for row in some if "p" not in row), default=0)
         rows.append([part, len(some), f"{n:,}", f"p = {min(random):.3f}" if random else f"{largest:.1e}" if largest else 0])
-    words = "released code at " + " and ".join(stored["released"])
+    words = "Released code at " + " and ".join(stored["released"])
     heads = ["", "comparisons", "numbers", "largest difference or smallest p-value"]
     seen = [[change, f"{n} of {of}"] for change, (n, of) in stored["seen"].items()]
     return {
         "official-curation": _table(heads, rows, stored, words),
-        "official-curation-edges": _table(["", "here", "released"], edge, stored, words),
+        "official-curation-edges": _table(["rows that come out", "here", "released"], edge, stored, words),
         "official-curation-seen": _table(["changed here", "comparisons that fail"], seen, stored, words),
     }
 
