@@ -159,6 +159,7 @@ def run(numbers: list[str], seeds: int) -> list[str]:
     """Run notebooks and store each. Returns what went wrong, in words."""
     found = json.loads(PATH.read_text()) if PATH.exists() else {"notebooks": {}, "made": {}}
     rows, made, wrong = found["notebooks"], made_of(found), []
+    here = environment(0, pick_device())  # before what is stored makes the tree another than the commit
     paths = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not numbers or path.name[:2] in numbers]
     for path in tqdm(paths, unit="notebook"):
         try:
@@ -167,7 +168,7 @@ def run(numbers: list[str], seeds: int) -> list[str]:
             wrong.append(str(error))
             tqdm.write(wrong[-1])
             continue
-        made[path.stem] = environment(0, pick_device())
+        made[path.stem] = here
         for row in rows[path.stem]:
             if not is_safe(row):
                 tqdm.write(f"{path.stem}: {row}")

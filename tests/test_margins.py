@@ -94,6 +94,16 @@ def test_what_is_said_of_all_notebooks_is_true_of_each(margins, tmp_path, monkey
     assert told.count("commit ") == 2 and "commit aaaaaaa." in told
 
 
+def test_what_a_run_stores_does_not_make_its_own_commit_another(margins, tmp_path, monkeypatch):
+    known = margins.environment
+    monkeypatch.setattr(margins, "one", quickly)
+    monkeypatch.setattr(margins, "environment", lambda *of: known(*of) | {"commit": f"a{'-dirty' * margins.PATH.exists()}"})
+    write(tmp_path, "01_one", GOOD)
+    write(tmp_path, "02_two", GOOD)
+    margins.run([], 2)
+    assert {made["commit"] for made in json.loads(margins.PATH.read_text())["made"].values()} == {"a"}
+
+
 def test_the_first_form_of_the_result_is_read_and_only_what_is_known_of_it_is_kept(margins, tmp_path, monkeypatch):
     monkeypatch.setattr(margins, "one", quickly)
     for name in ("01_one", "02_two"):
