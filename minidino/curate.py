@@ -94,7 +94,7 @@ def curate(
     picked = pick_engine(engine)
     Path(out).mkdir(parents=True, exist_ok=True)
     with alone_in(Path(out), Path(out) / "stages"):
-        side = short_side or max(SHORT_SIDE, *(each.size for each in (given, semantic) if each))
+        side = short_side or max([SHORT_SIDE, *(each.size for each in (given, semantic) if each)])
         curation = Curation(pool, out, side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
