@@ -129,7 +129,7 @@ def same(part: str, what: str, n: int, largest: float, bound: float, **more: Any
 
 def failures(rows: list[Row]) -> list[tuple[str, str]]:
     """What differs, as does what is no number."""
-    p = ALPHA / sum("p" in row for row in rows)
+    p = ALPHA / max(1, sum("p" in row for row in rows))
     bad = (row for row in rows if not (row["p"] >= p if "p" in row else row["largest"] <= row["bound"]))
     return [(row["part"], row["what"]) for row in bad]
 

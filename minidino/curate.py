@@ -29,7 +29,8 @@ from minidino.runs import Run, alone_in, expect_no_run, pick_device, write_atomi
 
 COPY_SIZE, COPY_STEPS, COPY_BATCH = 64, 600, 96
 WHITENING = 20_000  # pictures that the whitening is learned from
-SSCD_SIZE = 288  # px, what the published models were trained at
+SHORT_SIDE = 112  # px, of decoded pictures at least
+SSCD_SIZE = 288  # px, of the squares that the published models were evaluated on, trained at 224
 
 
 def curate(
@@ -44,7 +45,7 @@ def curate(
     n_clusters: int | None = None,
     copy_steps: int = COPY_STEPS,
     seed: int = 0,
-    short_side: int = 112,
+    short_side: int | None = None,
     copy_threshold: float | None = None,
     leak_threshold: float | None = None,
     say: Callable[[str], None] = print,
@@ -64,7 +65,7 @@ def curate(
         n_clusters: of the pool; given, whole clusters with more than 3 queries are retrieved.
         copy_steps: of training the small one.
         seed: of everything left to chance.
-        short_side: px, of decoded pictures.
+        short_side: px, of decoded pictures; None takes 112, or as much as a given network looks at.
         copy_threshold, leak_threshold: cosines above which two pictures are copies, and above which one is too close
             to a picture of an evaluation set. None takes the published 0.6 and 0.45 for a given model; what the small
             one proposes is proven by laying the two upon each other.
@@ -93,7 +94,8 @@ def curate(
     picked = pick_engine(engine)
     Path(out).mkdir(parents=True, exist_ok=True)
     with alone_in(Path(out), Path(out) / "stages"):
-        curation = Curation(pool, out, short_side, seed, say, engine=picked)
+        side = short_side or max([SHORT_SIDE, *(each.size for each in (given, semantic) if each)])
+        curation = Curation(pool, out, side, seed, say, engine=picked)
         curation.drop_same()
         distinct = curation.pixels.select(np.flatnonzero(curation.kept))
         describer = given or trained_describer(distinct, curation.folder, copy_steps, seed)
@@ -145,7 +147,10 @@ def _stored(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def copy_model(path: str | Path) -> Describer:
-    """A published copy-detection model in TorchScript, such as sscd_disc_mixup."""
+    """A published copy-detection model in TorchScript, such as sscd_disc_mixup.
+
+    Differs: it sees what lies inside of plain bars, made small bicubically; SSCD's evaluation all of it, bilinearly.
+    """
     try:
         module = torch.jit.load(str(path), map_location=pick_device()).eval()
     except RuntimeError as error:

@@ -195,6 +195,28 @@ def test_the_stage_leaves_manifest_pictures_and_report(pool, tmp_path):
     assert "same picture" in report and "pictures in a group" in report
 
 
+class Grain(torch.nn.Module):
+    """Two kinds of pictures: with grain and without."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        grainy = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3)) > 0.5
+        return self.scale * torch.stack([grainy, ~grainy], 1)
+
+
+def test_a_given_model_sees_pictures_as_large_as_it_looks_at_them(tmp_path):
+    (tmp_path / "pool").mkdir()
+    grain = 60 * (np.indices((288, 288)).sum(0) % 2)[..., None]  # lost on 112 px
+    for i, image in enumerate(draw_scenes(2, 288, 3).images):
+        Image.fromarray((image // 2 + i * grain).astype(np.uint8)).save(tmp_path / "pool" / f"{i}.png")
+    torch.jit.script(Grain()).save(str(tmp_path / "model.pt"))
+    manifest = curate(tmp_path / "pool", tmp_path / "out", copies=tmp_path / "model.pt")
+    assert open_images(manifest).files == ["0.png", "1.png"]
+
+
 def test_names_may_be_anything_that_a_file_system_takes(pool, tmp_path, capsys):
     exam = tmp_path / "test$\\frac$\udcff"
     try:

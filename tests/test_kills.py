@@ -38,7 +38,6 @@ from minidino.pictures import funnel
 from minidino.probes import features
 from minidino.runs import Run, write_atomically
 
-
 ROOT = Path(__file__).resolve().parents[1]
 TINY_RUN = ["data.n_scenes=8", "data.n_test_scenes=4", "data.short_side=16", "crops.global_size=16", "crops.local_size=8",
             "vit.width=32", "vit.depth=1", "vit.heads=1", "heads.n_prototypes=16", "heads.hidden_dim=16",

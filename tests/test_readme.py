@@ -28,6 +28,7 @@ BENCHMARKS = {
     "batch_size": {"batch-size"},
     "margins": {"margins"},
     "plan": {"plan", "plan-measured"},
+    "official_curation": {"official-curation", "official-curation-edges", "official-curation-seen"},
     "official": {"official-step", "official-switches", "official-data", "official-probes"},
     "official_protocols": {"official-protocols"},
 }
@@ -72,7 +73,8 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_it():
     named = set(re.findall(r"\b(\w+\.py)\b", README))
     there = {path.name for path in (ROOT / "minidino").rglob("*.py")} - {"__init__.py"}
     assert there <= named, there - named
-    others = {"hubconf", "memcheck", "imagenette", "official_data", "official_probes", "official_corruptions", *BENCHMARKS}
+    others = {"hubconf", "memcheck", "imagenette", "official_data", "official_probes", "official_clusters", "official_copies",
+              "official_corruptions", *BENCHMARKS}  # fmt: skip
     assert named - there <= {f"{name}.py" for name in others}, named - there
 
 

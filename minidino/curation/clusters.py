@@ -42,6 +42,9 @@ def kmeans(x: Rows, n_clusters: int, seed: int = 0, n_iterations: int = 25, unit
         unit: bring each row to length 1 as it is read, where the angle counts.
     Raises:
         ValueError: more clusters than rows, or a row that is not finite.
+    Differs: the code released with Vo et al. 2024 (ssl-data-curation, f540537) learns from all rows, moves 50 times,
+        tries 2 + ln C rows for each first centre, leaves an empty cluster empty (here it takes a part of a large one),
+        and makes fewer clusters of too few rows.
     """
     import faiss
 
@@ -124,7 +127,8 @@ def hierarchical_kmeans(
     Raises:
         ValueError: no level, counts that do not fall, or not one sample size for each.
     Source: Vo et al. 2024 (arXiv 2405.15613), sections 3.2 and 3.3.
-    Differs: turns end early when fewer members than clusters are left.
+    Differs: turns end early when fewer members than clusters are left; the released code makes fewer clusters. There a
+        sample size of 1 means no turns.
     """
     counts, sizes = list(n_clusters), list(sample_sizes or [10, *[3] * (len(n_clusters) - 1)])
     if not counts or any(below <= above for below, above in zip(counts, counts[1:])):
@@ -171,6 +175,8 @@ def balanced_sample(tree: Tree, budget: int, generator: torch.Generator) -> Int[
     Raises:
         ValueError: a budget above the number of rows.
     Source: Vo et al. 2024, section 3.4, and its hierarchical_sampling.py.
+    Differs: the released code gives all rows where more are asked for, fails at an empty cluster above the first level,
+        and can give a row several times (`multiplier`).
     """
     sizes = [np.ones(len(tree[0].labels), dtype=np.int64)]  # rows under each node, level by level
     for level in tree:

@@ -40,6 +40,7 @@ class CopyNet(nn.Module):
         width: channels of the first stage, on a quarter of the side; each stage has twice as many on half of the side.
         dim: D, of the descriptor.
     Source: generalised-mean pooling, Radenovic et al. 2018, as in SSCD.
+    Differs: the power of the mean is learned, from 3 on, which is fixed in SSCD; nothing is standardised there.
     """
 
     def __init__(self, width: int = 32, dim: int = 256):
@@ -69,6 +70,7 @@ class CopyDescriptor(nn.Module):
     Args:
         net: trained, in evaluation mode.
     Source: whitening of descriptors, Pizzi et al. 2022 (SSCD), section 4.5; Jegou and Chum 2012.
+    Differs: mirror images and s are ours; released evaluations of SSCD normalise scores besides.
     """
 
     def __init__(self, net: CopyNet):
@@ -120,6 +122,7 @@ def info_nce(one: Float[Tensor, "B D"], other: Float[Tensor, "B D"], temperature
         one, other: unit rows; row i of both shows picture i.
         temperature: t, 0.05 in SSCD.
     Source: van den Oord et al. 2018; Chen et al. 2020, NT-Xent.
+    Differs: SSCD's released code (9590266) adds 1e-6 to the divisor.
     """
     z = torch.cat([one, other])
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
@@ -153,7 +156,8 @@ def train_copies(
     Yields:
         {"step", "loss", "info_nce", "koleo"}.
     Source: Pizzi et al. 2022 (SSCD), section 4; the entropy term is Sablayrolles et al. 2019.
-    Differs: a small net, minutes of training; no mixing of two pictures but pasting one onto another.
+    Differs: a small net, minutes of training; no mixing of two pictures but pasting one onto another; one view of two is
+        hardly changed; AdamW, there LARS; the entropy term with weight 0.5 on the first views, there 30 on all.
     """
     if len(pixels) < 2:
         raise ValueError(f"expected at least 2 pictures to tell apart, got {len(pixels)}")

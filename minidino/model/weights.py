@@ -23,7 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minidino.model.layouts import (
-    State, describe, hugging_face_config, to_hub_layout, to_hugging_face_layout, to_timm_layout,
+    State,
+    describe,
+    hugging_face_config,
+    to_hub_layout,
+    to_hugging_face_layout,
+    to_timm_layout,
 )  # fmt: skip
 from minidino.model.released import RELEASED, fetch
 from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
