@@ -23,7 +23,7 @@ from unittest.mock import patch
 import official_distill
 import torch
 import torch.nn.functional as F
-from official import _parts, _stored, _table
+from official import _brief, _stored, _table
 from official_depth import (
     DECAY,
     EXACT,
@@ -240,11 +240,14 @@ def run(checkout: Path) -> None:
 
 
 def tables() -> dict[str, str]:
-    stored, rows = _stored("dense"), []
-    for part, found in _parts(stored).items():
+    stored, rows, groups = _stored("dense"), [], {}
+    for row in stored["rows"]:
+        loose = row["tolerance"] > 1e-4  # what need not be the same has a line of its own
+        groups.setdefault(f"{row['part']}: {row['what'].split(': ')[-1]}" if loose else row["part"], []).append(row)
+    for group, found in groups.items():
         largest = max(row["difference"] / row["scale"] for row in found)
-        rows.append([part, len(found), f"{sum(row['n'] for row in found):,}", f"{largest:.1e}" if largest else "0"])
-    changed = [[row["changed"], row["seen_in"], f"{row['difference']:.0e}"] for row in stored["changed"]]
+        rows.append([group, len(found), f"{sum(row['n'] for row in found):,}", f"{largest:.1e}" if largest else "0"])
+    changed = [[row["changed"], row["seen_in"], _brief(row["difference"])] for row in stored["changed"]]
     heads, note = ["changed here alone", "seen most in", "difference"], f"DINOv3's code at {stored['released'][:7]}"
     made = {"official-dense-changed": _table(heads, changed, stored, note)}
     heads = ["", "comparisons", "numbers", "largest difference, as a share of the largest number"]
