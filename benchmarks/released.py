@@ -1,6 +1,7 @@
 """The code that others released, run on a CPU for the benchmarks beside it; none of its files is changed. Of DINOv2:
 
     git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7
+    git clone https://github.com/facebookresearch/dinov3 PATH && git -C PATH checkout 6876159    for official_dense.py
 """
 
 import subprocess
@@ -56,17 +57,18 @@ def stand_in(stand_ins: dict[str, dict[str, Any]]) -> None:
         vars(module).update(members)
 
 
-def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]]) -> str:
+def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]], package: str = "dinov2") -> str:
     """Let `import dinov2` find a checkout, in a group of one process, and give it the CPU where it asks for a GPU.
 
     Args:
         stand_ins: as for `stand_in`, besides fvcore's checkpoints, which do nothing.
+        package: what is imported, of the repository of this name.
     Returns:
         The commit of the checkout.
     Raises:
         SystemExit: the folder is none.
     """
-    commit = checked(checkout, "facebookresearch/dinov2", "dinov2/eval")
+    commit = checked(checkout, f"facebookresearch/{package}", f"{package}/eval")
     stand_in(CHECKPOINTS | stand_ins)
     sys.path.append(str(checkout))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

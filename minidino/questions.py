@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from minidino.config import CropConfig, RunConfig
+from minidino.images.archives import short_hash
 from minidino.images.datasets import READABLE_SUFFIXES, ImageSet, open_images
 from minidino.images.pairs import Loaded, Pairs, load_pairs, open_pairs
 from minidino.images.pixels import Pixels, load_pixels
 from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
-from minidino.runs import short_hash
 from minidino.stages import open_world
 from minidino.subjects import Cache, Subject, fingerprint
 

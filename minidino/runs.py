@@ -137,9 +137,9 @@ def _machine(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
     try:
-        said = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        ask = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        said = subprocess.run(ask, capture_output=True, text=True)
     except OSError:
         return None
     return said.stdout.strip() or None
@@ -197,11 +197,6 @@ def remove_litter(folder: Path, pattern: str = "*", silent_s: float = 0) -> None
 def expanded(path: str | Path) -> Path:
     """The path with its `~` replaced by the home; one that is nobody's stands as it is, and may be a folder's name."""
     return Path(os.path.expanduser(path))
-
-
-def short_hash(path: str | Path) -> str:
-    """Eight letters that tell this place from others whose last names are the same."""
-    return hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:8]
 
 
 def home_cache() -> Path:

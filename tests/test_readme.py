@@ -31,6 +31,7 @@ BENCHMARKS = {
     "official_curation": {"official-curation", "official-curation-edges", "official-curation-seen"},
     "official": {"official-step", "official-switches", "official-data", "official-probes"},
     "official_protocols": {"official-protocols"},
+    "official_dense": {"official-dense", "official-dense-changed"},
 }
 
 
@@ -74,7 +75,7 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_it():
     there = {path.name for path in (ROOT / "minidino").rglob("*.py")} - {"__init__.py"}
     assert there <= named, there - named
     others = {"hubconf", "memcheck", "imagenette", "official_data", "official_probes", "official_clusters", "official_copies",
-              "official_corruptions", *BENCHMARKS}  # fmt: skip
+              "official_corruptions", "official_depth", "official_distill", *BENCHMARKS}  # fmt: skip
     assert named - there <= {f"{name}.py" for name in others}, named - there
 
 

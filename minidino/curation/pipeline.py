@@ -36,11 +36,11 @@ from minidino.curation.registration import PROOF, proven_leaks, proven_pairs
 from minidino.curation.retrieval import retrieve_by_cluster, retrieve_by_sample
 from minidino.curation.search import Index
 from minidino.engine import LOCAL, Engine, spans
-from minidino.images.archives import MARK
+from minidino.images.archives import MARK, short_hash
 from minidino.images.datasets import SIDE_SUFFIXES, open_images, read_quarantine
 from minidino.images.named import dataset_names
 from minidino.images.pixels import Pixels, load_pixels
-from minidino.runs import atomic_path, expanded, short_hash, write_atomically, write_json
+from minidino.runs import atomic_path, expanded, write_atomically, write_json
 
 COLUMNS = ("file", "kept", "reason", "component", "duplicate_of", "similarity", "cluster", "query")
 THUMBNAIL = 16  # px

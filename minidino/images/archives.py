@@ -49,6 +49,11 @@ class Place(NamedTuple):
     reason: str = ""  # why it is bad
 
 
+def short_hash(path: str | Path) -> str:
+    """Eight letters that tell this place from others whose last names are the same."""
+    return hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:8]
+
+
 def folder_files(root: Path) -> list[tuple[str, int, int]]:
     """(relative name, bytes, modification time in ns) of every regular file below root; links are followed once.
 
