@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 

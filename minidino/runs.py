@@ -137,12 +137,10 @@ def _machine(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    try:
-        ask = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        said = subprocess.run(ask, capture_output=True, text=True)
-    except OSError:
-        return None
-    return said.stdout.strip() or None
+    ask = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
