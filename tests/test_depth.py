@@ -228,6 +228,18 @@ def test_the_head_learns_what_the_maps_tell(options):
     assert depth.depth_errors(whole, test[1])["rmse"] == pytest.approx(found["rmse"])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 30, 100])
+def test_rates_are_those_that_mmcv_makes_of_the_published_configs(steps, monkeypatch):
+    rates, move = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or move(self))
+    depth.linear_depth(*rooms(2), *rooms(2), 0.1, 5, steps=steps, lr=0.01, pixels=8, patch_size=8)
+    for i, rate in enumerate(rates):
+        cosine, warmup = 0.01 * (1 + math.cos(math.pi * i / steps)) / 2, steps // 3
+        missing = (1 - i / warmup) * (1 - 1e-3) if i < warmup else 0
+        assert rate == pytest.approx((1 - missing) * cosine)
+    assert len(rates) == steps and max(rates) <= (0.01 if steps < 3 else 0.0076)
+
+
 def test_the_same_seed_gives_the_same_head_and_memory_maps_and_half_floats_are_taken(tmp_path):
     maps, metres = rooms(3)
     np.save(tmp_path / "maps.npy", maps.half().numpy())

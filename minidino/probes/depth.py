@@ -10,6 +10,7 @@
 Distances are in metres; 0 = not known.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from minidino.learning.optim import cosine_schedule
 from minidino.probes.dense import at_pixels, checked, expect_finite, upsample
 from minidino.probes.features import frozen, in_float32
 from minidino.probes.knn import Rows, as_tensor
@@ -28,6 +28,7 @@ EPS = 1e-3  # metres, added before every logarithm
 SCALES = (1, 2, 4, 6)  # every so many-th pixel in the gradient loss, as released
 UPSAMPLE = 4  # bins per side of a patch, as released
 PUBLISHED_LR, PUBLISHED_STEPS, LARGEST_LR = 1e-4, 38_400, 1e-2
+FIRST = 1e-3  # share of the learning rate that the warm-up begins with
 RELEASED_TAPS = {24: [4, 11, 17, 23]}  # ViT-L; the released blocks of all others are evenly spaced
 
 
@@ -323,10 +324,11 @@ def fit_depth(
         everywhere, "head": the trained head.
     Raises:
         ValueError: shapes that do not fit, no valid pixel, values that are not finite (also when training diverged).
-    Source: the stored depth configs of official dinov2 (AdamW, cosine, warm-up over the first third from a thousandth
-        of the rate, gradients clipped at 35, first steps with `warm_up`).
+    Source: the stored depth configs of official dinov2 (AdamW, `warmed_cosine`, gradients clipped at 35, first steps with
+        `warm_up`).
     Differs: features are computed once, so there is no augmentation, and no mirrored second look at test time; fewer
-        steps at a higher rate; the border of padded pictures is cut off instead of resized.
+        steps at a higher rate; the first beta of AdamW stays 0.9 (there it goes from 0.95 to 0.85 and back); the border of
+        padded pictures is cut off instead of resized; a depth of max_depth counts in scores.
     """
     train_maps, train_depth = checked(train_maps, train_depth, "training")
     test_maps, test_depth = checked(test_maps, test_depth, "test")
@@ -348,13 +350,12 @@ def fit_depth(
         raise ValueError(f"only a DepthHead can be asked for some pixels alone, got pixels = {pixels} for a {kind}")
     device = next(head.parameters()).device
     search = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
-    rate = cosine_schedule(lr, lr * 1e-8, steps, warmup_steps=steps // 3, start=lr * 1e-3)
     with torch.enable_grad():
         for step, rows in enumerate(batches(len(train_maps), batch_size, steps, generator)):
             if not valid[rows].any():
                 continue
             for group in search.param_groups:
-                group["lr"] = rate(step)
+                group["lr"] = lr * warmed_cosine(step, steps)
             maps, depth, known = (x[rows].to(device) for x in (train_maps, train_depth, valid))
             chosen = None if dense else _some_pixels(known, pixels, generator)
             found, depth, known = _seen(head, maps.float(), depth.float(), known, chosen, patch_size)
@@ -370,6 +371,18 @@ def fit_depth(
     median = train_depth[valid].median().expand(test_depth.shape)
     constant = depth_errors(median, test_depth, test_valid)
     return {**depth_errors(found, test_depth, test_valid), "constant": constant, "head": head}
+
+
+def warmed_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: half a cosine over all steps, times a warm-up over their first third.
+
+    The cosine does not wait for the warm-up, so that the largest factor is 3/4.
+    Source: mmcv 1.5, lr_updater.py, by which the depth configs of official dinov2 are read; DINOv3's own schedule is less
+        than 0.002 away.
+    """
+    warmup = steps // 3
+    warm = FIRST + (1 - FIRST) * step / warmup if step < warmup else 1.0
+    return warm * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _seen(

@@ -220,7 +220,8 @@ def linear_segmentation(
     Source: DINOv2 paper, section 7.4; official dinov2/eval/segmentation/models/decode_heads/linear_head.py; recipe
         (AdamW 1e-3, weight decay 1e-4, warm-up 1,500 of 40,000, poly 1) of a third-party replication, as none was
         released.
-    Differs: features are computed once, so there is no augmentation; BatchNorm in one process; fewer steps.
+    Differs: features are computed once, so there is no augmentation; BatchNorm in one process; fewer steps; the loss is
+        the mean over labelled pixels, that of mmsegmentation and of DINOv3 over all, where an ignored one counts as 0.
     """
     test_maps, test_masks = checked(test_maps, test_masks, "test")
     test_masks = class_numbers(test_masks)
