@@ -1,6 +1,7 @@
 """The code that DINOv2's authors released, run on a CPU for the benchmarks beside it; none of its files is changed.
 
     git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7
+    git clone https://github.com/facebookresearch/dinov3 PATH && git -C PATH checkout 6876159    for official_dense.py
 """
 
 import subprocess
@@ -28,18 +29,19 @@ class Checkpointer:
 CHECKPOINTS = {"fvcore.common.checkpoint": {"Checkpointer": Checkpointer, "PeriodicCheckpointer": Checkpointer}}
 
 
-def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]]) -> str:
+def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]], package: str = "dinov2") -> str:
     """Let `import dinov2` find a checkout, in a group of one process, and give it the CPU where it asks for a GPU.
 
     Args:
         stand_ins: {module: its members} for what is not here, besides fvcore's checkpoints, which do nothing.
+        package: what is imported, of the repository of this name.
     Returns:
         The commit of the checkout.
     Raises:
         SystemExit: the folder is none.
     """
-    if not (checkout / "dinov2" / "eval").is_dir():
-        raise SystemExit(f"{checkout} is no checkout of facebookresearch/dinov2: it has no dinov2/eval")
+    if not (checkout / package / "eval").is_dir():
+        raise SystemExit(f"{checkout} is no checkout of facebookresearch/{package}: it has no {package}/eval")
     for name, members in (CHECKPOINTS | stand_ins).items():
         parts = name.split(".")
         for i in range(1, len(parts) + 1):

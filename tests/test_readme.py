@@ -29,6 +29,7 @@ BENCHMARKS = {
     "margins": {"margins"},
     "plan": {"plan", "plan-measured"},
     "official": {"official-step", "official-switches", "official-data", "official-probes"},
+    "official_dense": {"official-dense", "official-dense-changed"},
 }
 
 
@@ -71,7 +72,8 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_it():
     named = set(re.findall(r"\b(\w+\.py)\b", README))
     there = {path.name for path in (ROOT / "minidino").rglob("*.py")} - {"__init__.py"}
     assert there <= named, there - named
-    others = {"hubconf", "memcheck", "imagenette", "official_data", "official_probes", *BENCHMARKS}
+    others = {"hubconf", "memcheck", "imagenette", "official_data", "official_probes", "official_depth", "official_distill",
+              *BENCHMARKS}
     assert named - there <= {f"{name}.py" for name in others}, named - there
 
 

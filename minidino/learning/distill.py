@@ -9,8 +9,8 @@ has heads of its own, with as many prototypes as its teacher's, and its average 
 A teacher that came without heads can only be imitated token by token (`objective.imitation_losses`). That is something
 else than the paper's distillation, and has to be asked for.
 
-Source: DINOv2 paper, section 5; it was not released. DINOv3's code agrees in what must be equal
-(dinov3/train/ssl_meta_arch.py _setup_distillation, 6876159).
+Source: DINOv2 paper, section 5; it was not released. DINOv3's code (dinov3/train/ssl_meta_arch.py, 6876159) computes the same of
+the same batch, and its configs let iBOT compare drawn patches alone: benchmarks/official_dense.py.
 """
 
 import hashlib
