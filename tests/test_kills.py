@@ -280,7 +280,7 @@ def test_features_among_archives_do_not_close_them(tmp_path, monkeypatch):
 def test_two_networks_at_once_do_not_answer_into_one_folder(tmp_path, monkeypatch):
     for folder in "ab":
         pool_of(tmp_path / "pool" / folder, 10)
-    first, second = (save_backbone(tiny(heads), tmp_path / f"{heads}.safetensors") for heads in (2, 4))
+    first, second = (export_weights(tiny(heads), tmp_path / f"{heads}.safetensors") for heads in (2, 4))
     given = {"data": str(tmp_path / "pool"), "size": 8, "out": tmp_path / "out", "cache": tmp_path / "features"}
 
     def meanwhile(*asked):
