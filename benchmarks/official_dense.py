@@ -8,7 +8,6 @@ more than the stated share of the largest number of theirs is an error, and so i
 data/results/official-dense.json.
 """
 
-import argparse
 import logging
 import warnings
 from collections.abc import Callable
@@ -40,8 +39,8 @@ from official_depth import (
 )
 from official_distill import Rows, distillation, relative, there
 from official_probes import compared, halves
-from recipe import put, store
-from released import borrow, checked
+from recipe import store
+from released import borrow, checked, command_line
 from torch import Tensor, nn
 
 from minidino.images.corruptions import mean_corruption_error
@@ -253,17 +252,5 @@ def tables() -> dict[str, str]:
     return made | {"official-dense": _table(heads, rows, stored, note)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "draw"))
-    parser.add_argument("checkout", type=Path, nargs="?", help="of facebookresearch/dinov3, for run")
-    options = parser.parse_args()
-    if options.what == "draw":
-        return put(tables())
-    if options.checkout is None:
-        parser.error("run: expected the folder of a checkout of facebookresearch/dinov3")
-    return run(options.checkout.resolve())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, tables, "a checkout of facebookresearch/dinov3")

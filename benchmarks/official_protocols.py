@@ -20,17 +20,16 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from official import _parts, _stored, _table
 from official_corruptions import EXACT, SIDE, corrupted, numbers, script
 from official_data import ALPHA, listening
 from official_probes import Rows, compared, halves, noisy
 from PIL import Image
-from recipe import put, store
-from released import checked, stand_in
+from recipe import store
+from released import checked, command_line, on_cpu, stand_in
 from skimage import data
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidino.images.crops import normalise
 from minidino.images.pixels import Pixels
@@ -196,8 +195,7 @@ def video() -> Rows:
 def run(folder: Path) -> None:
     commits = {name: checked(folder / name, *about) for name, about in CLONES.items()}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    nn.Module.cuda = Tensor.cuda = lambda self, *_, **__: self
+    on_cpu()
     np.in1d, Image.ANTIALIAS = np.isin, Image.Resampling.LANCZOS  # their names when that code was written
     sys.path.append(str(folder / "dino"))
     import_module("utils").init_distributed_mode = lambda _: None
@@ -223,18 +221,5 @@ def tables() -> dict[str, str]:
     return {"official-protocols": _table(heads, rows, stored, words)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "draw"))
-    parser.add_argument("folder", type=Path, nargs="?", help="of the clones, for run")
-    options = parser.parse_args()
-    if options.what == "draw":
-        put(tables())
-    elif options.folder is None:
-        parser.error(f"run: expected the folder of {', '.join(CLONES)}")
-    else:
-        run(options.folder.resolve())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, run, tables, f"the clones {', '.join(CLONES)}")

@@ -1,17 +1,22 @@
-"""The code that others released, run on a CPU for the benchmarks beside it; none of its files is changed. Of DINOv2:
+"""The code that others released, run on a CPU for the benchmarks beside it; none of its files is changed.
 
     git clone https://github.com/facebookresearch/dinov2 PATH && git -C PATH checkout b8931f7
     git clone https://github.com/facebookresearch/dinov3 PATH && git -C PATH checkout 6876159    for official_dense.py
+
+Which other repositories, and at which commits, stands in official_curation.py and official_protocols.py.
 """
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from recipe import put
 from torch import Tensor, nn
 
 
@@ -57,8 +62,15 @@ def stand_in(stand_ins: dict[str, dict[str, Any]]) -> None:
         vars(module).update(members)
 
 
+def on_cpu() -> None:
+    """Make a group of one process, and give the CPU to whoever asks for a GPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    nn.Module.cuda = Tensor.cuda = lambda self, *_, **__: self
+    torch.cuda.synchronize, torch.cuda.current_device = lambda: None, lambda: torch.device("cpu")
+
+
 def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]], package: str = "dinov2") -> str:
-    """Let `import dinov2` find a checkout, in a group of one process, and give it the CPU where it asks for a GPU.
+    """Let `import dinov2` find a checkout, and run it without a GPU.
 
     Args:
         stand_ins: as for `stand_in`, besides fvcore's checkpoints, which do nothing.
@@ -71,7 +83,24 @@ def borrow(checkout: Path, stand_ins: dict[str, dict[str, Any]], package: str = 
     commit = checked(checkout, f"facebookresearch/{package}", f"{package}/eval")
     stand_in(CHECKPOINTS | stand_ins)
     sys.path.append(str(checkout))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    nn.Module.cuda = Tensor.cuda = lambda self, *_, **__: self
-    torch.cuda.synchronize, torch.cuda.current_device = lambda: None, lambda: torch.device("cpu")
+    on_cpu()
     return commit
+
+
+def command_line(about: str, run: Callable[[Path], None], tables: Callable[[], dict[str, str]], what: str) -> None:
+    """`run FOLDER` or `draw`.
+
+    Args:
+        about: the docstring of the benchmark.
+        what: is to be in the folder.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("folder", type=Path, nargs="?", help=f"{what}, for run")
+    options = parser.parse_args()
+    if options.what == "draw":
+        put(tables())
+    elif options.folder is None:
+        parser.error(f"run: expected a folder: {what}")
+    else:
+        run(options.folder.resolve())

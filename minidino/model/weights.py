@@ -29,7 +29,7 @@ from minidino.model.layouts import (
     to_hub_layout,
     to_hugging_face_layout,
     to_timm_layout,
-)  # fmt: skip
+)
 from minidino.model.released import RELEASED, fetch
 from minidino.model.vit import SIZES, VisionTransformer, build_vit, interpolate_pos_embed
 from minidino.runs import atomic_path, disk_errors, named_errors, write_atomically
