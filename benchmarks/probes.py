@@ -53,11 +53,12 @@ WHO = {  # as `evaluate` and as `judge_patches` call them
 # ---------------------------------------------------------------- what is found
 
 
-def network(seed: int) -> Path:
+def network(seed: int, registers: int = 0) -> Path:
     """A run folder of drawn scenes, trained where it is not there yet."""
-    folder = RUNS / f"probes-scenes-{seed}"
+    folder = RUNS / (f"probes-scenes-{seed}" if not registers else f"probes-scenes-{seed}-registers")
     if not (folder / "weights.safetensors").exists():
-        changes = [f"run.steps={STEPS}", f"run.seed={seed}", f"data.scene_seed={WORLD}", "run.knn_every=300"]
+        changes = [f"run.steps={STEPS}", f"run.seed={seed}", f"data.scene_seed={WORLD}", "run.knn_every=300",
+                   f"vit.num_register_tokens={registers}"]  # fmt: skip
         pretrain(override(preset("scenes-cpu"), changes), folder)
     return folder
 

@@ -283,6 +283,54 @@ def test_attention_is_a_row_of_the_whole_map():
             attention_to(vit, pixels, **wrong)
 
 
+def slow_marks(look, share):
+    """The published way: from the least looked-at patch on, those that come after the first 1 - share."""
+    rising, marks, so_far = np.argsort(look.ravel(), kind="stable"), np.zeros(look.size, bool), 0.0
+    for patch in rising:
+        so_far += look.ravel()[patch] / look.sum()
+        marks[patch] = so_far > 1 - share
+    return marks.reshape(look.shape)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
+def test_marks_hold_the_share_that_is_asked_for_and_no_patch_more(share):
+    maps = rng(3).gamma(0.5, size=(4, 2, 3, 5))
+    marks = patches.attended(torch.from_numpy(maps), share)
+    for look, marked in zip(maps.reshape(-1, 3, 5), marks.reshape(-1, 3, 5), strict=True):
+        np.testing.assert_array_equal(marked, slow_marks(look, share))
+        held = look[marked] / look.sum()
+        assert held.sum() >= share > held.sum() - held.min()
+
+
+def test_a_look_is_held_against_things_pixel_by_pixel():
+    maps, truth = rng(4).gamma(0.5, size=(6, 3, 2, 4)), rng(5).random((6, 6, 8)) < 0.3
+    truth[5] = False
+    found, marks = patches.on_things(maps, torch.from_numpy(truth)), patches.attended(maps)
+    for n, head in itertools.product(range(6), range(3)):
+        look, marked = (np.kron(part[n, head], np.ones((3, 2))) for part in (maps, marks))
+        assert found.mass[n, head] == pytest.approx((look * truth[n]).sum() / look.sum())
+        either = (marked.astype(bool) | truth[n]).sum()
+        assert found.jaccard[n, head] == pytest.approx((marked.astype(bool) & truth[n]).sum() / either)
+    even = patches.on_things(np.ones((6, 1, 2, 4)), truth)
+    np.testing.assert_allclose(even.mass[:, 0], truth.mean((1, 2)))
+    corners = np.kron(np.eye(2) > 0, np.ones((1, 2), bool))  # (2, 4)
+    only = patches.on_things(corners[None, None].astype(float), np.kron(corners, np.ones((3, 2), bool))[None], 0.9)
+    assert only.mass.item() == only.jaccard.item() == 1
+
+
+def test_looks_and_things_that_do_not_fit_are_refused():
+    maps, truth = np.ones((2, 1, 2, 4)), np.ones((2, 6, 8), bool)
+    for wrong in (np.zeros_like(maps), -maps, maps[0], maps[:0]):
+        with pytest.raises(ValueError, match="numbers from 0 on"):
+            patches.attended(wrong)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"a share between 0 and 1, got {share}"):
+            patches.attended(maps, share)
+    for wrong in (truth[:1], truth[:, :5], truth[:, :, :7], truth[0], truth.astype(int)):
+        with pytest.raises(ValueError, match="expected 2 masks .* a multiple of 2 x 4 px"):
+            patches.on_things(maps, wrong)
+
+
 def test_features_of_half_precision_are_understood():
     features, truth = things()
     found = foreground_pca(torch.from_numpy(features).bfloat16(), (5, 6))
