@@ -117,7 +117,7 @@ def tables() -> dict[str, str]:
 
 def said(values: list[float]) -> str:
     value = spread(values)
-    return f"{value['mean']:.3f}" + (f" ± {value['sd']:.3f}" if len(values) > 1 else "")
+    return f"{value['mean']:.3f} ± {value['sd']:.3f}" if value["sd"] > 5e-4 else f"{value['mean']:.3f}"
 
 
 def main() -> None:

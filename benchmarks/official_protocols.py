@@ -38,6 +38,7 @@ from minidino.model.vit import VisionTransformer, build_vit
 from minidino.model.weights import load_weights
 from minidino.probes import knn, propagation, retrieval
 from minidino.probes.dense import upsample
+from minidino.probes.patches import attended
 
 CLONES = {  # folder: repository, a folder in it, commit
     "revisitop": ("filipradenovic/revisitop", "python", "be39832"),
@@ -143,10 +144,12 @@ def from_files(code: Path, there: Path, ours: VisionTransformer) -> Rows:
     network = "--arch", "vit_tiny", "--patch_size", "16", "--pretrained_weights", f"{there}/weights.pth"
     Image.fromarray(data.chelsea()).save(there / "cat.png")
     left = script(code / "visualize_attention.py", *network, "--image_size", "200", "300", "--image_path", f"{there}/cat.png",
-                  "--output_dir", str(there))  # fmt: skip
+                  "--output_dir", str(there), "--threshold", "0.6")  # fmt: skip
     maps = ours.attention_maps(left["img"])[0, :, 0, 1:].unflatten(1, (left["w_featmap"], left["h_featmap"]))
     seen = torch.from_numpy(left["attentions"][:, ::16, ::16])
     yield compared("DINO", f"attention of the class token, {seen.shape[1]} x {seen.shape[2]} patches", seen, maps)
+    marked = attended(maps[None])[0]
+    yield compared("DINO", "patches that hold 0.6 of it", numbers(left["th_attn"][:, ::16, ::16]), numbers(marked), EXACT)
     scenes, pictures = draw_scenes(32, 48, seed=7), there / "roxford5k" / "jpg"
     pictures.mkdir(parents=True)
     for i, image in enumerate(scenes.images):

@@ -280,6 +280,8 @@ def norm_histogram(
     plain_numbers(left.xaxis)
     shown = right.imshow(mean_map, cmap="magma", interpolation="nearest")
     right.set(xlabel="column of patches", ylabel="row of patches")
+    for axis in (right.xaxis, right.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     figure.colorbar(shown, ax=right, label="mean length at this place")
     save(figure, path)
     return {"median": median, "threshold": found.threshold, "share": found.share, "mean_map": mean_map,

@@ -13,7 +13,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import pytest
-from answers import MISTAKES, TRUTH
+from answers_later import MISTAKES, TRUTH
 
 from minidino import pictures
 from minidino.notebook import code_of

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "attention": {"attention"},
     "prototypes": {"prototypes"},
     "probes": {"probes-scenes", "probes-photographs", "probes-decoders", "probes-finetuning"},
+    "inside": {"inside"},
     "highres": {"highres"},
     "distill": {"distill"},
     "loader": {"loader"},
