@@ -19,7 +19,7 @@ BENCHMARKS = {
     "attention": {"attention"},
     "prototypes": {"prototypes"},
     "probes": {"probes-scenes", "probes-photographs", "probes-decoders", "probes-finetuning"},
-    "inside": {"inside"},
+    "inside": {"inside", "inside-photographs"},
     "highres": {"highres"},
     "distill": {"distill"},
     "loader": {"loader"},
