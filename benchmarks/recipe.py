@@ -117,9 +117,15 @@ def ladder() -> dict[str, tuple[str, ...]]:
 def store(name: str, payload: dict[str, Any]) -> Path:
     """Write data/results/NAME.json with what the numbers depend on."""
     path = RESULTS / f"{name}.json"
-    payload = {"environment": environment(0, pick_device())} | payload
+    payload = {"environment": environment(0, pick_device()) | {"commit": _commit()}} | payload
     write_atomically(path, (json.dumps(payload, indent=1) + "\n").encode())
     return path
+
+
+@cache
+def _commit() -> str | None:
+    """That of before the first result, which would make it "-dirty"."""
+    return environment(0, pick_device())["commit"]
 
 
 def made_on(found: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ Nothing is executed: notebooks are shown as they are kept, docstrings as they st
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 

@@ -199,3 +199,13 @@ def test_numbers_that_the_released_code_has_otherwise_are_an_error(ours, same, b
 def test_a_folder_without_the_released_code_is_refused(benchmark, tmp_path):
     with pytest.raises(SystemExit, match="no checkout of facebookresearch/dinov2"):
         benchmark("official_probes").run(tmp_path)
+
+
+def test_the_first_result_of_a_benchmark_does_not_make_the_commit_of_the_next_another(benchmark, monkeypatch, tmp_path):
+    recipe = benchmark("recipe")
+    recipe._commit.cache_clear()
+    monkeypatch.setattr(recipe, "RESULTS", tmp_path)
+    monkeypatch.setattr(recipe, "environment", lambda *of: {"commit": f"a{'-dirty' * any(tmp_path.iterdir())}"})
+    paths = [recipe.store(name, {}) for name in ("one", "two")]
+    assert [json.loads(path.read_text())["environment"]["commit"] for path in paths] == ["a", "a"]
+    recipe._commit.cache_clear()
