@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from loader import in_turns
-from recipe import HIGH, RESULTS, made_on, put, spread, store
+from recipe import RESULTS, made_on, put, spread, store
 from torch import Tensor
 
 from minidino.config import override, preset
@@ -31,7 +31,7 @@ from minidino.probes.features import extract
 from minidino.probes.grid import linear_grid
 from minidino.probes.linear import linear_probe
 from minidino.runs import Run, peak_memory_mb, pick_device
-from minidino.stages import adapt, open_world, pretrain
+from minidino.stages import open_world, pretrain
 
 RUNS = Path("runs")
 STEPS, WORLD, SEEDS = 900, 11, (0, 1, 2)
@@ -42,7 +42,6 @@ QUESTIONS = (  # task, folder, size in px
     ("segmentation", "camvid", (192, 256)), ("depth", "rgbd-indoor", (192, 256)),
 )  # fmt: skip
 BOTH = ("random", "pixels")
-PHASES = (5000, 800)  # steps of the network of `decoders`, on crops of 32 px and then of HIGH
 REPEATS = 20
 WHO = {  # as `evaluate` and as `judge_patches` call them
     "position": "position", "pixels + position": "pixels + position", "random ViT": "random_vit", "trained": "trained",
@@ -94,27 +93,16 @@ def decoders(data: Path) -> None:
     """Distance from one block, from four, and from these four by DPT: networks of scenes, and one of photographs."""
     asked: dict[str, list[dict[str, Any]]] = {"scenes": [], "rgbd-indoor": []}
     jobs = [("scenes", network(seed), None, None) for seed in SEEDS]
-    jobs.append(("rgbd-indoor", short_network(data / "imagenette"), str(data / "rgbd-indoor"), (192, 256)))
+    jobs.append(("rgbd-indoor", NETWORK, str(data / "rgbd-indoor"), (192, 256)))
     for name, folder, pictures, size in jobs:
         asked[name].append({task: ask(folder, task, pictures, size, ("random",)) for task in ("depth", "dpt")})
-        store("probes-decoders", {"network_steps": {"scenes": STEPS, "rgbd-indoor": PHASES}, "asked": asked})
+        store("probes-decoders", {"network_steps": STEPS, "network": str(NETWORK), "asked": asked})
 
 
 def finetuning() -> None:
     """Fine-tuned and linear, from the trained network and from its own start: three networks of scenes."""
     asked = [ask(network(seed), "finetune", baselines=("random",)) for seed in SEEDS]
     store("probes-finetuning", {"network_steps": STEPS, "steps": HEADS["finetune"]["steps"], "asked": asked})
-
-
-def short_network(data: Path) -> Path:
-    """A run folder of photographs, trained for about twenty minutes where it is not there yet."""
-    first = RUNS / "heads-imagenette"
-    folder = first.with_name(f"{first.name}-{HIGH}px")
-    if not (folder / "weights.safetensors").exists():
-        changes = [f"data.source={data}", f"run.steps={PHASES[0]}", "run.knn_every=1000"]
-        pretrain(override(preset("imagenette-cpu"), changes), first)
-        adapt(first, folder, HIGH, PHASES[1], ["run.knn_every=200"])
-    return folder
 
 
 def ask(
@@ -255,10 +243,8 @@ def _decoders_table(found: dict[str, Any]) -> str:
         for head in by_head(asked[0], "trained"):
             cells = [_said(spread([by_head(one, who)[head][key] for one in asked])) for who, key in columns.values()]
             lines.append(f"| {name} | {head} | {' | '.join(cells)} |")
-    first, then = found["network_steps"]["rgbd-indoor"]
-    lines += ["", f"Scenes: mean ± standard deviation over {len(sets['scenes'])} networks of "
-              f"{found['network_steps']['scenes']} steps; rooms: one network of {first:,} steps on Imagenette at 32 px and "
-              f"{then} at {HIGH}, one run. {made_on(found)}"]  # fmt: skip
+    lines += ["", f"Scenes: mean ± standard deviation over {len(sets['scenes'])} networks of {found['network_steps']} steps; "
+              f"rooms: the network of an hour, one run. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
 
 
