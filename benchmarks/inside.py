@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from probes import NETWORK, SEEDS, STEPS, network
+from probes import NETWORK, SEEDS, STEPS, _said, network
 from recipe import RESULTS, made_on, put, spread, store
 from torch import Tensor
 
@@ -49,9 +49,9 @@ def scenes() -> None:
     for seed in SEEDS:
         for registers in REGISTERS:
             for name, net in nets_of(Run(network(seed, registers))).items():
-                told = agreement(attention_to(net, images), things) | lengths(net, images)
-                told["mass_of_blocks"] = [on_things(attention_to(net, images, block), things).mass.mean().item()
-                                          for block in range(net.depth)]  # fmt: skip
+                looks = [attention_to(net, images, block) for block in range(net.depth)]
+                told = agreement(looks[-1], things) | lengths(net, images)
+                told["mass_of_blocks"] = [on_things(maps, things).mass.mean().item() for maps in looks]
                 found.setdefault(f"{name}, {registers} registers", []).append(told)
                 print(name, registers, seed, told, flush=True)
     keep("scenes", things, found, steps=STEPS, size_px=SIZE)
@@ -129,16 +129,11 @@ def _table(found: dict[str, Any], words: str) -> str:
     lines = ["| who looks | share of the look on things | Jaccard: one head for all | the best head of each picture | "
              "longest patch token, in medians | patches by the rule of outliers |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in found["subjects"].items():
-        cells = (said([run[key] for run in runs]) if key in runs[0] else "" for key in COLUMNS)
+        cells = (_said(spread([run[key] for run in runs])) if key in runs[0] else "" for key in COLUMNS)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"Things are {found['share_of_pixels']:.3f} of the pixels. {words}; the one head is chosen on "
               f"{found['n_chosen_on']} others. {made_on(found)}"]  # fmt: skip
     return "\n".join(lines)
-
-
-def said(values: list[float]) -> str:
-    value = spread(values)
-    return f"{value['mean']:.3f} ± {value['sd']:.3f}" if value["sd"] > 5e-4 else f"{value['mean']:.3f}"
 
 
 def main() -> None:
