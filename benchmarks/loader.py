@@ -199,6 +199,9 @@ def in_turns(works: dict[str, Work], repeats: int = REPEATS) -> dict[str, dict[s
 
 
 def _quartiles(values: list[float]) -> dict[str, Any]:
+    """Of three values or more: of two, they would lie outside of what was seen, for a time even below zero."""
+    if len(values) < 3:
+        raise ValueError(f"quartiles of {len(values)} turns; expected 3 or more")
     low, middle, high = statistics.quantiles(values, n=4)
     return {"low": low, "median": middle, "high": high}
 
@@ -232,7 +235,7 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found, repeats = pictures(data, toy), 2 if toy else REPEATS
+        found, repeats = pictures(data, toy), 3 if toy else REPEATS
         batch = min(BATCH, len(found.pixels))
         result = {
             "pictures": found.words, "batch": batch, "threads": 1, "repeats": repeats,

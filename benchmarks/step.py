@@ -251,14 +251,14 @@ def measure(data: str | None = None, toy: bool = False) -> dict[str, Any]:
     """Agreement, then turns with and without stochastic depth, bf16 beside, memory of each alone."""
     config = settings(toy)
     batch, crops_s = one_batch(config, data, toy)
-    rate, turns = 1e12 * matrix_tflops(), 2 if toy else TURNS
+    rate, turns = 1e12 * matrix_tflops(), 3 if toy else TURNS
     found = {
         "losses": agreement(config, batch), "n_prototypes": config.heads.n_prototypes, "batch": len(batch.index),
         "threads": torch.get_num_threads(), "turns": turns, "n_masked": len(batch.mask_weights), "matmul_flops": rate,
         "crops_s": crops_s,
         "drop_path": compare(config, batch, WHO, turns, rate),
         "no_drop_path": compare(settings(toy, drop=0.0), batch, WHO[:2], turns, rate),
-        "bf16": compare(settings(toy, precision="bf16"), batch, WHO[:2], 2, rate),
+        "bf16": compare(settings(toy, precision="bf16"), batch, WHO[:2], turns, rate),
         "bf16_is_native": pick_precision("auto", CPU) == "bf16", "memory": {},
     }  # fmt: skip
     found["ours_per_s"] = found["drop_path"]["ours"]["per_s"]

@@ -70,6 +70,8 @@ def test_turns_rotate_and_the_first_round_only_warms_up(benchmark):
     found = benchmark("loader").in_turns(works, 3)
     order = ["".join(name for k, name in calls if k == i) for i in range(4)]
     assert order == ["abc", "bca", "cab", "abc"] and found["a"]["ratio"]["median"] == 1.0
+    with pytest.raises(ValueError, match="quartiles of 2 turns; expected 3 or more"):
+        benchmark("loader").in_turns(works, 2)
 
 
 def test_the_step_is_measured_and_told(benchmark):
