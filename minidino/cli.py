@@ -265,15 +265,15 @@ def _expect_new(folder: Path) -> None:
 
 
 def _probe(stages) -> None:
-    def run(options) -> None:
+    def run(o) -> None:
         from minidino.evaluate import evaluate
 
-        o = options
         size = o.size and (tuple(o.size) if len(o.size) > 1 else o.size[0])
-        found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth, depth_unit=o.depth_unit)
+        found = evaluate(o.source, o.task, o.data, size, o.baseline, o.out, o.truth, depth_unit=o.depth_unit,
+                         slices=o.slices, shifted=o.shifted)  # fmt: skip
         print(f"{found['row']}\n{found['report']}")
 
-    tasks = ("knn", "linear", "logreg", "finetune", "robustness", "retrieval", "segmentation", "depth", "dpt")
+    tasks = "knn linear logreg finetune robustness shift slices retrieval segmentation depth dpt".split()
     parser = _stage(stages, "probe", "judge frozen features",
                     "minidino probe runs/tour --task segmentation --baseline pixels --baseline random", run)  # fmt: skip
     parser.add_argument("source", metavar="RUN|WEIGHTS", help="run folder, weights, or a name: dinov2_vits14")
@@ -285,8 +285,9 @@ def _probe(stages) -> None:
     parser.add_argument("--baseline", choices=("pixels", "random"), action="append", default=[], help="the same of what "
                         "nobody trained, or of the network before its first step; may be given again")  # fmt: skip
     parser.add_argument("--truth", metavar="JSON", help="queries for retrieval, as of Revisited Oxford and Paris")
-    parser.add_argument("--depth-unit", type=float, metavar="M", help="metres per unit of the depth files; without it "
-                        "integers are millimetres, floats metres")  # fmt: skip
+    parser.add_argument("--slices", metavar="CSV", help="for slices: columns file and others, such as region or income")
+    parser.add_argument("--shifted", metavar="DIR", action="append", default=[], help="for shift: the same classes elsewhere")
+    parser.add_argument("--depth-unit", type=float, metavar="M", help="metres per unit; without it integers are mm, floats m")
     parser.add_argument("--out", help="folder of results.json, figure.png, report.html (default runs/probe-DATA-TASK)")
 
 

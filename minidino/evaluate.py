@@ -7,6 +7,8 @@
     logreg        logistic regression, also on a few pictures of each class
     finetune      class of a picture by the network itself, trained on labels, beside a linear head on the frozen one
     robustness    logistic regression on corrupted pictures
+    shift         the same on pictures of the same classes from elsewhere
+    slices        the same on each slice of the pictures
     retrieval     other pictures of the same thing or place
     segmentation  class of every pixel, from one and from four blocks, and by neighbours alone
     depth         distance of every pixel, from one and from four blocks
@@ -24,10 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minidino import looking, pictures
-from minidino.images.corruptions import CORRUPTIONS, corrupt, mean_corruption_error
 from minidino.images.pixels import some
 from minidino.probes.depth import linear_depth, predict_depth
 from minidino.probes.dpt import dpt_depth
@@ -39,15 +39,14 @@ from minidino.probes.logistic import logistic_regression, low_shot
 from minidino.probes.propagation import knn_segmentation
 from minidino.probes.retrieval import PROTOCOLS, leave_one_out, mean_average_precision, similarity
 from minidino.probes.segmentation import linear_segmentation, predict
-from minidino.questions import Dense, Grouped, Labelled, Landmarks, Size, open_question
+from minidino.questions import Answers, Dense, Grouped, Labelled, Landmarks, Size, open_question
 from minidino.report import Section, write_report
+from minidino.robust import ask_robustness, ask_shift, ask_slices, slice_rows, slice_words
 from minidino.runs import alone_in, environment, expect_no_run, pick_device, write_atomically
 from minidino.subjects import Subject, cache_in, subjects_of
 
-Answers = dict[str, dict[str, Any]]  # {subject: what was found}
 Draw = Callable[[nn.Module, Tensor, np.ndarray], None]  # a head, maps of some pictures, which pictures
 SHOTS = (1, 5, 10)  # labelled pictures of each class
-N_CORRUPTED = 500  # held-out pictures that are corrupted, each in every way
 SHOWN = 5  # pictures of a sheet
 HEADS: dict[str, dict[str, Any]] = {  # few of the published steps, so at higher rates
     "segmentation": {"steps": 1000, "lr": 1e-2},
@@ -122,34 +121,6 @@ def ask_finetune(subjects: Sequence[Subject], data: Labelled, folder: Path) -> A
         linear = linear_probe(*data.rows(subject), epochs=10)
         found[subject.name] = {"accuracy": answer["accuracy"], "linear": linear["accuracy"]}
     _bars(found, data, folder, "fine-tuned top-1")
-    return found
-
-
-def ask_robustness(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
-    """Top-1 on the same held-out pictures, clean and corrupted; the classifier has seen clean pictures alone."""
-    known = data.test.pixels.labelled()
-    clean = known.select(some(len(known), N_CORRUPTED))
-    images, truth = clean.squares(data.test.size), torch.from_numpy(clean.labels)
-    fitted = {subject.name: logistic_regression(*data.rows(subject))["model"] for subject in subjects}
-
-    def share_right(subject: Subject, pictures: Tensor) -> float:
-        seen = torch.as_tensor(subject.whole(pictures)["cls_blocks"])[:, -1]
-        return float((fitted[subject.name].predict(seen) == truth).double().mean())
-
-    found: Answers = {s.name: {"clean": share_right(s, images), "corrupted": {}} for s in subjects}
-    for name in tqdm(CORRUPTIONS, unit="corruptions", leave=False):
-        for severity in range(1, 6):
-            changed = corrupt(images, name, severity, seed=0)
-            for subject in subjects:
-                found[subject.name]["corrupted"].setdefault(name, []).append(share_right(subject, changed))
-    for answer in found.values():
-        answer["accuracy"] = float(np.mean(list(answer["corrupted"].values())))
-    errors = {who: {name: [1 - x for x in xs] for name, xs in a["corrupted"].items()} for who, a in found.items()}
-    baseline = errors[subjects[-1].name]
-    comparable = all(sum(xs) > 0 for xs in baseline.values())  # nothing is so and so many times as bad as no error
-    for who, answer in found.items():  # each against the last baseline: 1 is as bad
-        answer["mce"] = mean_corruption_error(errors[who], baseline)["mce"] if comparable else None
-    pictures.severity_curves({name: a["corrupted"] for name, a in found.items()}, folder / "figure.png")
     return found
 
 
@@ -288,6 +259,8 @@ TASKS = {
     "logreg": Task(ask_logistic, "labelled", "accuracy", "top-1"),
     "finetune": Task(ask_finetune, "labelled", "accuracy", "top-1"),
     "robustness": Task(ask_robustness, "labelled", "accuracy", "top-1 under corruption"),
+    "shift": Task(ask_shift, "labelled", "accuracy", "top-1 elsewhere"),
+    "slices": Task(ask_slices, "labelled", "worst", "top-1 of the worst slice"),
     "retrieval": Task(ask_retrieval, "grouped", "map", "mAP"),
     "segmentation": Task(ask_segmentation, "segmentation", "miou", "mIoU"),
     "depth": Task(ask_depth, "depth", "rmse", "RMSE (m)", up=False),
@@ -305,6 +278,8 @@ def evaluate(
     truth: str | None = None,
     cache: str | Path = "runs/features",
     depth_unit: float | None = None,
+    slices: str | None = None,
+    shifted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Ask one question about frozen features, and write down the answer.
 
@@ -319,6 +294,8 @@ def evaluate(
         truth: a JSON file of queries for retrieval (`read_ground_truth`); None: groups.csv or a folder for each thing.
         cache: where descriptions are kept, if it can be written; all tasks share them.
         depth_unit: metres per unit of the files of depth and dpt; None: millimetres for integers, metres for floats.
+        slices: a CSV of what held-out pictures are, for slices (`read_slices`); None: they are cut by class alone.
+        shifted: folders of pictures from elsewhere, for shift, with a folder for each of the same classes.
     Returns:
         What results.json holds: "answers" {subject: {...}}, "row" for a README, seconds, sizes, environment.
     Raises:
@@ -331,10 +308,11 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f"expected a task of {', '.join(TASKS)}, got {task!r}")
     question, begun = TASKS[task], time.perf_counter()
-    for name, given, kind in (("truth", truth, "grouped"), ("depth_unit", depth_unit, "depth")):
-        if given is not None and question.data != kind:
-            wanted = ", ".join(key for key, other in TASKS.items() if other.data == kind)
-            raise ValueError(f"{name} goes with {wanted}, not with {task}")
+    given = {"truth": (truth, ("retrieval",)), "depth_unit": (depth_unit, ("depth", "dpt")), "slices": (slices, ("slices",)),
+             "shifted": (shifted or None, ("shift",))}  # fmt: skip
+    for name, (value, tasks) in given.items():
+        if value is not None and task not in tasks:
+            raise ValueError(f"{name} goes with {', '.join(tasks)}, not with {task}")
     subjects, config = subjects_of(source, baselines, dense=question.data in ("segmentation", "depth"))
     if data is None and config is None:
         raise ValueError(f"{source} is not a run folder: say which images to judge it on with --data")
@@ -344,7 +322,7 @@ def evaluate(
     if channels != 3 and (task == "robustness" or question.data in ("segmentation", "depth")):
         raise ValueError(f"{task} is asked with pictures of red, green and blue: {source} sees {channels} channels")
     store = cache_in(Path(cache))
-    opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit)
+    opened, about = open_question(question.data, data, size, truth, config, store, channels, depth_unit, slices, shifted)
     folder = Path(out or f"runs/probe-{about['data'].replace(' ', '-')}-{task}")
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
@@ -402,4 +380,6 @@ def _report(found: dict[str, Any], folder: Path) -> None:
     if "table" in first and found["task"] == "segmentation":
         rows = [("class", "IoU"), *first["table"].items()]
         sections.append(Section("Class by class", f"Intersection over union: {who}.", table=rows))
+    if found["task"] == "slices":
+        sections.append(Section("Slice by slice", slice_words(first, who), table=slice_rows(first)))
     write_report(folder / "report.html", f"minidino probe: {found['data']}", sections)

@@ -5,6 +5,7 @@ What features know has its figures in looking.py.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,7 @@ def baselines_bar(
     runner_up = f", {names[1]} {means[1]:.1%}" if len(names) > 1 else ""
     figure, axes = figure_of(1, 1, 0.45 * len(names) + 1.4, f"{names[0]} reaches {means[0]:.1%}{runner_up}")
     ax, places = axes[0, 0], np.arange(len(names))
-    colors = [COLORS[next((word for word in ("trained", "random") if word in n.lower()), "pixels")] for n in names]
+    colors = [_color_of(name) for name in names]
     ax.barh(places, np.multiply(means, 100), xerr=np.multiply(sds, 100), color=colors, capsize=3)
     for place, mean, sd in zip(places, means, sds, strict=True):
         ax.annotate(f"{mean:.1%}", (100 * (mean + sd), place), (6, 0), textcoords="offset points", va="center")
@@ -261,6 +262,35 @@ def baselines_bar(
     ax.grid(axis="x", alpha=0.3)
     save(figure, path)
     return {"names": names, "means": means, "sds": sds}
+
+
+def shares(rows: Mapping[str, Mapping[str, tuple[float, int]]], path: str | Path | None = None, title: str = "") -> dict:
+    """Draw how often features are right on each of several sets of pictures, with the standard error of a share.
+
+    Args:
+        rows: {set of pictures: {features: (share, pictures)}}, from the top down; colours as in `baselines_bar`.
+        title: a sentence.
+    Returns:
+        {features: share of each set}.
+    """
+    found = {who: [row[who][0] for row in rows.values()] for who in next(iter(rows.values()))}
+    figure, axes = figure_of(1, 1, 0.32 * len(rows) + 1.5, title)
+    ax, places = axes[0, 0], np.arange(len(rows))
+    for (who, values), mark in zip(found.items(), cycle("osD^v")):  # two that nobody trained have one colour
+        n = np.array([row[who][1] for row in rows.values()])
+        spread = np.sqrt(np.multiply(values, np.subtract(1, values)) / np.maximum(n, 1))
+        ax.errorbar(np.multiply(100, values), places, xerr=100 * spread, fmt=mark, color=_color_of(who), label=who, capsize=2)
+    ax.set(yticks=places, yticklabels=list(rows), xlabel="top-1 (%)", xlim=(0, 100))
+    ax.invert_yaxis()
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    save(figure, path)
+    return found
+
+
+def _color_of(who: str) -> str:
+    """Of features by their name; what nobody trained is grey."""
+    return COLORS[next((word for word in ("trained", "random") if word in who.lower()), "pixels")]
 
 
 def against_parameters(

@@ -5,7 +5,9 @@
 
 import csv
 import io
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from minidino.probes.retrieval import Query, query_pictures, read_ground_truth
 from minidino.stages import open_world
 from minidino.subjects import Cache, Subject, fingerprint
 
+Answers = dict[str, dict[str, Any]]  # {subject: what was found}
 Size = int | tuple[int, int]  # px: of a square, or height and width
 MOST_SCENES = 2000  # drawn scenes whose pixels are learned from
 
@@ -60,15 +63,67 @@ class Described:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled pictures for learning and for judging."""
+    """Labelled pictures for learning and for judging.
+
+    slices: {column of a table: what it says of each held-out picture, "" = nothing}. shifted: pictures of the same
+    classes from elsewhere, by name; their labels count these classes.
+    """
 
     train: Described
     test: Described
+    slices: dict[str, list[str]] = field(default_factory=dict)
+    shifted: dict[str, Described] = field(default_factory=dict)
 
     def rows(self, subject: Subject) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
         """Last class tokens and labels, for learning and for judging."""
         train, test = self.train, self.test
         return train.tokens(subject), train.pixels.labels, test.tokens(subject), test.pixels.labels
+
+
+def read_slices(path: str | Path, files: list[str]) -> dict[str, list[str]]:
+    """What a table says of each picture.
+
+    Args:
+        path: CSV in UTF-8, columns file and one or more others, such as region and income; a file is named as in the set,
+            without suffix, or without folder as well.
+        files: names of the pictures.
+    Returns:
+        {column: the value of each picture, "" where the table does not name it}.
+    Raises:
+        ValueError: no such table, none of the pictures in it, a name that several have, or a picture with two values.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
+    columns = [name for name in rows[0] if name and name != "file"] if rows else []
+    if not columns or "file" not in rows[0]:
+        raise ValueError(f"{path}: expected a column file and at least one other, such as region")
+    place = _rows_of([row["file"] for row in rows], files)
+    if not place:
+        raise ValueError(f"{path} names none of the {len(files)} held-out pictures, such as {files[0]}")
+    found = {name: [""] * len(files) for name in columns}
+    for row in rows:
+        for name in columns if row["file"] in place else ():
+            i, value = place[row["file"]], (row[name] or "").strip()
+            if found[name][i] not in ("", value):
+                raise ValueError(f"{path}: {row['file']} has two values of {name}, {found[name][i]} and {value}")
+            found[name][i] = value
+    return found
+
+
+def _open_shifted(path: str, classes: list[str], size: int, short_side: int, cache: Cache, channels: int) -> Described:
+    """Pictures from elsewhere, of the classes that have the same names."""
+    images = open_images(path)
+    pixels = load_pixels(images, short_side, cache.folder / f"pixels-{short_hash(path)}-{short_side}", channels=channels)
+    number = {name: k for k, name in enumerate(classes)}
+    known = np.array([number.get(name, -1) for name in pixels.classes] + [-1])  # the last for -1
+    labels = known[pixels.labels]
+    if not (labels >= 0).any():
+        raise ValueError(f"{path} has no pictures in folders of the classes {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}")
+    if (labels < 0).any():
+        warnings.warn(f"{(labels < 0).sum()} of {len(labels)} pictures of {path} are of no known class", stacklevel=2)
+    return Described(name=images.name, pixels=replace(pixels, labels=labels, classes=classes), size=size, cache=cache)
 
 
 # ---------------------------------------------------------------- things and places
@@ -227,12 +282,14 @@ def open_question(
     cache: Cache,
     channels: int = 3,
     depth_unit: float | None = None,
+    slices: str | None = None,
+    shifted: Sequence[str] = (),
 ) -> tuple[Labelled | Grouped | Landmarks | Dense, dict[str, Any]]:
     """Open the pictures for one kind of question.
 
     Args:
         kind: "labelled", "grouped", "segmentation" or "depth".
-        data, size, truth, depth_unit: as for `minidino.evaluate.evaluate`.
+        data, size, truth, depth_unit, slices, shifted: as for `minidino.evaluate.evaluate`.
         config: of the run that is asked; None: there is only a weights file.
         channels: of the pictures.
     Returns:
@@ -261,4 +318,6 @@ def open_question(
     about = {"data": world.name, "n_train": len(world.train), "n_test": len(world.test), "size_px": size}
     parts = (Described(name=f"{world.name} {part}", pixels=getattr(world, part), size=size, cache=cache)
              for part in ("train", "test"))  # fmt: skip
-    return Labelled(*parts), about
+    tables = read_slices(slices, world.test.files) if slices else {}
+    elsewhere = {path: _open_shifted(path, world.test.classes, size, short_side, cache, channels) for path in shifted}
+    return Labelled(*parts, tables, elsewhere), about

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from painted import BLUE, GREEN, RED, painted
 from PIL import Image
 
 from minidino import evaluate as evaluate_module
@@ -115,41 +116,6 @@ def test_networks_are_fine_tuned_beside_a_linear_head(run, tmp_path, monkeypatch
         assert answer["linear"] == linear_probe(*data.rows(subject), epochs=10)["accuracy"]
     assert "a linear head" in Path(found["report"]).read_text()
     assert np.asarray(Image.open(tmp_path / "o" / "figure.png")).std() > 5
-
-
-def test_robustness_counts_every_corruption_and_compares_with_the_last_baseline(run, tmp_path):
-    found = evaluate(run, "robustness", baselines=("pixels",), out=tmp_path, cache=run.parent / "features")
-    answers = found["answers"]
-    kinds = answers["trained"]["corrupted"]
-    assert len(kinds) >= 10 and all(len(values) == 5 for values in kinds.values())
-    assert answers["trained"]["accuracy"] == pytest.approx(np.mean(list(kinds.values())))
-    assert answers["colours"]["mce"] == pytest.approx(1) and answers["trained"]["mce"] > 0
-
-
-def painted(folder, **colors):
-    """Noisy pictures of one colour in folders "split_class", eight each."""
-    generator = np.random.default_rng(0)
-    for name, color in colors.items():
-        place = folder / name.replace("_", "/")
-        place.mkdir(parents=True)
-        for i in range(8):
-            noisy = generator.integers(0, 30, (32, 32, 3)) + np.array(color)
-            Image.fromarray(noisy.astype(np.uint8)).save(place / f"{i}.png")
-    return str(folder)
-
-
-RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-
-
-def test_a_baseline_without_an_error_leaves_no_mce(run, tmp_path, monkeypatch):
-    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
-    Image.new("RGB", (32, 32), GREEN).save(tmp_path / "set" / "val" / "of-no-class", "png")  # does not count
-    monkeypatch.setattr(evaluate_module, "CORRUPTIONS", {"contrast": None, "pixelate": None})
-    monkeypatch.setattr(evaluate_module, "corrupt", lambda images, name, severity, seed: images)
-    found = evaluate(run, "robustness", data, baselines=("pixels",), out=tmp_path / "out", cache=tmp_path / "c")
-    assert found["answers"]["colours"]["accuracy"] == 1
-    stored = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [answer["mce"] for answer in stored["answers"].values()] == [None] * 3
 
 
 def test_few_shots_are_drawn_of_the_classes_that_occur(run, tmp_path):
@@ -307,7 +273,7 @@ def test_a_broken_network_gets_no_score(value):
     assert logistic_regression(broken, unknown, x, y, cs=(1.0,))["accuracy"] == 1
 
 
-@pytest.mark.parametrize("task", ["linear", "robustness"])
+@pytest.mark.parametrize("task", ["linear", "robustness", "slices"])
 def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32)
@@ -328,6 +294,9 @@ def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkey
         (dict(task="depth", size=(48, -48)), "a size of at least 1 px"),
         (dict(task="retrieval"), "drawn scenes are in no groups"),
         (dict(truth="queries.json"), "truth goes with retrieval, not with knn"),
+        (dict(slices="slices.csv"), "slices goes with slices, not with knn"),
+        (dict(task="slices", shifted=("elsewhere",)), "shifted goes with shift, not with slices"),
+        (dict(task="shift"), "shift needs pictures from elsewhere"),
         (dict(task="segmentation", depth_unit=0.5), "depth_unit goes with depth, dpt, not with segmentation"),
     ],
 )

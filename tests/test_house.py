@@ -29,8 +29,8 @@ ORDER = """
     learning.losses learning.prototypes learning.teacher learning.objective learning.optim learning.doctor learning.train
     learning.adapt learning.distill learning.copies
     probes.features probes.patches probes.knn probes.dense probes.segmentation probes.propagation probes.depth
-    probes.dpt probes.heads probes.linear probes.grid probes.finetune probes.logistic probes.retrieval
-    pictures looking report scaling memory notebook stages judge subjects questions evaluate curate chain tour plan cli
+    probes.dpt probes.heads probes.linear probes.grid probes.finetune probes.logistic probes.slices probes.retrieval
+    pictures looking report scaling memory notebook stages judge subjects questions robust evaluate curate chain tour plan cli
 """.split()  # a module imports only modules before it: so there are no cycles
 HOMES = {
     "triton": ("kernels",),
