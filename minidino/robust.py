@@ -85,12 +85,18 @@ def ask_shift(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answ
 def ask_slices(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answers:
     """Top-1 on each slice of the held-out pictures: on each class, and on what a table says of them; the worst counts.
 
+    Raises:
+        ValueError: no slice has 20 pictures.
     Source: DINOv2 paper, section 8.1 and table 12 (incomes and regions of Dollar Street, after Goyal et al. 2022).
     Differs: the published protocol lets a thing of Dollar Street be any of several classes of ImageNet.
     """
     labelled = data.test.pixels.labels >= 0
     truth, classes = data.test.pixels.labels[labelled], np.array(data.test.pixels.classes)
-    tables = {"class": classes[truth]} | {name: np.array(values)[labelled] for name, values in data.slices.items()}
+    tables = {name: np.array(values)[labelled] for name, values in data.slices.items()}
+    tables = {"class": classes[truth]} | {name: values for name, values in tables.items() if (values != "").any()}
+    largest = max(np.unique(values[values != ""], return_counts=True)[1].max() for values in tables.values())
+    if largest < SMALLEST:
+        raise ValueError(f"expected a slice of {SMALLEST} held-out pictures or more, the largest has {largest}")
     found: Answers = {}
     for subject in subjects:
         model = logistic_regression(*data.rows(subject))["model"]
@@ -99,7 +105,7 @@ def ask_slices(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Ans
             within = None if name == "class" else truth
             cuts[name] = {"slices": slice_accuracies(right, values, truth)} | slice_gap(right, values, within)
         counted = [x["accuracy"] for cut in cuts.values() for x in cut["slices"].values() if x["n"] >= SMALLEST]
-        found[subject.name] = {"accuracy": right.mean(), "worst": min(counted, default=math.nan), "cuts": cuts}
+        found[subject.name] = {"accuracy": right.mean(), "worst": min(counted), "cuts": cuts}
     rows = {}
     for cut, told in found[subjects[0].name]["cuts"].items():
         values = list(told["slices"])

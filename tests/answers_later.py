@@ -132,3 +132,33 @@ MISTAKES["16c"] = (
     lambda lengths, times: lengths > times * np.median(lengths),  # one median for all pictures
     lambda lengths, times: lengths > times * lengths.mean(1, keepdims=True),  # the outliers raise the bar
 )
+
+# --------------------------------------------------------------------------------------- 17: who is left out
+
+
+def distances(right, slices, labels, outside=True):
+    found = []
+    for name in np.unique(slices):
+        here, total = slices == name, 0.0
+        for label in labels[here]:
+            others = labels == label
+            total += right[others & ~here if outside else others].mean()
+        found.append(right[here].mean() - total / here.sum())
+    return found
+
+
+TRUTH["17a"] = lambda half: math.ceil(round((1.96 * 0.5 / half) ** 2, 9))
+MISTAKES["17a"] = (
+    lambda half: math.ceil(round((1.96 / half) ** 2, 9)),  # p (1 - p) is a quarter
+    lambda half: int((1.96 * 0.5 / half) ** 2),  # one picture short
+)
+TRUTH["17b"] = lambda right, slices: np.mean([np.mean(right[slices == name]) for name in np.unique(slices)])
+MISTAKES["17b"] = (
+    lambda right, slices: right.mean(),  # large slices count more
+    lambda right, slices: np.sum([np.sum(right[slices == name]) for name in np.unique(slices)]),  # sums, not shares
+)
+TRUTH["17c"] = distances
+MISTAKES["17c"] = (
+    lambda right, slices, labels: distances(right, slices, labels, outside=False),  # compared with itself, too
+    lambda right, slices, labels: [right[slices == name].mean() - right.mean() for name in np.unique(slices)],  # no classes
+)

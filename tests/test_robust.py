@@ -153,8 +153,8 @@ def test_a_table_is_text(tmp_path):
 
 def test_slices_are_asked_of_every_subject(run, tmp_path):
     data = painted(tmp_path / "set", 24, train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
-    odd = [(f"val/{name}/{i}.png", "odd" if i % 2 else "even") for name in "ab" for i in range(24)]
-    told = table(tmp_path / "s.csv", ("file", "number"), *odd)
+    odd = [(f"val/{name}/{i}.png", "odd" if i % 2 else "even", "") for name in "ab" for i in range(24)]
+    told = table(tmp_path / "s.csv", ("file", "number", "unknown"), *odd)
     out = tmp_path / "out"
     found = evaluate(run, "slices", data, None, ("pixels",), out, cache=tmp_path / "c", slices=told)
     assert list(found["answers"]) == ["trained", "pixels", "colours"] and "of the worst slice" in found["row"]
@@ -163,19 +163,22 @@ def test_slices_are_asked_of_every_subject(run, tmp_path):
     assert [x["n"] for x in colours["cuts"]["class"]["slices"].values()] == [24, 24]
     assert colours["cuts"]["number"]["gap"] == 0 and colours["cuts"]["number"]["p"] == 1
     trained = found["answers"]["trained"]
-    worst = [x["accuracy"] for cut in trained["cuts"].values() for x in cut["slices"].values()]
-    assert trained["worst"] == min(worst)
+    worst = min(x["accuracy"] for cut in trained["cuts"].values() for x in cut["slices"].values())
+    assert trained["worst"] == worst
     page = (out / "report.html").read_text()
     assert all(words in page for words in ("number: odd", "class: a", "by its classes", "drawn by lot, within classes"))
     assert np.asarray(Image.open(out / "figure.png")).std() > 5
 
 
 def test_without_a_table_the_classes_are_the_slices(run, tmp_path):
-    found = evaluate(run, "slices", out=tmp_path, cache=run.parent / "features")
+    data = painted(tmp_path / "set", 20, train_a=RED, train_b=BLUE, val_a=RED)
+    found = evaluate(run, "slices", data, out=tmp_path / "out", cache=tmp_path / "c")
     cuts = found["answers"]["trained"]["cuts"]
-    assert list(cuts) == ["class"] and sum(x["n"] for x in cuts["class"]["slices"].values()) == 60
-    stored = json.loads((tmp_path / "results.json").read_text())  # 60 scenes of ten kinds: no kind has 20
-    assert stored["answers"]["trained"]["worst"] is None and stored["answers"]["trained"]["cuts"]["class"]["gap"] is None
+    assert list(cuts) == ["class"] and [x["n"] for x in cuts["class"]["slices"].values()] == [20]
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]["trained"]
+    assert stored["cuts"]["class"]["gap"] is None  # there is nothing to be apart from
+    with pytest.raises(ValueError, match="expected a slice of 20 held-out pictures or more, the largest has"):
+        evaluate(run, "slices", out=tmp_path / "few", cache=run.parent / "features")  # 60 scenes of ten kinds
 
 
 def test_elsewhere_only_the_classes_of_elsewhere_can_be_named(run, tmp_path, capsys):
