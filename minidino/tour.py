@@ -21,14 +21,14 @@ from minidino.images.batches import make_batch
 from minidino.images.datasets import open_images
 from minidino.images.pixels import load_pixels, some
 from minidino.images.pools import Pool, make_pool, write_pool
-from minidino.images.scenes import KINDS
+from minidino.images.scenes import FIRST_KIND, KINDS, Scenes
 from minidino.judge import class_tokens, judge, judge_knn, n_parameters, random_backbone, trained_backbone
 from minidino.learning import doctor
 from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.probes import features
 from minidino.probes.knn import neighbours
-from minidino.probes.patches import attention_to
+from minidino.probes.patches import attention_to, on_things
 from minidino.report import Section, write_report
 from minidino.runs import Run, alone_in, keep_freed_memory, peak_memory_mb, pick_device, write_json
 from minidino.stages import K, World, distill, open_world, pretrain
@@ -36,6 +36,7 @@ from minidino.stages import K, World, distill, open_world, pretrain
 Say = Callable[[str], None]
 TRIAL_STEPS, COLD_STEPS = 32, 4  # timed before a run; the first ones wake the machine up
 COPIES, JUNK = 0.2, 0.1  # planted in the pool of drawn scenes, for each of them
+LOOKED_AT = 500  # held-out scenes of which it is asked where the class token looks
 COPY_STEPS = 100  # of the net that has to find the copies
 SHARE = 6  # distillation takes so much fewer steps than training
 
@@ -76,6 +77,8 @@ def tour(data: str | None = None, minutes: float | None = None, out: str = "runs
         for name, value in sorted(results.get("knn", {}).items(), key=lambda item: item[1]):
             say(f"  k-NN {name:16} {value:.3f}")
         say(doctor.prescription([doctor.Finding(**finding) for finding in results["training"]["doctor"]]))
+        if world.test_scenes is not None:
+            results["attention"] = look(world.test_scenes, trained_backbone(run, device))
         if world.test is not None:
             results["sizes"] = shrink(run, world, results["knn_readings"]["trained"][f"k={K}"], say)
         draw(world, config, run)
@@ -177,6 +180,13 @@ def shrink(run: Run, world: World, reached: float, say: Say) -> dict[str, dict[s
     return found
 
 
+def look(scenes: Scenes, backbone: VisionTransformer) -> dict[str, float]:
+    """How much of the class token's look, the last block's, is on things, and how much of the pixels they are."""
+    images = torch.from_numpy(scenes.images[:LOOKED_AT]).permute(0, 3, 1, 2)
+    things = scenes.masks[:LOOKED_AT] >= FIRST_KIND
+    return {"on_things": float(on_things(attention_to(backbone, images), things).mass.mean()), "pixels": float(things.mean())}
+
+
 def draw(world: World, config: RunConfig, run: Run) -> None:
     """All pictures of a finished run, as PNG in its folder."""
     folder, size, patch = run.folder, config.crops.global_size, config.vit.patch_size
@@ -202,7 +212,7 @@ def draw(world: World, config: RunConfig, run: Run) -> None:
     before, after = (features.dense_patches(v, wide, patch, stride) for v in (untrained, trained))
     grid = before.shape[1:3]
     looking.pca_before_after(wide, before.flatten(1, 2), after.flatten(1, 2), grid, folder / "pca.png")
-    squares = shown.squares(size)[:6]
+    squares = shown.squares(2 * size)[:6]  # four times the patches: outlines are seen
     looking.attention_maps(squares, attention_to(trained, squares), folder / "attention.png")
     if world.test is not None:
         _draw_neighbours(world, size, trained, folder / "neighbours.png")
@@ -247,7 +257,8 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
     sections += [
         Section("Patch features before and after", "Three principal directions of the patch features as red, green and "
                 "blue, over all images together: the picture of Figure 1 of the paper.", folder / "pca.png"),
-        Section("Where the class token looks", "Attention of the last block, head by head.", folder / "attention.png"),
+        Section("Where the class token looks", "Attention of the last block, head by head, in pictures of twice the size."
+                + _look_words(results), folder / "attention.png"),
     ]  # fmt: skip
     if world.test is not None:
         sections.append(Section("Nearest neighbours", "Held-out queries, and the bank.", folder / "neighbours.png"))
@@ -259,6 +270,14 @@ def report(run: Run, world: World, results: dict[str, Any]) -> Path:
                 "net on small pictures says nothing about the paper's numbers; it shows that the objective learns."),
     ]  # fmt: skip
     return write_report(folder / "report.html", f"minidino tour: {results['data']}", sections)
+
+
+def _look_words(results: dict[str, Any]) -> str:
+    if "attention" not in results:
+        return ""
+    found = results["attention"]
+    return (f" In held-out scenes {found['on_things']:.0%} of the look is on things, which are {found['pixels']:.0%} of the "
+            "pixels; nobody told the network what a thing is.")  # fmt: skip
 
 
 def _result_sections(results: dict[str, Any], folder: Path) -> list[Section]:

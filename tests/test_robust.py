@@ -171,12 +171,14 @@ def test_slices_are_asked_of_every_subject(run, tmp_path):
 
 
 def test_without_a_table_the_classes_are_the_slices(run, tmp_path):
-    data = painted(tmp_path / "set", 20, train_a=RED, train_b=BLUE, val_a=RED)
+    data = painted(tmp_path / "set", 20, train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    for i in range(17):
+        (tmp_path / "set" / "val" / "b" / f"{i}.png").unlink()
     found = evaluate(run, "slices", data, out=tmp_path / "out", cache=tmp_path / "c")
     cuts = found["answers"]["trained"]["cuts"]
-    assert list(cuts) == ["class"] and [x["n"] for x in cuts["class"]["slices"].values()] == [20]
+    assert list(cuts) == ["class"] and {name: x["n"] for name, x in cuts["class"]["slices"].items()} == {"a": 20, "b": 3}
     stored = json.loads((tmp_path / "out" / "results.json").read_text())["answers"]["trained"]
-    assert stored["cuts"]["class"]["gap"] is None  # there is nothing to be apart from
+    assert stored["worst"] == cuts["class"]["slices"]["a"]["accuracy"] and stored["cuts"]["class"]["gap"] is None  # from what has three pictures nothing can be apart
     with pytest.raises(ValueError, match="expected a slice of 20 held-out pictures or more, the largest has"):
         evaluate(run, "slices", out=tmp_path / "few", cache=run.parent / "features")  # 60 scenes of ten kinds
 

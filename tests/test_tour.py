@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minidino import tour as tour_module
@@ -14,11 +15,12 @@ from minidino.config import override, preset
 from minidino.evaluate import evaluate
 from minidino.images.pixels import some
 from minidino.images.pools import Pool
-from minidino.images.scenes import KINDS
-from minidino.judge import BASELINES, judge, patch_truth
+from minidino.images.scenes import KINDS, MASK_CLASSES
+from minidino.judge import BASELINES, judge, patch_truth, trained_backbone
+from minidino.probes.patches import attention_to
 from minidino.runs import Run, pick_device
 from minidino.stages import open_world, pretrain
-from minidino.tour import draw, expect_own, found_copies, report, shrink, tour
+from minidino.tour import draw, expect_own, found_copies, look, report, shrink, tour
 
 PICTURES = ("scenes", "crops", "curves", "pca", "attention", "neighbours", "knn", "sizes")
 SMALL = ["data.n_scenes=150", "data.n_test_scenes=60", "run.steps=6", "run.log_every=1", "run.knn_every=3",
@@ -57,11 +59,25 @@ def test_a_network_of_half_the_width_is_taught_and_learns_alone(finished):
 def test_pictures_and_a_report_in_one_file(finished):
     run, world, results = finished
     draw(world, run.config(), run)
+    results = results | {"attention": look(world.test_scenes, trained_backbone(run, pick_device("cpu")))}
     page = report(run, world, results).read_text()
+    share = (world.test_scenes.masks >= MASK_CLASSES.index(KINDS[0])).mean()
+    assert f"of the look is on things, which are {share:.0%} of the pixels" in page
     for name in PICTURES:
         assert np.asarray(Image.open(run.folder / f"{name}.png")).std() > 5
     assert page.count("data:image/png;base64") == len(PICTURES)
     assert "http" not in page and "random_vit" in page and "What this does not show" in page
+
+
+def test_the_look_is_held_against_masks(finished):
+    run, world, _ = finished
+    nets, scenes = trained_backbone(run, pick_device("cpu")), world.test_scenes
+    told = look(scenes, nets)
+    maps = attention_to(nets, torch.from_numpy(scenes.images).permute(0, 3, 1, 2)).double()  # (60, h, 8, 8)
+    per_pixel = maps.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    things = torch.from_numpy(scenes.masks >= 4)[:, None]
+    mass = (per_pixel * things).sum((2, 3)) / per_pixel.sum((2, 3))
+    assert told["on_things"] == pytest.approx(float(mass.mean())) and told["pixels"] == float(things.double().mean())
 
 
 def test_a_tour_of_photographs_without_labels_judges_nothing(tmp_path, monkeypatch):
