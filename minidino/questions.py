@@ -90,10 +90,11 @@ def read_slices(path: str | Path, files: list[str]) -> dict[str, list[str]]:
     Returns:
         {column: the value of each picture, "" where the table does not name it}.
     Raises:
-        ValueError: no such table, none of the pictures in it, a name that several have, or a picture with two values.
+        FileNotFoundError: no such table.
+        ValueError: none of the pictures in it, a name that several have, or a picture with two values.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
+        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig")), restval=""))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
     columns = [name for name in rows[0] if name and name != "file"] if rows else []
@@ -105,7 +106,7 @@ def read_slices(path: str | Path, files: list[str]) -> dict[str, list[str]]:
     found = {name: [""] * len(files) for name in columns}
     for row in rows:
         for name in columns if row["file"] in place else ():
-            i, value = place[row["file"]], (row[name] or "").strip()
+            i, value = place[row["file"]], row[name].strip()
             if found[name][i] not in ("", value):
                 raise ValueError(f"{path}: {row['file']} has two values of {name}, {found[name][i]} and {value}")
             found[name][i] = value

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "prototypes": {"prototypes"},
     "probes": {"probes-scenes", "probes-photographs", "probes-decoders", "probes-finetuning"},
     "inside": {"inside", "inside-photographs"},
+    "slices": {"slices"},
     "highres": {"highres"},
     "distill": {"distill"},
     "loader": {"loader"},

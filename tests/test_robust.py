@@ -122,7 +122,7 @@ def test_small_slices_are_told_and_do_not_count():
 
 def test_a_table_names_files_as_people_do(tmp_path):
     path = table(tmp_path / "s.csv", ("region", "file", "income"), ("Asia", "val/a/0.png", "low"), ("Europe", "val/a/1", ""),
-                 ("Africa", "2", "high"), ("Asia", "train/a/9.png", "low"))  # fmt: skip
+                 ("Africa", "2", "high"), ("Asia", "train/a/9.png", "low"), ("Asia",))  # fmt: skip
     found = read_slices(path, ["val/a/0.png", "val/a/1.png", "val/b/2.png", "val/b/3.png"])
     assert found == {"region": ["Asia", "Europe", "Africa", ""], "income": ["low", "", "high", ""]}
 
