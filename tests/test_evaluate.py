@@ -279,7 +279,7 @@ def test_broken_weights_are_told_in_one_line(task, run, tmp_path, capsys, monkey
     vit = build_vit("vit_tiny", depth=1, patch_size=8, img_size=32)
     vit.norm.weight.data[3] = torch.nan
     export_weights(vit, tmp_path / "w.safetensors")
-    data = painted(tmp_path / "set", train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
+    data = painted(tmp_path / "set", 20, train_a=RED, train_b=BLUE, val_a=RED, val_b=BLUE)
     assert main(["probe", "w.safetensors", "--task", task, "--data", data, "--size", "32"]) == 2
     assert "minidino probe: the features hold NaN or infinity" in capsys.readouterr().err
 
