@@ -60,13 +60,14 @@ VOTERS, VOTED = 5000, 40  # patches of the bank, and pictures, where neighbours 
 @dataclass(frozen=True)
 class Task:
     """One question. data: as for `open_question`; score: the number that a table shows, `unit` what it is, `up` whether
-    more is better."""
+    more is better; beside: what a report holds it against, in words, and where an answer has it."""
 
     ask: Callable[..., Answers]
     data: str
     score: str
     unit: str
     up: bool = True
+    beside: tuple[str, str] | None = None
 
 
 # ---------------------------------------------------------------- whole pictures
@@ -257,14 +258,14 @@ TASKS = {
     "knn": Task(ask_knn, "labelled", "accuracy", "top-1"),
     "linear": Task(ask_linear, "labelled", "accuracy", "top-1"),
     "logreg": Task(ask_logistic, "labelled", "accuracy", "top-1"),
-    "finetune": Task(ask_finetune, "labelled", "accuracy", "top-1"),
+    "finetune": Task(ask_finetune, "labelled", "accuracy", "top-1", beside=("a linear head", "linear")),
     "robustness": Task(ask_robustness, "labelled", "accuracy", "top-1 under corruption"),
-    "shift": Task(ask_shift, "labelled", "accuracy", "top-1 elsewhere"),
-    "slices": Task(ask_slices, "labelled", "worst", "top-1 of the worst slice"),
+    "shift": Task(ask_shift, "labelled", "accuracy", "top-1 elsewhere", beside=("held out, the same classes", "held_out")),
+    "slices": Task(ask_slices, "labelled", "worst", "top-1 of the worst slice", beside=("top-1 of all", "accuracy")),
     "retrieval": Task(ask_retrieval, "grouped", "map", "mAP"),
     "segmentation": Task(ask_segmentation, "segmentation", "miou", "mIoU"),
     "depth": Task(ask_depth, "depth", "rmse", "RMSE (m)", up=False),
-    "dpt": Task(ask_dpt, "depth", "rmse", "RMSE (m)", up=False),
+    "dpt": Task(ask_dpt, "depth", "rmse", "RMSE (m)", up=False, beside=("a linear head", "linear")),
 }
 
 
@@ -370,10 +371,11 @@ def _report(found: dict[str, Any], folder: Path) -> None:
     task = TASKS[found["task"]]
     who, first = next(iter(found["answers"].items()))
     numbers = [("features", task.unit), *((name, a[task.score]) for name, a in found["answers"].items())]
-    if "linear" in first:  # of fine-tuning and decoders the question is what they add to it
-        linear = [a["linear"] for a in found["answers"].values()]
-        beside = ["a linear head", *(x[task.score] if isinstance(x, dict) else x for x in linear)]
-        numbers = [(*row, number) for row, number in zip(numbers, beside, strict=True)]
+    if task.beside:
+        words, key = task.beside
+        values = [a[key] for a in found["answers"].values()]
+        column = [words, *(x[task.score] if isinstance(x, dict) else x for x in values)]
+        numbers = [(*row, cell) for row, cell in zip(numbers, column, strict=True)]
     size = " x ".join(map(str, np.atleast_1d(found["size_px"])))
     words = f"{found['data']}, {size} px, {'more' if task.up else 'less'} is better."
     sections = [Section(found["task"], words, folder / "figure.png", numbers)]

@@ -276,12 +276,13 @@ def shares(rows: Mapping[str, Mapping[str, tuple[float, int]]], path: str | Path
     found = {who: [row[who][0] for row in rows.values()] for who in next(iter(rows.values()))}
     figure, axes = figure_of(1, 1, 0.32 * len(rows) + 1.5, title)
     ax, places = axes[0, 0], np.arange(len(rows))
-    for (who, values), mark in zip(found.items(), cycle("osD^v")):  # two that nobody trained have one colour
+    shifts = np.linspace(-0.2, 0.2, len(found)) if len(found) > 1 else [0.0]
+    for (who, values), shift, mark in zip(found.items(), shifts, cycle("osD^v")):  # two that nobody trained have one colour
         n = np.array([row[who][1] for row in rows.values()])
         spread = np.sqrt(np.multiply(values, np.subtract(1, values)) / np.maximum(n, 1))
-        ax.errorbar(np.multiply(100, values), places, xerr=100 * spread, fmt=mark, color=_color_of(who), label=who, capsize=2)
-    ax.set(yticks=places, yticklabels=list(rows), xlabel="top-1 (%)", xlim=(0, 100))
-    ax.invert_yaxis()
+        ax.errorbar(np.multiply(100, values), places + shift, xerr=100 * spread, fmt=mark, color=_color_of(who), label=who,
+                    markersize=5, capsize=2)  # fmt: skip
+    ax.set(yticks=places, yticklabels=list(rows), xlabel="top-1 (%)", xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     save(figure, path)

@@ -320,5 +320,7 @@ def open_question(
     parts = (Described(name=f"{world.name} {part}", pixels=getattr(world, part), size=size, cache=cache)
              for part in ("train", "test"))  # fmt: skip
     tables = read_slices(slices, world.test.files) if slices else {}
-    elsewhere = {path: _open_shifted(path, world.test.classes, size, short_side, cache, channels) for path in shifted}
-    return Labelled(*parts, tables, elsewhere), about
+    elsewhere = [_open_shifted(path, world.test.classes, size, short_side, cache, channels) for path in shifted]
+    names = [other.name for other in elsewhere]
+    names = [name if names.count(name) == 1 else path for name, path in zip(names, shifted, strict=True)]
+    return Labelled(*parts, tables, dict(zip(names, elsewhere, strict=True))), about

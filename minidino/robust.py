@@ -70,14 +70,14 @@ def ask_shift(subjects: Sequence[Subject], data: Labelled, folder: Path) -> Answ
             right, here = (_right(model, subject, pictures, classes) for pictures in (other, data.test))
             sets[name] = {"accuracy": right.mean(), "held_out": here.mean() if len(here) else math.nan,
                           "n": len(right), "n_held_out": len(here), "n_classes": len(classes)}  # fmt: skip
-        found[subject.name] = {"accuracy": float(np.mean([x["accuracy"] for x in sets.values()])), "sets": sets}
+        found[subject.name] = {key: float(np.mean([x[key] for x in sets.values()])) for key in ("accuracy", "held_out")}
+        found[subject.name]["sets"] = sets
     rows = {}
     for name in data.shifted:
         for words, key, n in ((name, "accuracy", "n"), (f"held out, classes of {name}", "held_out", "n_held_out")):
             rows[words] = {who: (a["sets"][name][key], a["sets"][name][n]) for who, a in found.items()}
     who, first = next(iter(found.items()))
-    here = np.mean([x["held_out"] for x in first["sets"].values()])
-    words = f"{who} reaches {first['accuracy']:.1%} elsewhere, {here:.1%} on held-out pictures of the same classes"
+    words = f"{who} reaches {first['accuracy']:.1%} elsewhere, {first['held_out']:.1%} on held-out pictures of the same classes"
     pictures.shares(rows, folder / "figure.png", words)
     return found
 

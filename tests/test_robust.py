@@ -166,7 +166,7 @@ def test_slices_are_asked_of_every_subject(run, tmp_path):
     worst = min(x["accuracy"] for cut in trained["cuts"].values() for x in cut["slices"].values())
     assert trained["worst"] == worst
     page = (out / "report.html").read_text()
-    assert all(words in page for words in ("number: odd", "class: a", "by its classes", "drawn by lot, within classes"))
+    assert all(words in page for words in ("number: odd", "class: a", "by its classes", "top-1 of all", "drawn by lot, within classes"))
     assert np.asarray(Image.open(out / "figure.png")).std() > 5
 
 
@@ -191,9 +191,10 @@ def test_elsewhere_only_the_classes_of_elsewhere_can_be_named(run, tmp_path, cap
         found = evaluate(run, "shift", data, None, ("pixels",), tmp_path / "out", cache=tmp_path / "c",
                          shifted=(swapped, alone))  # fmt: skip
     sets = found["answers"]["colours"]["sets"]
-    assert sets[swapped] == {"accuracy": 0, "held_out": 1, "n": 8, "n_held_out": 16, "n_classes": 2}
-    assert sets[alone] == {"accuracy": 1, "held_out": 1, "n": 4, "n_held_out": 8, "n_classes": 1}
-    assert found["answers"]["colours"]["accuracy"] == 0.5
+    assert sets["swapped"] == {"accuracy": 0, "held_out": 1, "n": 8, "n_held_out": 16, "n_classes": 2}
+    assert sets["alone"] == {"accuracy": 1, "held_out": 1, "n": 4, "n_held_out": 8, "n_classes": 1}
+    assert found["answers"]["colours"]["accuracy"] == 0.5 and found["answers"]["colours"]["held_out"] == 1
+    assert "held out, the same classes" in (tmp_path / "out" / "report.html").read_text()
     assert np.asarray(Image.open(tmp_path / "out" / "figure.png")).std() > 5
     words = ["probe", str(run), "--task", "shift", "--data", data, "--out", str(tmp_path / "o2"), "--shifted"]
     assert main([*words, painted(tmp_path / "other", 2, x=RED, y=BLUE)]) == 2
