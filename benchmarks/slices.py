@@ -27,7 +27,6 @@ from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.probes.features import extract
 from minidino.probes.logistic import logistic_regression
-from minidino.probes.slices import slice_gap
 from minidino.runs import Run, keep_freed_memory, pick_device
 
 WORK = ROOT / "runs" / "slices"
@@ -89,10 +88,10 @@ def judged(vit: VisionTransformer, judging: Pixels) -> dict[str, float]:
     tokens, labels = described(vit, judging), judging.labels
     model = logistic_regression(tokens[:N_BANK], labels[:N_BANK], tokens[N_BANK:], labels[N_BANK:])["model"]
     truth = labels[N_BANK:]
-    right = (model.predict(tokens[N_BANK:]).numpy() == truth)
+    right = model.predict(tokens[N_BANK:]).numpy() == truth
     of_kind = np.array([right[truth == kind].mean() for kind in range(len(KINDS))])
     return {"all": of_kind.mean(), "asked": of_kind[ASKED].mean(), "unasked": of_kind[len(ASKED):].mean(),
-            "worst": of_kind.min(), "gap": slice_gap(right, truth.astype(str))["gap"], "of_kind": of_kind.tolist()}  # fmt: skip
+            "worst": of_kind.min(), "gap": np.ptp(of_kind), "of_kind": of_kind.tolist()}  # fmt: skip
 
 
 def run(seeds: int) -> None:
