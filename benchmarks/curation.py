@@ -16,7 +16,7 @@ knows is measured by benchmarks/copies.py, and how the stages grow by benchmarks
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,7 @@ from recipe import DOCS, RESULTS, ROOT, put, spread, store
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from minidino.config import override, preset
+from minidino.config import RunConfig, override, preset
 from minidino.curate import COPY_STEPS, semantic_describer, trained_describer
 from minidino.curation.clusters import balanced_sample, hierarchical_kmeans, kmeans
 from minidino.curation.embeddings import network
@@ -140,14 +140,18 @@ def files_of(archive: Path, files: Sequence[str]) -> Pixels:
 
 def learned(net: Net) -> VisionTransformer:
     """The frozen backbone of a preset, trained on some files; from its file, if it was trained before."""
-    path = WORK / f"{net.name}.safetensors"
     config = override(preset(net.preset), [f"run.steps={net.steps}", f"run.seed={net.seed}"])
+    return taught(WORK / f"{net.name}.safetensors", config, net.pixels)
+
+
+def taught(path: Path, config: RunConfig, pixels: Callable[[], Pixels]) -> VisionTransformer:
+    """The frozen backbone of a config that learned from these pictures; from its file, if it did so before."""
     state = start(config, pick_device())
     backbone = state.teacher.backbone
     if path.exists():
         backbone.load_state_dict(load_file(path))
     else:
-        for _ in tqdm(train(config, net.pixels(), state), total=net.steps, desc=path.stem, leave=False):
+        for _ in tqdm(train(config, pixels(), state), total=config.run.steps, desc=path.stem, leave=False):
             pass
         save_file(backbone.state_dict(), path)
     return backbone.cpu()

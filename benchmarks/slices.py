@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from curation import taught
+from probes import _said
 from recipe import RESULTS, ROOT, made_on, put, spread, store
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from minidino.config import override, preset
 from minidino.curation.retrieval import retrieve_by_sample
 from minidino.images.pixels import Pixels
 from minidino.images.scenes import KINDS, Scenes, draw_scenes
 from minidino.judge import trained_backbone
-from minidino.learning.train import start, train
 from minidino.model.vit import VisionTransformer
 from minidino.probes.features import extract
 from minidino.probes.logistic import logistic_regression
@@ -68,19 +67,10 @@ def _nearest(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def learned(name: str, pixels: Pixels, seed: int) -> VisionTransformer:
-    """A frozen backbone that learned from these pictures; from its file, if it did so before."""
-    path = WORK / f"{name.replace(' ', '-')}-{seed}.safetensors"
+    """A frozen backbone that learned from these pictures."""
+    WORK.mkdir(parents=True, exist_ok=True)
     config = override(preset(PRESET), [f"run.steps={STEPS}", f"run.seed={seed}"])
-    state = start(config, pick_device())
-    backbone = state.teacher.backbone
-    if path.exists():
-        backbone.load_state_dict(load_file(path))
-    else:
-        for _ in tqdm(train(config, pixels, state), total=STEPS, desc=path.stem, leave=False):
-            pass
-        WORK.mkdir(parents=True, exist_ok=True)
-        save_file(backbone.state_dict(), path)
-    return backbone.eval()
+    return taught(WORK / f"{name.replace(' ', '-')}-{seed}.safetensors", config, lambda: pixels)
 
 
 def judged(vit: VisionTransformer, judging: Pixels) -> dict[str, float]:
@@ -116,7 +106,7 @@ def tables() -> dict[str, str]:
              "the worst kind | from worst to best |", "|---" * 7 + "|"]  # fmt: skip
     for arm, row in found["summary"].items():
         share, *rest = (row[key] for key in COLUMNS)
-        cells = [f"{100 * share['mean']:.0f} %", *(f"{x['mean']:.3f} ± {x['sd']:.3f}" for x in rest)]
+        cells = [f"{100 * share['mean']:.0f} %", *map(_said, rest)]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     seeds = len(next(iter(found["runs"].values())))
     note = (f"{found['budget']:,} of {found['pool']:,} drawn scenes, {found['queries']} queries, {found['steps']} steps, {seeds} "
